@@ -1,0 +1,212 @@
+"""PEFT adapter directories, both ways: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .inject import Injection, ModelType, adapter_configs, adapter_layers, attach, prepare, saved_modules
+from .layers import Adapter
+from .methods import METHODS, AdapterConfig
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+PREFIX = "base_model."
+
+# Fields of PEFT's files that say nothing about the function once the adapter is trained.
+_SILENT_FIELDS = {
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "runtime_config",
+}
+
+
+def _adapter_tensors(adapters: dict[str, Adapter], config: AdapterConfig) -> Iterator[tuple[str, Tensor]]:
+    """(name in the file, tensor) of everything the adapter's own modules keep in a checkpoint."""
+    for prefix, module in config.shared_tensors(adapters).items():
+        for name, tensor in module.state_dict().items():
+            yield f"{PREFIX}{prefix}{name}", tensor
+    for path, adapter in adapters.items():
+        for name, suffix in adapter.checkpoint_names.items():
+            yield f"{PREFIX}model.{path}.{suffix}", adapter.get_parameter(name)
+
+
+def _copy_tensors(copies: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for path, module in copies.items():
+        for name, tensor in module.state_dict().items():
+            yield f"{PREFIX}model.{path}.{name}", tensor
+
+
+def _named_tensors(injection: Injection) -> dict[str, Tensor]:
+    return {
+        **dict(_adapter_tensors(injection.adapters, injection.config)),
+        **dict(_copy_tensors(injection.copies)),
+    }
+
+
+def _present(model: nn.Module, adapter_name: str) -> Injection:
+    """An adapter that is in the model, as an Injection."""
+    configs = adapter_configs(model)
+    if adapter_name not in configs:
+        raise ValueError(
+            f"adapter {adapter_name!r} is not in the model: it has {', '.join(map(repr, configs)) or 'none'}"
+        )
+    layers = {path: layer for path, layer in adapter_layers(model).items() if adapter_name in layer.adapters}
+    adapters: dict[str, Adapter] = {path: layer.adapters[adapter_name] for path, layer in layers.items()}  # type: ignore[misc]
+    copies = {
+        path: module.copies[adapter_name]
+        for path, module in saved_modules(model).items()
+        if adapter_name in module.copies
+    }
+    return Injection(adapter_name, configs[adapter_name], layers, adapters, copies)
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Saves one adapter as a PEFT directory: adapter_config.json and adapter_model.safetensors.
+
+    Both files are written beside their places and then renamed, so that a full disk or a crash leaves an adapter that
+    was there before as it was. Raises ValueError for an unknown adapter name, OSError where the directory cannot be
+    written."""
+    injection = _present(model, adapter_name)
+    fields = injection.config.to_peft(list(injection.layers))
+    if fields.get("base_model_name_or_path") is None:
+        fields["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in _named_tensors(injection).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as scratch:
+        try:
+            save_file(tensors, os.path.join(scratch, TENSOR_FILE), metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(
+                f"the adapter could not be written to {target}, what was there is unchanged: {error}"
+            ) from error
+        Path(scratch, CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name in (TENSOR_FILE, CONFIG_FILE):
+            with open(os.path.join(scratch, name), "rb+") as file:
+                os.fsync(file.fileno())
+        for name in (TENSOR_FILE, CONFIG_FILE):
+            os.replace(os.path.join(scratch, name), target / name)
+
+
+def read_config(directory: str | os.PathLike[str]) -> AdapterConfig:
+    """The config of a PEFT directory.
+
+    Raises FileNotFoundError where there is none, ValueError for JSON that is broken, a peft_type that fastadapt does
+    not have, or a field that changes what the adapter computes and is not supported.
+    """
+    path = Path(directory, CONFIG_FILE)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}")
+    peft_type = fields.get("peft_type")
+    if peft_type not in METHODS:
+        raise ValueError(f"{path}: peft_type {peft_type!r} is not supported: fastadapt loads {', '.join(METHODS)}")
+    try:
+        config = METHODS[peft_type].from_peft(fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    known = {*vars(config), *type(config).neutral_fields, *_SILENT_FIELDS}
+    unknown = sorted(name for name, value in fields.items() if name not in known and value not in (None, False, {}, []))
+    if unknown:
+        warnings.warn(f"{path}: ignored fields that fastadapt does not know: {', '.join(unknown)}", stacklevel=3)
+    return config
+
+
+def read_tensors(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a PEFT directory, on the CPU.
+
+    Raises FileNotFoundError where there are none, ValueError for a pickle, a broken file or a tensor that is not
+    finite.
+    """
+    path = Path(directory, TENSOR_FILE)
+    if not path.is_file():
+        pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if Path(directory, name).exists()]
+        if pickles:
+            raise ValueError(
+                f"{Path(directory, pickles[0])} is a pickle, which can run code when it is loaded: convert it to "
+                f"{TENSOR_FILE} with PEFT's save_pretrained(safe_serialization=True)"
+            )
+        raise FileNotFoundError(f"{path} does not exist: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a valid safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} must hold floating-point numbers, got {tensor.dtype}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} has NaN or infinite values: the adapter is damaged, save it again")
+    return tensors
+
+
+def _fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
+    """Copies the file's tensors into the built adapter. Raises ValueError unless names and shapes are the same."""
+    wanted = _named_tensors(injection)
+    for name in [name for name in tensors if name not in wanted]:
+        # PEFT before 0.21 wrote the trained base bias under the layer's own path.
+        layered = name.removesuffix(".bias") + ".base_layer.bias"
+        if name.endswith(".bias") and layered in wanted:
+            tensors[layered] = tensors.pop(name)
+    missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    for kind, names in (("is missing", missing), ("does not belong to this config and model", surplus)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ValueError(f"{source}: tensor {names[0]} {kind}{more}: is this adapter for another model?")
+    for name, parameter in wanted.items():
+        if tensors[name].shape != parameter.shape:
+            raise ValueError(
+                f"{source}: {name} must have shape {tuple(parameter.shape)} for this config and model, got "
+                f"{tuple(tensors[name].shape)}: is this adapter for another model?"
+            )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def load_adapter(
+    model: ModelType,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    trainable: bool = False,
+    *,
+    backend: str = "auto",
+    autocast_adapter_dtype: bool = True,
+) -> ModelType:
+    """Loads a PEFT directory into `model` in place as an adapter of that name, activates it and freezes the base.
+
+    The file is taken whole or not at all: every tensor must belong to the config and the model, have the right shape
+    and be finite. Ranks and scales follow the config with its patterns. trainable: whether the adapter's parameters require
+    grad. Returns the model. Raises FileNotFoundError or ValueError that names the file, the tensor or the field and the
+    cure; the model is then as it was.
+    """
+    config = read_config(directory)
+    tensors = read_tensors(directory)
+    injection = prepare(model, config, adapter_name, backend=backend, autocast_adapter_dtype=autocast_adapter_dtype)
+    _fill(injection, tensors, Path(directory, TENSOR_FILE))
+    attach(model, injection, trainable=trainable)
+    return model

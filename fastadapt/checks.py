@@ -1,0 +1,84 @@
+"""Shapes, dtypes and devices of what the public functions take: one voice for every refusal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import AdapterForm
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape_error(name: str, required: str, value: Tensor) -> ValueError:
+    return ValueError(f"{name} must have shape {required}, got {tuple(value.shape)}")
+
+
+def check_probability(name: str, p: float) -> None:
+    """Raises ValueError unless 0 <= p < 1."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {p}; 0 turns dropout off")
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    """Raises ValueError when `value` lives on another device than x."""
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device} but x is on {device}: move one of them with .to()")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """Raises TypeError unless the dtype is one that the operators compute in."""
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def check_vector(name: str, value: Tensor | None, length: int, device: torch.device) -> None:
+    if value is None:
+        return
+    if value.shape != (length,):
+        raise shape_error(name, f"[{length}]", value)
+    check_device(name, value, device)
+
+
+def check_adapter_linear(x: Tensor, weight: Tensor, form: AdapterForm, dropout: float) -> None:
+    """Raises ValueError or TypeError that names the first argument which does not fit the adapter form."""
+    if weight.dim() != 2:
+        raise shape_error("weight", "[out, in]", weight)
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise shape_error("x", f"[..., {k}] to go with weight {tuple(weight.shape)}", x)
+    if form.A.dim() != 2 or form.A.shape[1] != k:
+        raise shape_error("form.A", f"[r, {k}]", form.A)
+    r = form.A.shape[0]
+    if form.B.shape != (n, r):
+        raise shape_error("form.B", f"[{n}, {r}]", form.B)
+    device = x.device
+    for name, value in (("weight", weight), ("form.A", form.A), ("form.B", form.B)):
+        check_device(name, value, device)
+        check_floating(name, value)
+    check_floating("x", x)
+    check_vector("form.mid_scale", form.mid_scale, r, device)
+    if isinstance(form.out_scale, Tensor) and form.out_scale.dim() > 0:
+        check_vector("form.out_scale", form.out_scale, n, device)
+    check_vector("form.base_scale", form.base_scale, n, device)
+    check_vector("form.bias", form.bias, n, device)
+    check_probability("dropout", dropout)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight must be frozen, but it requires grad: call weight.requires_grad_(False)")
+
+
+def check_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Raises ValueError or TypeError that names the first argument which does not fit W0 + s·B·A."""
+    if weight.dim() != 2:
+        raise shape_error("weight", "[out, in]", weight)
+    n, k = weight.shape
+    if lora_A.dim() != 2 or lora_A.shape[1] != k:
+        raise shape_error("lora_A", f"[r, {k}]", lora_A)
+    if lora_B.shape != (n, lora_A.shape[0]):
+        raise shape_error("lora_B", f"[{n}, {lora_A.shape[0]}]", lora_B)
+    for name, value in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        check_floating(name, value)
+        if value.device != weight.device:
+            raise ValueError(
+                f"{name} is on {value.device} but weight is on {weight.device}: move one of them with .to()"
+            )

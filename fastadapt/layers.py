@@ -1,0 +1,297 @@
+"""Layers that carry adapters: a frozen base layer, named adapters beside it, one of them active or none.
+
+An `Adapter` is one adapter of one layer: its parameters and the form that they fill in. An `AdapterLayer` wraps a base
+layer and applies the active adapter's form; AdapterLinear (nn.Linear, transformers' Conv1D), AdapterEmbedding and
+AdapterConv2d differ only in how they see the base weight as a matrix [out, in] and how they apply a form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional
+from .functional import ShrinkCache, merged_weight
+from .reference import AdapterForm
+
+
+class Adapter(nn.Module):
+    """The parameters of one adapter of one layer. A method subclasses it and says what they mean in `form`.
+
+    `checkpoint_names` maps each parameter to its suffix in a PEFT checkpoint; `bias` is the adapter's own copy of the
+    base bias where it trains one. `shrink_cache` is set where layers share a frozen A.
+    """
+
+    bias: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.checkpoint_names: dict[str, str] = {}
+        self.shrink_cache: ShrinkCache | None = None
+        self.register_parameter("lora_magnitude_vector", None)
+        self.register_parameter("bias", None)
+
+    def add_parameter(
+        self, name: str, value: Tensor, like: Tensor, dtype: torch.dtype, checkpoint_name: str | None = None
+    ) -> None:
+        """Registers a copy of `value`, on like's device, that checkpoints call `checkpoint_name`, or else `name`."""
+        self.register_parameter(name, nn.Parameter(value.detach().to(like.device, dtype, copy=True)))
+        self.checkpoint_names[name] = checkpoint_name or name
+
+    def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
+        """The adapter form for the base weight [out, in] and bias [out], differentiable in the parameters."""
+        raise TypeError(f"{type(self).__name__} does not say its form")
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}" if self.dropout else ""
+
+
+class AdapterLayer(nn.Module):
+    """A frozen base layer with named adapters. `active` is the name of the one that runs, or None for the base alone.
+
+    While merged, the base layer's own tensors hold the active adapter; `unmerge` puts the untouched ones back.
+    """
+
+    base_layer: Any
+
+    def __init__(self, base_layer: nn.Module, backend: str = "auto") -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+        self.backend = backend
+        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self.train(base_layer.training)
+
+    def __getattr__(self, name: str) -> Any:
+        # Model code asks its layers for `weight`, `in_features`, `kernel_size`, ...: the base layer answers.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged is not None
+
+    @property
+    def active_adapter(self) -> Adapter | None:
+        if self.active is None:
+            return None
+        adapter = self.adapters[self.active]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    @property
+    def weight_matrix(self) -> Tensor:
+        """The base weight as a view [out, in]."""
+        weight: Tensor = self.base_layer.weight
+        return weight
+
+    @property
+    def base_bias(self) -> nn.Parameter | None:
+        return getattr(self.base_layer, "bias", None)
+
+    def form(self) -> AdapterForm:
+        """The active adapter's form. Raises ValueError when no adapter is active."""
+        adapter = self.active_adapter
+        if adapter is None:
+            raise ValueError("no adapter is active on this layer: call set_adapter(model, name) first")
+        return adapter.form(self.weight_matrix, self.base_bias)
+
+    def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """(W' as a matrix [out, in], b') of the active adapter. Raises ValueError where they are not finite."""
+        with torch.no_grad():
+            form = self.form()
+            weight = merged_weight(self.weight_matrix, form)
+            if not torch.isfinite(weight).all() or (form.bias is not None and not torch.isfinite(form.bias).all()):
+                raise ValueError(
+                    f"adapter {self.active!r} cannot be merged: its merged weight has NaN or infinite values"
+                )
+            return weight, None if form.bias is None else form.bias.to(weight.dtype).clone()
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """A weight matrix [out, in] in the base layer's own layout: the inverse of `weight_matrix`."""
+        return matrix
+
+    def merge(self) -> None:
+        """Writes the active adapter into the base layer: W' = diag(g) W0 + diag(h) B diag(d) A, b' = β.
+
+        The base layer gets new parameters; the old ones are set aside untouched for `unmerge`, so that whoever shares
+        them (a tied head) is not changed.
+        """
+        if self.merged or self.active is None:
+            return
+        weight, bias = self.merged_tensors()
+        base = self.base_layer
+        self._unmerged = (base.weight, self.base_bias)
+        base.weight = nn.Parameter(self.from_matrix(weight), requires_grad=False)
+        if bias is not None:
+            base.bias = nn.Parameter(bias, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Puts back the parameters that `merge` set aside, bit for bit."""
+        if self._unmerged is None:
+            return
+        base = self.base_layer
+        for name, parameter in zip(("weight", "bias"), self._unmerged, strict=True):
+            if parameter is not None:  # the model may have been moved meanwhile
+                parameter.data = parameter.data.to(base.weight.device, base.weight.dtype)
+            if hasattr(base, name):
+                setattr(base, name, parameter)
+        self._unmerged = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = None if self.merged else self.active_adapter
+        if adapter is None:
+            result: Tensor = self.base_layer(x, *args, **kwargs)
+            return result
+        return self.adapted(x, adapter)
+
+    def adapted(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """The base layer with `adapter` applied to x."""
+        raise TypeError(f"{type(self).__name__} does not say how it applies a form")
+
+    def _refuse_triton(self) -> None:
+        if self.backend == "triton":
+            raise ValueError(
+                f'{type(self).__name__} has no Triton kernel: leave backend="auto" to run this layer in eager PyTorch'
+            )
+
+    def extra_repr(self) -> str:
+        return f"active={self.active!r}, merged={self.merged}"
+
+
+class AdapterLinear(AdapterLayer):
+    """An adapter over nn.Linear, or over a layer that stores its weight as [in, out] (transformers' Conv1D).
+
+    y = g ⊙ (W0 x) + h ⊙ (B (d ⊙ (A x̃))) + β with the active adapter's form; the base layer's result without one.
+    Shapes: x [..., in]; y [..., out].
+    """
+
+    def __init__(self, base_layer: nn.Module, backend: str = "auto") -> None:
+        super().__init__(base_layer, backend)
+        self.fan_in_fan_out = not isinstance(base_layer, nn.Linear)
+
+    @property
+    def weight_matrix(self) -> Tensor:
+        weight: Tensor = self.base_layer.weight
+        return weight.T if self.fan_in_fan_out else weight
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous() if self.fan_in_fan_out else matrix
+
+    def adapted(self, x: Tensor, adapter: Adapter) -> Tensor:
+        weight = self.weight_matrix
+        return functional.adapter_linear(
+            x,
+            weight,
+            adapter.form(weight, self.base_bias),
+            dropout=adapter.dropout,
+            training=self.training,
+            backend=self.backend,
+            shrink_cache=adapter.shrink_cache,
+        )
+
+
+class AdapterEmbedding(AdapterLayer):
+    """A low-rank adapter over nn.Embedding: y = E[i] + h · B A[:, i]. Eager PyTorch only.
+
+    In the matrix view the embedding is a linear layer on one-hot tokens: weight [D, V], A [r, V], B [D, r].
+    """
+
+    @property
+    def weight_matrix(self) -> Tensor:
+        weight: Tensor = self.base_layer.weight
+        return weight.T
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous()
+
+    @property
+    def base_bias(self) -> nn.Parameter | None:
+        return None
+
+    def adapted(self, x: Tensor, adapter: Adapter) -> Tensor:
+        self._refuse_triton()
+        form = adapter.form(self.weight_matrix, None)
+        base = self.base_layer
+        u = F.embedding(
+            x, form.A.T, base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse
+        )
+        y: Tensor = base(x)
+        return y + (form.out_scale * (u @ form.B.T)).to(y.dtype)
+
+
+class AdapterConv2d(AdapterLayer):
+    """A low-rank adapter over nn.Conv2d: y = W0 * x + h · B (A * x̃), A with the base kernel, B 1×1. Eager PyTorch only.
+
+    In the matrix view a patch is a token: weight [out, in·kh·kw], A [r, in·kh·kw], B [out, r].
+    """
+
+    @property
+    def weight_matrix(self) -> Tensor:
+        weight: Tensor = self.base_layer.weight
+        return weight.flatten(1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.view_as(self.base_layer.weight)
+
+    def adapted(self, x: Tensor, adapter: Adapter) -> Tensor:
+        self._refuse_triton()
+        base = self.base_layer
+        form = adapter.form(self.weight_matrix, self.base_bias)
+        kernel = form.A.unflatten(1, base.weight.shape[1:])
+        u = base._conv_forward(F.dropout(x, adapter.dropout, self.training).to(kernel.dtype), kernel, None)
+        low_rank = form.out_scale * F.conv2d(u, form.B[:, :, None, None])
+        y: Tensor = base(x) if form.bias is base.bias else base._conv_forward(x, base.weight, None)
+        y = y + low_rank.to(y.dtype)
+        return y if form.bias is base.bias or form.bias is None else y + form.bias.to(y.dtype)[:, None, None]
+
+
+class ModuleToSave(nn.Module):
+    """A module with a trained copy for each adapter that names it in modules_to_save; the active one runs."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+        self.copies = nn.ModuleDict()
+        self.active: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original", "copies"):
+                raise
+            return getattr(self.current, name)
+
+    @property
+    def current(self) -> nn.Module:
+        return self.copies[self.active] if self.active is not None and self.active in self.copies else self.original
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.current(*args, **kwargs)
+
+
+def adapter_layer(base_layer: nn.Module, backend: str = "auto") -> AdapterLayer:
+    """The adapter layer for a base layer. Raises ValueError for a type that none of them wraps."""
+    if isinstance(base_layer, nn.Linear) or type(base_layer).__name__ == "Conv1D":
+        return AdapterLinear(base_layer, backend)
+    if isinstance(base_layer, nn.Embedding):
+        return AdapterEmbedding(base_layer, backend)
+    if isinstance(base_layer, nn.Conv2d):
+        if base_layer.groups != 1:
+            raise ValueError(f"a Conv2d of {base_layer.groups} groups cannot take an adapter: only groups=1 can")
+        return AdapterConv2d(base_layer, backend)
+    raise ValueError(
+        f"{type(base_layer).__name__} cannot take an adapter: only Linear, Conv1D, Embedding and Conv2d can; "
+        "name others in modules_to_save to train them whole"
+    )

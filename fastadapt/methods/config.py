@@ -1,0 +1,118 @@
+"""What every adapter config says: where the adapter goes, and what PEFT's file of it means."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import Adapter, AdapterLayer
+
+T = TypeVar("T")
+
+
+def pattern_value(pattern: dict[str, T], path: str, default: T) -> T:
+    """The value of the first key that matches the module path as PEFT matches it: `(.*\\.)?(key)$` from the start."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+@dataclass
+class AdapterConfig:
+    """Fields that all methods share, with PEFT's names, defaults and rules.
+
+    target_modules: names or suffixes of modules, a regular expression that must match the whole path, "all-linear", or
+        None for the usual attention projections of a known architecture.
+    exclude_modules: modules to leave out, by the same rules.
+    layers_to_transform: indices of the layers to adapt; layers_pattern names the list they count in ("layers", "h").
+    modules_to_save: modules that are trained whole, in a copy of each adapter's own.
+    bias: "none", or the method's "…_only": the bias of every adapted layer is trained in a copy of the adapter's own.
+    fan_in_fan_out: whether the base weight is stored as [in, out]; found out by itself, kept for the file.
+    """
+
+    peft_type: ClassVar[str]
+    bias_choices: ClassVar[tuple[str, ...]] = ("none",)
+    # Fields of PEFT's file that would change the function, and the values at which they do not.
+    neutral_fields: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
+            raise ValueError(f"r must be a positive integer, got {self.r!r}")
+        if self.bias not in self.bias_choices:
+            raise ValueError(
+                f"bias must be one of {', '.join(self.bias_choices)}, got {self.bias!r}; to train other biases, name "
+                "their modules in modules_to_save"
+            )
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):
+                setattr(self, name, sorted(value))
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "layers_to_transform goes with a list of target_modules, not with a string: write the layers into it"
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too")
+
+    @property
+    def dropout(self) -> float:
+        """Drop probability of the adapter's input."""
+        raise TypeError(f"{type(self).__name__} does not say its dropout")
+
+    def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
+        """One new adapter for each module path.
+
+        `dtype_of(weight)` is the dtype that the adapter's parameters take beside that base weight. Raises ValueError
+        for a layer or a setting that the method cannot adapt; nothing is attached before all adapters are built.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how its adapters are built")
+
+    def shared_tensors(self, adapters: dict[str, Adapter]) -> dict[str, nn.Module]:
+        """Modules whose tensors all layers share, by the prefix of their names in a checkpoint; most methods have
+        none."""
+        return {}
+
+    def to_peft(self, paths: list[str]) -> dict[str, Any]:
+        """The fields of adapter_config.json for an adapter of the modules at these paths."""
+        fields = dataclasses.asdict(self)
+        if self.target_modules is None or str(self.target_modules).lower() == "all-linear":
+            fields["target_modules"] = paths  # what they mean depends on the reader's tables
+        return {**fields, "peft_type": self.peft_type, "inference_mode": True}
+
+    @classmethod
+    def from_peft(cls: type[ConfigType], fields: dict[str, Any]) -> ConfigType:
+        """The config that adapter_config.json describes.
+
+        Raises ValueError for a field that would change the function and is not supported, by its name.
+        """
+        for name, neutral in cls.neutral_fields.items():
+            if name in fields and fields[name] not in neutral:
+                raise ValueError(
+                    f"{name}={fields[name]!r} changes what the adapter computes and is not supported by fastadapt: "
+                    "load this adapter with PEFT, or merge it there"
+                )
+        known = {field.name for field in dataclasses.fields(cls) if field.init}
+        return cls(**{name: value for name, value in fields.items() if name in known})
+
+
+ConfigType = TypeVar("ConfigType", bound=AdapterConfig)

@@ -1,0 +1,202 @@
+"""LoRA, rsLoRA and DoRA: y = g ⊙ (W0 x) + h ⊙ B A x̃ + β."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_probability
+from ..layers import Adapter, AdapterConv2d, AdapterEmbedding, AdapterLayer
+from ..reference import AdapterForm
+from .config import AdapterConfig, pattern_value
+from .row_norm import RowNorm
+
+INITS = (True, False, "gaussian")
+
+
+class LoRAAdapter(Adapter):
+    """A and B of one layer, DoRA's magnitude m where there is one, and the trained biases.
+
+        LoRA   h = s, g = 1                               s = α / r, rsLoRA α / √r
+        DoRA   h = s · g, g = m / n, n = ‖W0 + s·B·A‖     β is not scaled
+
+    Shapes: lora_A [r, in], lora_B [out, r], lora_magnitude_vector [out], lora_B_bias [out], bias [out]; for an
+    embedding lora_embedding_A [r, V], lora_embedding_B [D, r]; for a Conv2d lora_A [r, in, kh, kw], lora_B [out, r, 1,
+    1]."""
+
+    lora_B_bias: nn.Parameter | None
+
+    def __init__(self, layer: AdapterLayer, config: LoRAConfig, r: int, alpha: float, dtype: torch.dtype) -> None:
+        super().__init__(config.lora_dropout)
+        weight = layer.weight_matrix
+        n, k = weight.shape
+        add = partial(self.add_parameter, like=weight, dtype=dtype)
+        self.scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+        in_embedding = isinstance(layer, AdapterEmbedding)
+        A, B = _initial(config.init_lora_weights, r, k, n, embedding=in_embedding)
+        if isinstance(layer, AdapterConv2d):
+            A, B = A.unflatten(1, layer.base_layer.weight.shape[1:]), B[:, :, None, None]
+        self._names = ("lora_embedding_A", "lora_embedding_B") if in_embedding else ("lora_A", "lora_B")
+        for name, value in zip(self._names, (A, B), strict=True):
+            add(name, value, checkpoint_name=name if in_embedding else f"{name}.weight")
+        self.register_parameter("lora_B_bias", None)
+        if config.lora_bias:
+            add("lora_B_bias", torch.zeros(n), checkpoint_name="lora_B.bias")
+        self.row_norm = RowNorm() if config.use_dora else None
+        if self.row_norm is not None:
+            add("lora_magnitude_vector", self._norm(self.row_norm, weight))
+        if config.bias == "lora_only" and layer.base_bias is not None:
+            add("bias", layer.base_bias, checkpoint_name="base_layer.bias")
+
+    def train(self, mode: bool = True) -> LoRAAdapter:
+        super().train(mode)
+        if self.row_norm is not None:
+            self.row_norm.forget()
+        return self
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] as matrices."""
+        A, B = (self.get_parameter(name) for name in self._names)
+        return A.flatten(1), B.flatten(1)
+
+    def _norm(self, row_norm: RowNorm, weight: Tensor) -> Tensor:
+        A, B = self.factors
+        changing = self.training or (torch.is_grad_enabled() and (A.requires_grad or B.requires_grad))
+        return row_norm(weight, A, B, self.scaling, changing=changing)
+
+    def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
+        A, B = self.factors
+        if self.bias is not None:
+            bias = self.bias
+        if self.lora_B_bias is not None:
+            added = self.scaling * self.lora_B_bias
+            bias = added if bias is None else bias + added
+        if self.row_norm is None or self.lora_magnitude_vector is None:
+            return AdapterForm(A, B, out_scale=self.scaling, bias=bias)
+        g = self.lora_magnitude_vector / self._norm(self.row_norm, weight)
+        return AdapterForm(A, B, out_scale=self.scaling * g, base_scale=g, bias=bias, dropout_on_base=True)
+
+    def extra_repr(self) -> str:
+        return f"r={self.factors[0].shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def _initial(init: bool | str, r: int, k: int, n: int, *, embedding: bool) -> tuple[Tensor, Tensor]:
+    """A [r, k] and B [n, r] at the start: one of them zero (not with init False, which PEFT has for its tests)."""
+    if embedding and init is not False:
+        return torch.zeros(r, k), torch.randn(n, r)
+    if init == "gaussian":
+        return torch.randn(r, k) / r, torch.zeros(n, r)
+    # Kaiming-uniform with a = √5 is U(±1/√fan_in).
+    A = torch.empty(r, k).uniform_(-1 / math.sqrt(k), 1 / math.sqrt(k))
+    return A, torch.zeros(n, r) if init is True else torch.randn(n, r)
+
+
+@dataclass
+class LoRAConfig(AdapterConfig):
+    """LoRA: y = W0 x + b0 + s·B A x̃, s = lora_alpha / r. Trains A and B. Fields and defaults are PEFT's.
+
+    r: rank of B A; its default and lora_alpha's are 8, as in PEFT.
+    lora_dropout: drop probability of x̃, in [0, 1).
+    use_rslora: s = lora_alpha / √r (Kalajdzievski 2023, arXiv:2312.03732).
+    use_dora: magnitude and direction apart, y = (m/n) ⊙ (W0 + s·B A) x + b0 (Liu et al. 2024, arXiv:2402.09353); the
+        norm n is a constant for the gradient, and active dropout follows the authors' rule.
+    lora_bias: a bias behind B, trained.
+    rank_pattern, alpha_pattern: other r and lora_alpha for module paths that match `(.*\\.)?(key)$`; the first key
+    wins. init_lora_weights: True (A uniform(±1/√in), B zero), "gaussian" (A normal(0, 1/r²)), or False (B is not zero).
+    Linear and Conv1D layers; Embedding and Conv2d without use_dora, lora_bias and bias="lora_only".
+    Raises ValueError for a value outside its range, by name.
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
+    """
+
+    peft_type: ClassVar[str] = "LORA"
+    bias_choices: ClassVar[tuple[str, ...]] = ("none", "lora_only")
+    neutral_fields: ClassVar[dict[str, tuple[Any, ...]]] = {
+        name: (None, False, {}, [])
+        for name in (
+            "layer_replication",
+            "target_parameters",
+            "trainable_token_indices",
+            "use_qalora",
+            "alora_invocation_tokens",
+            "use_bdlora",
+            "arrow_config",
+            "velora_config",
+            "monteclora_config",
+            "megatron_config",
+            "kasa_config",
+        )
+    }
+
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    init_lora_weights: bool | str = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_probability("lora_dropout", self.lora_dropout)
+        if self.init_lora_weights not in INITS:
+            raise ValueError(
+                f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}; an init that "
+                "changes the base weight (pissa, olora, corda, lora_ga) must be converted with PEFT first"
+            )
+        if self.use_dora and self.lora_bias:
+            raise ValueError("lora_bias cannot go with use_dora: DoRA does not scale a bias")
+        for key, r in self.rank_pattern.items():
+            if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
+                raise ValueError(f"rank_pattern[{key!r}] must be a positive integer, got {r!r}")
+
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> LoRAConfig:
+        init = fields.get("init_lora_weights")
+        if isinstance(init, str) and init in ("eva", "orthogonal"):  # they leave the base weight as it is
+            fields = {**fields, "init_lora_weights": True}
+        return super().from_peft(fields)
+
+    def rank(self, path: str) -> int:
+        return pattern_value(self.rank_pattern, path, self.r)
+
+    def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
+        for path, layer in layers.items():
+            for refused in ("use_dora", "lora_bias"):
+                if getattr(self, refused) and isinstance(layer, (AdapterEmbedding, AdapterConv2d)):
+                    raise ValueError(
+                        f"{refused} cannot go with {path}, a {type(layer.base_layer).__name__}: it is for linear "
+                        "layers; name only those in target_modules"
+                    )
+        return {
+            path: LoRAAdapter(
+                layer,
+                self,
+                self.rank(path),
+                pattern_value(self.alpha_pattern, path, self.lora_alpha),
+                dtype_of(layer.base_layer.weight),
+            )
+            for path, layer in layers.items()
+        }
+
+
+@dataclass
+class DoRAConfig(LoRAConfig):
+    """LoRAConfig with use_dora: y = (m/n) ⊙ (W0 + s·B A) x + b0, n the row norms of W0 + s·B A. Trains m, A and B.
+
+    m starts at the row norms of W0, so that the adapter starts as the identity.
+    Source: Liu et al. 2024, arXiv:2402.09353, section 4.
+    """
+
+    use_dora: bool = True

@@ -1,0 +1,82 @@
+"""The specification: every operator's formula in plain PyTorch, in any dtype.
+
+The kernels and the eager implementation are tested against this file. It computes what the formulas say, in the dtype
+of its arguments and with PyTorch's own autograd, and spends no thought on speed or memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class AdapterForm(NamedTuple):
+    """What an adapter adds to a linear layer, in the terms that all methods share.
+
+        y = g ⊙ (W0 x) + h ⊙ (B (d ⊙ (A x̃))) + β        x̃ = dropout(x), on the low-rank path only
+
+    With ``dropout_on_base`` (DoRA's published rule) and active dropout the base path sees the dropped input as well:
+
+        y = W0 x + (g − 1) ⊙ (W0 x̃) + h ⊙ (B (d ⊙ (A x̃))) + β
+
+    Shapes: A [r, in], B [out, r], mid_scale d [r], out_scale h scalar or [out], base_scale g [out], bias β [out];
+    r may be 0. An absent scale is 1. ``bias`` is the whole β: the base layer's own bias is part of it.
+    """
+
+    A: Tensor
+    B: Tensor
+    mid_scale: Tensor | None = None
+    out_scale: Tensor | float = 1.0
+    base_scale: Tensor | None = None
+    bias: Tensor | None = None
+    dropout_on_base: bool = False
+
+
+def dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """x̃ = mask ⊙ x / (1 − p). Shapes: x and mask [..., K]; mask is true where an element is kept."""
+    return x if mask is None else x * mask / (1.0 - p)
+
+
+def adapter_linear_reference(
+    x: Tensor, weight: Tensor, form: AdapterForm, *, mask: Tensor | None = None, p: float = 0.0
+) -> Tensor:
+    """The adapter form, as AdapterForm states it.
+
+    Shapes: x [..., K]; weight [N, K]; mask [..., K] bool, true where kept, drawn with drop probability p; y [..., N].
+    """
+    x_dropped = dropped(x, mask, p)
+    y = x @ weight.T
+    if form.base_scale is not None:
+        if form.dropout_on_base and mask is not None:
+            y = y + (form.base_scale - 1) * (x_dropped @ weight.T)
+        else:
+            y = form.base_scale * y
+    u = x_dropped @ form.A.T
+    if form.mid_scale is not None:
+        u = form.mid_scale * u
+    y = y + form.out_scale * (u @ form.B.T)
+    return y if form.bias is None else y + form.bias
+
+
+def merged_weight_reference(weight: Tensor, form: AdapterForm) -> Tensor:
+    """W' = diag(g) W0 + diag(h) B diag(d) A, so that F.linear(x, W', β) equals the form without dropout.
+
+    Shapes: weight and W' [N, K].
+    """
+    up = form.B if form.mid_scale is None else form.B * form.mid_scale
+    out_scale = (
+        form.out_scale if isinstance(form.out_scale, float) or form.out_scale.dim() == 0 else form.out_scale[:, None]
+    )
+    base = weight if form.base_scale is None else form.base_scale[:, None] * weight
+    return base + out_scale * (up @ form.A)
+
+
+def weight_norm_reference(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Row norms n_j = ‖(W0 + s·B·A)_j‖₂.
+
+    Shapes: weight [N, K]; lora_A [r, K]; lora_B [N, r]; n [N].
+    Source: Liu et al. 2024, arXiv:2402.09353, eq. 5, with one magnitude for each output feature.
+    """
+    n: Tensor = (weight + scaling * (lora_B @ lora_A)).norm(dim=1)
+    return n

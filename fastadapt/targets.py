@@ -1,0 +1,154 @@
+"""Which modules of a model an adapter goes into: PEFT's rules."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from .layers import AdapterLayer, ModuleToSave
+from .methods import AdapterConfig
+
+# The usual attention projections, by transformers' model_type.
+DEFAULT_TARGETS = {
+    "bert": ["query", "value"],
+    "bloom": ["query_key_value"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "distilbert": ["q_lin", "v_lin"],
+    "falcon": ["query_key_value"],
+    "gemma": ["q_proj", "v_proj"],
+    "gemma2": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "gpt_neox": ["query_key_value"],
+    "llama": ["q_proj", "v_proj"],
+    "mistral": ["q_proj", "v_proj"],
+    "mixtral": ["q_proj", "v_proj"],
+    "opt": ["q_proj", "v_proj"],
+    "phi3": ["qkv_proj"],
+    "qwen2": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "v_proj"],
+    "roberta": ["query", "value"],
+    "t5": ["q", "v"],
+    "vit": ["query", "value"],
+}
+
+CLASSIFIER_HEADS = ("classifier", "score")
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules by path as they were before any injection: an adapter layer is the base layer in its
+    place."""
+    modules: dict[str, nn.Module] = {}
+
+    def visit(path: str, module: nn.Module) -> None:
+        if path:
+            modules[path] = module
+        if isinstance(module, (AdapterLayer, ModuleToSave)):
+            return
+        for name, child in module.named_children():
+            visit(f"{path}.{name}" if path else name, child)
+
+    visit("", model)
+    return modules
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, AdapterLayer) else module
+
+
+def is_linear(module: nn.Module) -> bool:
+    base = _base(module)
+    return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
+
+
+def _suffix_match(path: str, names: list[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _excluded(path: str, exclude: list[str] | str | None) -> bool:
+    if not exclude:
+        return False
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, path) is not None
+    return _suffix_match(path, exclude)
+
+
+def _in_layers(path: str, config: AdapterConfig) -> bool:
+    """Whether the path's layer index is among layers_to_transform."""
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == []:
+        return True
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)  # the first index: an expert's own comes later
+        if found is not None:
+            index = int(found.group(1))
+            return index == wanted if isinstance(wanted, int) else index in wanted
+    return False
+
+
+def _saved_whole(path: str, config: AdapterConfig) -> bool:
+    """Whether the module is one of modules_to_save or inside one."""
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or [])
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def target_paths(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """The paths of the modules that `config` adapts, in the model's order.
+
+    A list of names matches whole paths or their last parts; a string is a regular expression for the whole path;
+    "all-linear" takes every Linear and Conv1D but the output head; None takes the architecture's usual projections.
+    Raises ValueError when a name in the list, or the whole selection, matches nothing.
+    """
+    modules = base_modules(model)
+    targets = config.target_modules
+    if targets is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in DEFAULT_TARGETS:
+            raise ValueError(
+                f"target_modules must be given for architecture {model_type!r}: name the layers, or take 'all-linear'"
+            )
+        targets = DEFAULT_TARGETS[model_type]
+    paths = [path for path in modules if not _excluded(path, config.exclude_modules) and not _saved_whole(path, config)]
+    if not targets:
+        raise ValueError("target_modules is empty: name the layers, or take 'all-linear'")
+    if isinstance(targets, str):
+        if targets.lower() == "all-linear":
+            head = _output_head(model)
+            names = CLASSIFIER_HEADS if config.task_type == "SEQ_CLS" else ()
+            linear = [path for path in paths if is_linear(modules[path]) and path.rsplit(".", 1)[-1] not in names]
+            chosen = [path for path in linear if _base(modules[path]) is not head]
+        else:
+            chosen = [path for path in paths if re.fullmatch(targets, path)]
+        missing = [] if chosen else [targets]
+    else:
+        missing = [name for name in targets if not any(_suffix_match(path, [name]) for path in modules)]
+        chosen = [
+            path for path in paths if path in targets or (_suffix_match(path, targets) and _in_layers(path, config))
+        ]
+        if not chosen and not missing:
+            missing = list(targets)
+    if missing:
+        kinds = sorted({path.rsplit(".", 1)[-1] for path in modules if is_linear(modules[path])})
+        raise ValueError(
+            f"target_modules: nothing in {type(model).__name__} matches {', '.join(map(repr, missing))}"
+            f" (after exclude_modules and layers_to_transform); its linear layers are called {', '.join(kinds)}"
+        )
+    return chosen
+
+
+def saved_paths(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """The paths of modules_to_save: those that end in one of its names, as in PEFT.
+
+    Raises ValueError for a name that matches nothing.
+    """
+    modules = base_modules(model)
+    names = config.modules_to_save or []
+    for name in names:
+        if not any(path.endswith(name) for path in modules):
+            raise ValueError(f"modules_to_save: no module of {type(model).__name__} is called {name!r}")
+    return [path for path in modules if path.endswith(tuple(names))]
