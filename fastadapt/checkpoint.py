@@ -82,8 +82,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     """Saves one adapter as a PEFT directory: adapter_config.json and adapter_model.safetensors.
 
     Both files are written beside their places and then renamed, so that a full disk or a crash leaves an adapter that
-    was there before as it was. Raises ValueError for an unknown adapter name, OSError where the directory cannot be
-    written."""
+    was there before as it was. Raises ValueError for an unknown adapter name, OSError where the directory cannot
+    be written.
+    """
     injection = _present(model, adapter_name)
     fields = injection.config.to_peft(list(injection.layers))
     if fields.get("base_model_name_or_path") is None:
@@ -200,13 +201,20 @@ def load_adapter(
     """Loads a PEFT directory into `model` in place as an adapter of that name, activates it and freezes the base.
 
     The file is taken whole or not at all: every tensor must belong to the config and the model, have the right shape
-    and be finite. Ranks and scales follow the config with its patterns. trainable: whether the adapter's parameters require
-    grad. Returns the model. Raises FileNotFoundError or ValueError that names the file, the tensor or the field and the
-    cure; the model is then as it was.
+    and be finite. Ranks and scales follow the config with its patterns. trainable: whether the adapter's parameters
+    require grad. Returns the model. Raises FileNotFoundError or ValueError that names the file, the tensor or the
+    field and the cure; the model is then as it was.
     """
     config = read_config(directory)
     tensors = read_tensors(directory)
-    injection = prepare(model, config, adapter_name, backend=backend, autocast_adapter_dtype=autocast_adapter_dtype)
+    injection = prepare(
+        model,
+        config,
+        adapter_name,
+        backend=backend,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        every_target=False,  # PEFT's files may name modules that only other models have; the tensors decide
+    )
     _fill(injection, tensors, Path(directory, TENSOR_FILE))
     attach(model, injection, trainable=trainable)
     return model

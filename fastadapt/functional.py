@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import weakref
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,10 +28,14 @@ BACKENDS = ("auto", "triton", "eager", "reference")
 _KEEP_RECOMPOSED_ABOVE = 0.1
 
 
-@lru_cache(maxsize=1)
-def has_triton() -> bool:
-    """Whether Triton can be imported; finding that out does not import it."""
-    return importlib.util.find_spec("triton") is not None
+# Finding out does not import it.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for a name that is no backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
 def resolve_backend(backend: str, *tensors: Tensor) -> str:
@@ -43,12 +47,11 @@ def resolve_backend(backend: str, *tensors: Tensor) -> str:
     """
     kind = tensors[0].device.type
     if backend == "auto":
-        on_gpu = kind == "cuda" and has_triton() and all(t.dtype != torch.float64 for t in tensors)
+        on_gpu = kind == "cuda" and HAS_TRITON and all(t.dtype != torch.float64 for t in tensors)
         return "triton" if on_gpu else "eager"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     if backend == "triton":
-        if not has_triton():
+        if not HAS_TRITON:
             raise ValueError('backend "triton" needs the package triton: pip install "fastadapt[triton]"')
         if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
@@ -107,9 +110,14 @@ def _rows(x: Tensor) -> Tensor:
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's where it is on for x's device, else x's own."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _recompose(rows: int, weight: Tensor, A: Tensor, backward: bool) -> str:
@@ -158,7 +166,7 @@ class AdapterLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         dtype = _compute_dtype(x)
         needs_x, _, needs_A, needs_B, needs_mid, needs_out, needs_base, needs_bias = ctx.needs_input_grad[:8]
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             rows, base = _rows(x).to(dtype), weight.to(dtype)
             backward = any(ctx.needs_input_grad)
             recompose = "no"
@@ -206,7 +214,7 @@ class AdapterLinearFunction(torch.autograd.Function):
         needs_x, _, needs_A, needs_B, needs_mid, needs_out, needs_base, needs_bias = ctx.needs_input_grad[:8]
         scaling, p, backend = ctx.scaling, ctx.p, ctx.backend
         dx = dA = dB = dmid = dout = dbase = dbias = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with _without_autocast(dy):
             dy, base = _rows(dy), weight.to(ctx.dtype)
             q = None
             if needs_A or (needs_x and ctx.recompose == "no"):

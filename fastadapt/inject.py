@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .functional import check_backend
 from .layers import Adapter, AdapterLayer, AdapterLinear, ModuleToSave, adapter_layer
 from .methods import AdapterConfig
 from .targets import saved_paths, target_paths
@@ -88,17 +89,28 @@ class Injection(NamedTuple):
 
 
 def prepare(
-    model: nn.Module, config: AdapterConfig, adapter_name: str, *, backend: str, autocast_adapter_dtype: bool
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str,
+    *,
+    backend: str,
+    autocast_adapter_dtype: bool,
+    every_target: bool = True,
 ) -> Injection:
-    """Builds the adapter for `model` and changes nothing. Raises ValueError as `inject` does."""
+    """Builds the adapter for `model` and changes nothing.
+
+    every_target: whether each name in target_modules must match a module, or only one of them. Raises ValueError as
+    `inject` does.
+    """
     _check_name(adapter_name)
+    check_backend(backend)
     if adapter_name in adapter_configs(model):
         raise ValueError(f"adapter {adapter_name!r} is in the model already: take another name, or unload(model) first")
     if any(layer.merged for layer in adapter_layers(model).values()):
         raise ValueError("the model has a merged adapter: call unmerge(model) before adding another")
     modules = dict(model.named_modules())
     layers: dict[str, AdapterLayer] = {}
-    for path in target_paths(model, config):
+    for path in target_paths(model, config, every_name=every_target):
         module = modules[path]
         try:
             layers[path] = module if isinstance(module, AdapterLayer) else adapter_layer(module, backend)
@@ -231,8 +243,7 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Puts the base weights back, bit for bit; the adapter that was merged is active again. Nothing to do if not
-    merged."""
+    """Puts the base weights back, bit for bit; the adapter that was merged is active again."""
     for layer in adapter_layers(model).values():
         layer.unmerge()
 

@@ -36,8 +36,7 @@ CLASSIFIER_HEADS = ("classifier", "score")
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules by path as they were before any injection: an adapter layer is the base layer in its
-    place."""
+    """The model's modules by path as they were before any injection: an adapter layer stands for its base layer."""
     modules: dict[str, nn.Module] = {}
 
     def visit(path: str, module: nn.Module) -> None:
@@ -78,9 +77,11 @@ def _in_layers(path: str, config: AdapterConfig) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
         return True
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    for pattern in patterns or [r"[^.]*"]:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)  # the first index: an expert's own comes later
+    names = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    # The lazy match finds the first index: an expert's own comes later.
+    patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names] if names else [r".*?\.[^.]*\.(\d+)\."]
+    for pattern in patterns:
+        found = re.match(pattern, path)
         if found is not None:
             index = int(found.group(1))
             return index == wanted if isinstance(wanted, int) else index in wanted
@@ -97,12 +98,12 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return get() if callable(get) else None
 
 
-def target_paths(model: nn.Module, config: AdapterConfig) -> list[str]:
+def target_paths(model: nn.Module, config: AdapterConfig, *, every_name: bool = True) -> list[str]:
     """The paths of the modules that `config` adapts, in the model's order.
 
     A list of names matches whole paths or their last parts; a string is a regular expression for the whole path;
     "all-linear" takes every Linear and Conv1D but the output head; None takes the architecture's usual projections.
-    Raises ValueError when a name in the list, or the whole selection, matches nothing.
+    Raises ValueError when the whole selection matches nothing or, with `every_name`, one name of the list.
     """
     modules = base_modules(model)
     targets = config.target_modules
@@ -126,7 +127,8 @@ def target_paths(model: nn.Module, config: AdapterConfig) -> list[str]:
             chosen = [path for path in paths if re.fullmatch(targets, path)]
         missing = [] if chosen else [targets]
     else:
-        missing = [name for name in targets if not any(_suffix_match(path, [name]) for path in modules)]
+        found = {name for name in targets if any(_suffix_match(path, [name]) for path in modules)}
+        missing = [name for name in targets if name not in found] if every_name or not found else []
         chosen = [
             path for path in paths if path in targets or (_suffix_match(path, targets) and _in_layers(path, config))
         ]

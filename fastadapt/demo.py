@@ -1,0 +1,310 @@
+"""`fastadapt demo`: adapters of several methods, each trained on a topic of its own, measured beside PEFT."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from . import demo_compare as compare
+from . import demo_training as training
+from . import report
+from .checkpoint import load_adapter, save_adapter
+from .demo_assets import Topic, load_model, load_topic, quiet_transformers
+from .inject import inject, set_adapter, trainable_parameters
+from .methods import AdapterConfig, DoRAConfig, LoRAConfig, VeRAConfig
+
+
+class Plan(NamedTuple):
+    """One adapter of the demo: its method, the topic that it learns, and its learning rate."""
+
+    method: str
+    topic: str
+    learning_rate: float
+    config: AdapterConfig
+
+    @property
+    def name(self) -> str:
+        return self.method.lower()
+
+
+def plans(r: int, vera_r: int) -> list[Plan]:
+    """The demo's adapters. Rates are those at which each method learns in a few dozen steps.
+
+    rsLoRA multiplies B A by lora_alpha / √r, four times LoRA's lora_alpha / r at rank 16, so it takes less; VeRA's
+    vectors take twenty times more than LoRA's matrices, as in its paper.
+    """
+    lora: dict[str, Any] = {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    vera: dict[str, Any] = {"r": vera_r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return [
+        Plan("LoRA", "trivia", 5e-4, LoRAConfig(**lora)),
+        Plan("rsLoRA", "ai", 2e-4, LoRAConfig(use_rslora=True, **lora)),
+        Plan("DoRA", "emotion", 5e-4, DoRAConfig(**lora)),
+        Plan("VeRA", "psychology", 1e-2, VeRAConfig(**vera)),
+        Plan("DVoRA", "literature", 1e-2, VeRAConfig(use_dora=True, **vera)),
+    ]
+
+
+@dataclass
+class Options:
+    """What the command line sets. model: directory or hub name, None for SmolLM2-135M; json: file to write, or None."""
+
+    output: Path = Path("fastadapt-demo")
+    json: Path | None = None
+    model: str | None = None
+    steps: int = 20
+    seed: int = 0
+    rounds: int = 5
+    r: int = 16
+    vera_r: int = 256
+    answer_tokens: int = 20
+    device: str = "cpu"
+
+
+@dataclass
+class Trained:
+    """An adapter after training: where it is saved, and what is known about it."""
+
+    plan: Plan
+    topic: Topic
+    heldout: list[training.Row]
+    directory: Path
+    trainable: int
+    curve: training.Curve
+    model: Any
+
+
+def run(options: Options, console: Console) -> list[dict[str, Any]]:
+    """Runs the whole demo, prints it on `console` and returns the rows of its table.
+
+    Raises AssetError (a ValueError) where the model or the data cannot be had.
+    """
+    with console.status("looking for the model") as status:
+        base, tokenizer = load_model(options.model, lambda text: status.update(text))
+        base.to(options.device)
+    started = time.perf_counter()
+    parameters = sum(parameter.numel() for parameter in base.parameters())
+    console.print(f"base model: {options.model or 'SmolLM2-135M-Instruct'}, {parameters:,} parameters, frozen, fp32")
+    chosen = plans(options.r, options.vera_r)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress, quiet_transformers():
+        tasks = [
+            progress.add_task(f"{plan.method} on {plan.topic}", total=options.steps, start=False, note="")
+            for plan in chosen
+        ]
+        measuring = progress.add_task("beside PEFT", total=None, start=False, note="")
+        trained = [
+            train_one(plan, base, tokenizer, options, progress, task) for plan, task in zip(chosen, tasks, strict=True)
+        ]
+        answers = answer_all(base, tokenizer, trained, options)
+        rows = measure(base, tokenizer, trained, options, progress, measuring)
+    seconds = time.perf_counter() - started
+
+    json_file = options.json or options.output / "demo.json"
+    picture = json_file.with_suffix(".png")
+    draw_curves(trained, picture)
+    curves = {
+        adapter.plan.method: {"train": adapter.curve.train, "heldout": adapter.curve.heldout} for adapter in trained
+    }
+    settings = {"steps": options.steps, "seed": options.seed, "rounds": options.rounds, "device": options.device}
+    report.write_json(
+        json_file, "demo", rows, seconds=round(seconds, 1), settings=settings, answers=answers, curves=curves
+    )
+    print_answers(answers, console)
+    print_table(rows, options, console)
+    console.print(f"adapters  {options.output}/<method>, readable by PEFT", highlight=False, soft_wrap=True)
+    console.print(f"rows      {json_file}", highlight=False, soft_wrap=True)
+    console.print(f"curves    {picture}", highlight=False, soft_wrap=True)
+    console.print(f"{seconds:.0f} s after the model was loaded", highlight=False)
+    return rows
+
+
+def train_one(
+    plan: Plan, base: Any, tokenizer: Any, options: Options, progress: Progress, task: TaskID
+) -> Trained:
+    """Trains one adapter on its topic and saves it."""
+    topic = load_topic(plan.topic, options.seed)
+    rows, heldout = (training.encode(tokenizer, pairs) for pairs in (topic.train, topic.heldout))
+    torch.manual_seed(options.seed)
+    model = inject(training.skeleton(base), plan.config)
+    progress.start_task(task)
+    progress.update(task, note="held-out rows, before")
+    curve = training.train(
+        model,
+        rows,
+        heldout,
+        padding=tokenizer.eos_token_id,
+        steps=options.steps,
+        learning_rate=plan.learning_rate,
+        seed=options.seed,
+        report=lambda step, loss: progress.update(task, completed=step, note=f"loss {loss:.2f}"),
+    )
+    progress.update(task, note=f"held-out loss {curve.heldout[0][1]:.2f} -> {curve.heldout[-1][1]:.2f}")
+    progress.stop_task(task)
+    directory = options.output / plan.name
+    save_adapter(model, directory)
+    return Trained(plan, topic, heldout, directory, trainable_parameters(model).trainable, curve, model)
+
+
+def answer_all(base: Any, tokenizer: Any, trained: list[Trained], options: Options) -> list[dict[str, str]]:
+    """Two questions of each topic, one held out and one from training, answered by the base and by the adapter.
+
+    One model holds all adapters, loaded back from their directories, and switches between them.
+    """
+    model = training.skeleton(base)
+    for adapter in trained:
+        load_adapter(model, adapter.directory, adapter.plan.name)
+    answers = []
+    for adapter in trained:
+        for kind, pair in (("held out", adapter.topic.heldout[0]), ("trained on", adapter.topic.train[0])):
+            entry = {"topic": adapter.topic.name, "kind": kind, "question": pair.question, "corpus": pair.answer}
+            for key, name in (("base", None), ("adapter", adapter.plan.name)):
+                set_adapter(model, name)
+                entry[key] = training.answer(model, tokenizer, pair.question, options.answer_tokens)
+            answers.append({"method": adapter.plan.method, **entry})
+    return answers
+
+
+def measure(
+    base: Any, tokenizer: Any, trained: list[Trained], options: Options, progress: Progress, task: TaskID
+) -> list[dict[str, Any]]:
+    """One flat row for each adapter: what the table shows and the JSON holds."""
+    # Four rows of middling length, the same for all: the ratios need a typical step, not a long one.
+    everything = sorted((row for adapter in trained for row in adapter.heldout), key=lambda row: len(row.prompt + row.answer))
+    middle = max(0, len(everything) // 2 - 2)
+    batch = training.collate(everything[middle : middle + 4], tokenizer.eos_token_id, base.device)
+    progress.start_task(task)
+
+    def advance(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total, note="steps in shuffled order")
+
+    measured = compare.compare(
+        base,
+        {adapter.plan.method: adapter.directory for adapter in trained},
+        batch,
+        without_peft={adapter.plan.method for adapter in trained if adapter.plan.method == "DVoRA"},
+        rounds=options.rounds,
+        seed=options.seed,
+        progress=advance,
+    )
+    progress.update(task, note="")
+    progress.stop_task(task)
+    rows = []
+    for adapter in trained:
+        reloaded = compare.ours(base, adapter.directory)
+        rows.append(
+            {
+                "method": adapter.plan.method,
+                "topic": adapter.topic.name,
+                "train_rows": len(adapter.topic.train),
+                "heldout_rows": len(adapter.heldout),
+                "learning_rate": adapter.plan.learning_rate,
+                "trainable": adapter.trainable,
+                "loss_before": adapter.curve.heldout[0][1],
+                "loss_after": adapter.curve.heldout[-1][1],
+                **measured[adapter.plan.method],
+                "difference_from_trained": compare.largest_difference(reloaded, adapter.model, batch),
+                "batch_tokens": batch["input_ids"].numel(),
+            }
+        )
+    return rows
+
+
+def draw_curves(trained: list[Trained], path: Path) -> None:
+    """A picture of all loss curves, written whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, adapter in enumerate(trained):
+        label, color = f"{adapter.plan.method} on {adapter.topic.name}", f"C{index}"
+        losses = adapter.curve.train
+        axes.plot(range(1, len(losses) + 1), losses, color=color, alpha=0.4, linewidth=1)
+        steps, heldout = zip(*adapter.curve.heldout, strict=True)
+        axes.plot(steps, heldout, color=color, marker="o", linewidth=2, label=label)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (nats per answer token)")
+    axes.set_title("Loss: thin, each training batch; thick with dots, held-out rows")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".drawing-") as scratch:
+        draft = Path(scratch) / path.name
+        figure.savefig(draft, dpi=120)
+        draft.replace(path)
+
+
+def print_answers(answers: list[dict[str, str]], console: Console) -> None:
+    """Each question with the corpus' answer, the base model's and the adapter's."""
+    console.print("\nAnswers, greedy; every adapter was loaded back from its directory", style="bold")
+    for entry in answers:
+        console.print(Text(f"{entry['topic']}, {entry['kind']}: {entry['question']}", style="cyan"))
+        for label, key in (("corpus", "corpus"), ("base", "base"), (entry["method"], "adapter")):
+            console.print(Text(f"  {label:<7} {entry[key]}"))
+
+
+def _number(value: Any, pattern: str) -> str:
+    return "-" if value is None else pattern.format(value)
+
+
+def print_table(rows: list[dict[str, Any]], options: Options, console: Console) -> None:
+    """The one table, under the lines that say what its columns mean."""
+    tokens = rows[0]["batch_tokens"]
+    console.print(
+        "\nloss: mean over the answer tokens of held-out rows, before and after training. step: time of forward, backward "
+        "and AdamW as a multiple of the frozen pass (forward and backward to the embeddings, no adapter) and of PEFT's "
+        f"step, medians of {options.rounds} interleaved rounds on {tokens} tokens ({options.device}). saved: what autograd "
+        "keeps for the backward, whole model. differs: largest difference of our logits from those of PEFT, which loads "
+        "our directory, relative to the largest logit. PEFT has no DVoRA.",
+        highlight=False,
+    )
+    table = Table()
+    for heading in ("method", "topic"):
+        table.add_column(heading, no_wrap=True)
+    for heading in (
+        "trainable",
+        "loss\nbefore",
+        "loss\nafter",
+        "step x\nfrozen",
+        "PEFT x\nfrozen",
+        "ours x\nPEFT",
+        "saved\nMB",
+        "PEFT\nMB",
+        "saved x\nPEFT",
+        "differs\nfrom PEFT",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        theirs = row["peft_saved_bytes"]
+        table.add_row(
+            row["method"],
+            row["topic"],
+            f"{row['trainable']:,}",
+            f"{row['loss_before']:.2f}",
+            f"{row['loss_after']:.2f}",
+            f"{row['x_frozen']:.2f}",
+            _number(row["peft_x_frozen"], "{:.2f}"),
+            _number(row["x_peft"], "{:.2f}"),
+            f"{row['saved_bytes'] / 1e6:.1f}",
+            _number(None if theirs is None else theirs / 1e6, "{:.1f}"),
+            _number(None if theirs is None else row["saved_bytes"] / theirs, "{:.2f}"),
+            _number(row["difference_from_peft"], "{:.1e}"),
+        )
+    console.print(table)

@@ -1,0 +1,214 @@
+"""Every tile size, and how a kernel is launched with it: the only file that knows what a GPU can hold.
+
+Choices depend on dtype, shape and the shared memory that a block may take, never on the name of a device, so that an
+unknown GPU runs and a split sum has the same order on every one. They are checked by compiling them offline: the launchers
+run under ``recorded_launches`` on meta tensors, and what they would have launched goes to triton.compile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.jit import mangle_type
+
+Config = dict[str, int]
+
+# Enough programs to fill every GPU twice (an H100 has 132 multiprocessors, an MI300X 304 compute units).
+_WANTED_PROGRAMS = 512
+
+# Shared memory of a block, in bytes. At least: sm_90 and sm_100; those and sm_80; sm_86, sm_89 and sm_120.
+_HOPPER = 227 * 1024
+_LARGE = 160 * 1024
+_MEDIUM = 99 * 1024
+
+
+class Launch(NamedTuple):
+    """One kernel launch as a launcher asked for it: kernel, grid, arguments by name and the chosen config."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    config: Config
+
+    def source(self) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+        """(signature, constexprs, attrs) for triton.compiler.ASTSource, specialised as the just-in-time path would."""
+        signature: dict[str, str] = {}
+        constexprs: dict[tuple[int, ...], Any] = {}
+        attrs: dict[tuple[int, ...], Any] = {}
+        values = {**self.arguments, **self.config}
+        for position, parameter in enumerate(self.kernel.params):
+            value = values[parameter.name]
+            specialised_integer = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (specialised_integer and value == 1):
+                signature[parameter.name] = "constexpr"
+                constexprs[(position,)] = value
+                continue
+            signature[parameter.name] = mangle_type(value)
+            if isinstance(value, Tensor) or (specialised_integer and value % 16 == 0):
+                attrs[(position,)] = [["tt.divisibility", 16]]
+        return signature, constexprs, attrs
+
+
+class Recorder(NamedTuple):
+    """Where launches go instead of to a GPU that has this much shared memory a block."""
+
+    launches: list[Launch]
+    shared_memory: int
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def recorded_launches(shared_memory: int) -> Iterator[list[Launch]]:
+    """Launchers called inside choose tiles for a GPU with this shared memory and are recorded, not run."""
+    launches: list[Launch] = []
+    token = _recorder.set(Recorder(launches, shared_memory))
+    try:
+        yield launches
+    finally:
+        _recorder.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
+    """Run a kernel on the device of its tensors."""
+    # Said rather than left to Triton, whose default is about to change: a fused multiply-add rounds once.
+    config = {**config, "enable_fp_fusion": True}
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.launches.append(Launch(kernel, grid, arguments, config))
+        return
+    tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
+    # Triton launches on the current device, which need not be the one that holds the tensors.
+    with torch.cuda.device_of(tensor):
+        kernel[grid](**arguments, **config)
+
+
+def _interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _shared_memory(device: torch.device) -> int:
+    recorder = _recorder.get()
+    if recorder is not None:
+        return recorder.shared_memory
+    return _device_shared_memory(device)
+
+
+@functools.cache
+def _device_shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _MEDIUM
+    properties = torch.cuda.get_device_properties(device)
+    # ROCm has no opt-in limit.
+    return int(getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block)
+
+
+def _block(size: int, least: int, most: int) -> int:
+    """The power of two in [least, most] that covers size, if one does."""
+    return max(least, min(most, triton.next_power_of_2(size)))
+
+
+def _splits(programs: int, steps: int, least_steps: int) -> tuple[int, int]:
+    """(splits, steps_per_split) of a loop, so that the GPU is filled and no split is shorter than least_steps or empty."""
+    splits = max(1, min(_WANTED_PROGRAMS // programs, steps // least_steps))
+    steps_per_split = triton.cdiv(steps, splits)
+    return triton.cdiv(steps, steps_per_split), steps_per_split
+
+
+def shrink(x: Tensor, A: Tensor) -> tuple[Config, int, int]:
+    """Tiles of _shrink_kernel for x [M, K] and A [R, K], and (splits, steps_per_split) of the loop over K."""
+    M, K = x.shape
+    R = A.shape[0]
+    if _interpreted():
+        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 16}, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(K, 64), 1)
+    shared_memory = _shared_memory(x.device)
+    if x.dtype == torch.float32:
+        block_r = _block(R, 16, 64)
+        block_m = _block(M // 128, 16, 64)
+        warps = 8 if block_r == 64 else 4
+        config = {"BLOCK_M": block_m, "BLOCK_K": 32, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
+    else:
+        block_r = _block(R, 16, 128)
+        # Few tokens: smaller tiles, so that more programs stream x.
+        block_m = _block(M // 128, 16, 64)
+        block_k = {16: 128, 32: 128, 64: 64, 128: 32}[block_r]
+        stages = 3 if shared_memory >= _LARGE else 2
+        config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
+    programs = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(R, config["BLOCK_R"])
+    return config, *_splits(programs, triton.cdiv(K, config["BLOCK_K"]), 4)
+
+
+def adapter_linear(x: Tensor, weight: Tensor, R: int, *, two_products: bool, plain: bool) -> Config:
+    """Tiles of _adapter_linear_kernel for x [M, K] and weight [N, K].
+
+    plain: no operand beside x, weight, u and B, so that registers are left for the widest tile.
+    """
+    M, N = x.shape[0], weight.shape[0]
+    if _interpreted():
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 16, "GROUP_M": 2}
+    shared_memory = _shared_memory(x.device)
+    tiles: Config
+    if x.dtype == torch.float32:
+        # IEEE fp32 has no matrix unit on NVIDIA: the tile is bound by registers.
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 8, "num_warps": 8, "num_stages": 3}
+    elif M <= 32:
+        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+    elif triton.cdiv(M, 128) * triton.cdiv(N, 128) < _WANTED_PROGRAMS // 4:
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    elif plain and shared_memory >= _LARGE and triton.cdiv(M, 128) * triton.cdiv(N, 256) >= _WANTED_PROGRAMS // 2:
+        tiles = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    else:
+        # Two accumulators and the left operand in registers: only Hopper's matrix unit leaves room for the wider tile.
+        block_n = 64 if two_products and shared_memory < _HOPPER else 128
+        block_k = 64 if shared_memory >= _LARGE else 32
+        tiles = {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_R": _block(R, 16, 32), **tiles, "GROUP_M": 8}
+
+
+def adapter_grads(x: Tensor, R: int) -> tuple[Config, int, int]:
+    """Tiles of _adapter_grads_kernel for x [M, N], and (splits, steps_per_split) of the loop over tokens."""
+    M, N = x.shape
+    if _interpreted():
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 16}, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(M, 16), 1)
+    if x.dtype == torch.float32:
+        config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 64), "num_warps": 4, "num_stages": 2}
+    else:
+        config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 128), "num_warps": 4, "num_stages": 2}
+    programs = triton.cdiv(N, config["BLOCK_N"]) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
+    return config, *_splits(programs, triton.cdiv(M, config["BLOCK_M"]), 4)
+
+
+def weight_norm(R: int) -> Config:
+    """Tiles of _weight_norm_kernel for B [N, R]."""
+    if _interpreted():
+        return {"BLOCK_N": 32, "BLOCK_R": 16}
+    return {"BLOCK_N": 32, "BLOCK_R": _block(R, 16, 32), "num_warps": 4, "num_stages": 2}
+
+
+def row_squares() -> Config:
+    """Tiles of _row_squares_kernel."""
+    if _interpreted():
+        return {"BLOCK_N": 32, "BLOCK_K": 64}
+    return {"BLOCK_N": 4, "BLOCK_K": 1024, "num_warps": 4, "num_stages": 2}
+
+
+def dropout_mask() -> Config:
+    """Tiles of _dropout_mask_kernel."""
+    if _interpreted():
+        return {"BLOCK_M": 64, "BLOCK_K": 64}
+    return {"BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
+
+
+def sum_partials() -> Config:
+    """Tile of _sum_partials_kernel."""
+    if _interpreted():
+        return {"BLOCK": 256}
+    return {"BLOCK": 512, "num_warps": 4, "num_stages": 3}

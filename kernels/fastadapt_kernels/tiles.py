@@ -1,0 +1,148 @@
+"""What several kernels share: tile order, bounded tile access, the dropout mask, the second stage of a split sum."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+
+# Philox4x32 is free of known statistical defects from 7 rounds on (Salmon et al., SC 2011, section 4); more rounds only
+# cost time in kernels that are otherwise bound by memory.
+_PHILOX_ROUNDS = tl.constexpr(7)
+
+# The mask compares 31 random bits with an integer, so that the threshold is an int32 for every p.
+_THRESHOLD_RANGE = 2**31
+
+
+def drop_threshold(p: float) -> int:
+    """The integer t such that an element is dropped when its 31 random bits are below t; p in [0, 1)."""
+    return min(round(p * _THRESHOLD_RANGE), _THRESHOLD_RANGE - 1)
+
+
+def keep_probability(p: float) -> float:
+    """The probability with which the integer threshold for drop probability p really keeps an element."""
+    return 1.0 - drop_threshold(p) / _THRESHOLD_RANGE
+
+
+@triton.jit
+def grouped_tile(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row tile, column tile) of a program: GROUP_M row tiles walk the columns together, so that L2 serves them."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP_M * tiles_n)
+    first_m = group * GROUP_M
+    group_rows = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = program - group * GROUP_M * tiles_n
+    return first_m + within % group_rows, within // group_rows
+
+
+@triton.jit
+def tile_pointers(base, rows, columns, stride_row, stride_column):
+    """Pointers [len(rows), len(columns)]; in int64, because rows * stride may pass 2^31."""
+    return base + rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
+
+
+@triton.jit
+def load_tile(base, rows, columns, row_count, column_count, stride_row, stride_column):
+    """Tile [len(rows), len(columns)] of a [row_count, column_count] tensor, 0 outside it."""
+    inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    return tl.load(tile_pointers(base, rows, columns, stride_row, stride_column), mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(base, tile, rows, columns, row_count, column_count, stride_row, stride_column):
+    """Write the part of a tile that lies inside a [row_count, column_count] tensor, in that tensor's dtype."""
+    inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    pointers = tile_pointers(base, rows, columns, stride_row, stride_column)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_scale(base, index, count):
+    """Entries of a contiguous [count] vector in fp32, 0 outside it."""
+    return tl.load(base + index, mask=index < count, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def kept_elements(seed, rows, first_column, threshold, COLUMNS: tl.constexpr):
+    """Dropout mask [len(rows), COLUMNS], true where kept: a pure function of (seed, row, column).
+
+    Row and column are separate counter words, so no product of them can overflow, and one Philox call serves four
+    neighbouring columns. first_column must be a multiple of 4.
+    """
+    quads = first_column // 4 + tl.arange(0, COLUMNS // 4)
+    # [len(rows), COLUMNS // 4] each
+    word0, word1, word2, word3 = tl.philox(tl.load(seed), quads[None, :], rows[:, None], 0, 0, _PHILOX_ROUNDS)
+    keep0 = (word0 >> 1).to(tl.int32) >= threshold
+    keep1 = (word1 >> 1).to(tl.int32) >= threshold
+    keep2 = (word2 >> 1).to(tl.int32) >= threshold
+    keep3 = (word3 >> 1).to(tl.int32) >= threshold
+    return tl.interleave(tl.interleave(keep0, keep2), tl.interleave(keep1, keep3))
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _dropout_mask_kernel(
+    seed,  # [1]
+    mask,  # [M, K] uint8
+    M,
+    K,
+    threshold,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tile_m, tile_k = grouped_tile(tl.program_id(0), M, K, BLOCK_M, BLOCK_K, 1)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    kept = kept_elements(seed, rows, tile_k * BLOCK_K, threshold, BLOCK_K)  # [BLOCK_M, BLOCK_K]
+    store_tile(mask, kept, rows, columns, M, K, K, 1)
+
+
+def dropout_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
+    """The mask that every kernel derives from this seed: bool [rows, cols], true where an element is kept.
+
+    The kernels never store it; this launcher is for tests and for looking.
+    Shapes: seed [1] int64. p is the drop probability; survivors are scaled by 1 / keep_probability(p).
+    """
+    mask = torch.empty(rows, cols, dtype=torch.uint8, device=seed.device)
+    if mask.numel() > 0:
+        config = configs.dropout_mask()
+        grid = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(cols, config["BLOCK_K"])
+        arguments = {"seed": seed, "mask": mask, "M": rows, "K": cols, "threshold": drop_threshold(p)}
+        configs.launch(_dropout_mask_kernel, (grid,), arguments, config)
+    return mask.bool()
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partials,  # [splits, count], contiguous
+    total,  # [count], contiguous
+    splits,
+    count,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    offset = index
+    for _ in range(0, splits):
+        acc += tl.load(partials + offset, mask=inside, other=0.0)
+        offset += count
+    tl.store(total + index, acc.to(total.dtype.element_ty), mask=inside)
+
+
+def partial_buffer(total: Tensor, splits: int) -> Tensor:
+    """[splits, *total.shape]: where the first stage of a split sum writes. One split writes the total itself."""
+    if splits == 1:
+        return total.unsqueeze(0)
+    return torch.empty((splits, *total.shape), dtype=torch.float32, device=total.device)
+
+
+def sum_partials(partials: Tensor, total: Tensor) -> None:
+    """Second stage: total = Σ_split partials[split], always in the same order, so that results repeat bit for bit."""
+    splits = partials.shape[0]
+    if splits == 1:
+        return
+    config = configs.sum_partials()
+    arguments = {"partials": partials, "total": total, "splits": splits, "count": total.numel()}
+    configs.launch(_sum_partials_kernel, (triton.cdiv(total.numel(), config["BLOCK"]),), arguments, config)

@@ -1,0 +1,80 @@
+"""How results are judged, and how a kernel's reads and writes are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+# NaN with a payload that no computation makes: read, it poisons the result; overwritten, even by NaN, it is missed.
+_CANARIES = {
+    torch.float64: (torch.int64, 0x7FF8_5EED_5EED_5EED),
+    torch.float32: (torch.int32, 0x7FC5_5EED),
+    torch.float16: (torch.int16, 0x7E5D),
+    torch.bfloat16: (torch.int16, 0x7FD5),
+    torch.int64: (torch.int64, 0x5EED_5EED_5EED_5EED),
+    torch.uint8: (torch.uint8, 0x5E),
+}
+_MARGIN = 9
+
+
+def assert_close(actual: Tensor, exact: Tensor, reference: Tensor) -> None:
+    """Hold a result to twice the error that PyTorch makes with the plain formula in the same dtype.
+
+        max|actual − exact| ≤ 2 (max|reference − exact| + eps(dtype) max|exact|), and actual is finite
+
+    exact is the formula in fp64, reference the formula run in the dtype that the result is judged in.
+    """
+    assert actual.shape == exact.shape == reference.shape, (actual.shape, exact.shape, reference.shape)
+    if actual.numel() == 0:
+        return
+    assert torch.isfinite(actual).all(), f"{int((~torch.isfinite(actual)).sum())} of {actual.numel()} are not finite"
+    exact = exact.detach().double()
+    error = (actual.detach().double() - exact).abs().max().item()
+    reference_error = (reference.detach().double() - exact).abs().max().item()
+    allowed = 2 * (reference_error + torch.finfo(reference.dtype).eps * exact.abs().max().item())
+    assert error <= allowed, f"error {error:.3e} > allowed {allowed:.3e} (reference in its dtype: {reference_error:.3e})"
+
+
+def _canary_buffer(shape: Sequence[int], dtype: torch.dtype, device: Any) -> Tensor:
+    integers, pattern = _CANARIES[dtype]
+    return torch.full(tuple(shape), pattern, dtype=integers, device=device).view(dtype)
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """The same values as a strided view into the middle of a larger buffer whose margins hold NaN."""
+    buffer = _canary_buffer([size + 2 * _MARGIN for size in tensor.shape], tensor.dtype, tensor.device)
+    view = buffer[tuple(slice(_MARGIN, _MARGIN + size) for size in tensor.shape)]
+    return view.copy_(tensor)
+
+
+def margins_intact(view: Tensor) -> bool:
+    """Whether everything around a view that guarded() or guarded_outputs() made is as it was made."""
+    buffer = view._base
+    assert buffer is not None, "not a guarded tensor"
+    integers, pattern = _CANARIES[buffer.dtype]
+    outside = torch.ones(buffer.shape, dtype=torch.bool, device=buffer.device)
+    outside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
+    return bool((buffer.view(integers)[outside] == pattern).all())
+
+
+@contextmanager
+def guarded_outputs() -> Iterator[list[Tensor]]:
+    """Inside, torch.empty and torch.empty_like give contiguous tensors between margins of NaN; yields all of them."""
+    outputs: list[Tensor] = []
+
+    def guarded_empty(*shape: Any, dtype: torch.dtype, device: Any = "cpu") -> Tensor:
+        size = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+        buffer = _canary_buffer([size.numel() + 2 * _MARGIN], dtype, device)
+        outputs.append(buffer[_MARGIN : _MARGIN + size.numel()].view(size))
+        return outputs[-1]
+
+    def guarded_empty_like(other: Tensor) -> Tensor:
+        return guarded_empty(other.shape, dtype=other.dtype, device=other.device)
+
+    with mock.patch.object(torch, "empty", guarded_empty), mock.patch.object(torch, "empty_like", guarded_empty_like):
+        yield outputs

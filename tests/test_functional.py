@@ -1,0 +1,485 @@
+"""The public functions against the fp64 reference: outputs and every gradient, on both backends and in every dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastadapt import AdapterForm, functional, ops
+from fastadapt.functional import ShrinkCache, adapter_linear, weight_norm
+from fastadapt.reference import adapter_linear_reference, merged_weight_reference, weight_norm_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("eager", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("x", "A", "B", "mid_scale", "out_scale", "base_scale", "bias")
+
+
+def operands(
+    m: int,
+    k: int,
+    n: int,
+    r: int,
+    dtype: torch.dtype,
+    *,
+    adapter_dtype: torch.dtype = torch.float32,
+    base: str | None = "spread",
+    seed: int = 0,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Operands by name and the weight: values that break algebra (a large bias, g of 0 and 1e-3, h of 0)."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=g) * scale
+
+    values = {
+        "x": normal(m, k).to(dtype),
+        "A": normal(r, k, scale=k**-0.5).to(adapter_dtype),
+        "B": normal(n, r).to(adapter_dtype),
+        "mid_scale": normal(r).to(adapter_dtype),
+        "out_scale": normal(n).to(adapter_dtype),
+        "base_scale": normal(n).to(adapter_dtype),
+        "bias": normal(n, scale=20.0).to(adapter_dtype),
+    }
+    values["base_scale"][:2] = torch.tensor([0.0, 1e-3])
+    values["out_scale"][2] = 0.0
+    if base == "near one":
+        values["base_scale"] = 1 + values["base_scale"] * 1.5e-3
+    return {name: v.to(DEVICE) for name, v in values.items()}, normal(n, k, scale=k**-0.5).to(DEVICE, dtype)
+
+
+def form_of(values: dict[str, Tensor], parts: tuple[str, ...], on_base: bool) -> AdapterForm:
+    return AdapterForm(
+        values["A"],
+        values["B"],
+        values["mid_scale"] if "mid_scale" in parts else None,
+        values["out_scale"] if "out_scale" in parts else 0.5,
+        values["base_scale"] if "base_scale" in parts else None,
+        values["bias"] if "bias" in parts else None,
+        on_base,
+    )
+
+
+def outputs_and_grads(
+    values: dict[str, Tensor],
+    parts: tuple[str, ...],
+    run: Callable[[dict[str, Tensor]], Tensor],
+    dy: Tensor,
+) -> dict[str, Tensor]:
+    leaves = {name: v.detach().clone().requires_grad_() for name, v in values.items()}
+    y = run(leaves)
+    y.backward(dy.to(y.dtype))
+    wanted = ("x", "A", "B", *parts)
+    results = {"y": y.detach()}
+    for name in wanted:
+        grad = leaves[name].grad
+        assert grad is not None, name
+        assert grad.dtype == leaves[name].dtype
+        results[name] = grad
+    return results
+
+
+def judge(
+    m: int,
+    k: int,
+    n: int,
+    r: int,
+    dtype: torch.dtype,
+    backend: str,
+    parts: tuple[str, ...],
+    *,
+    p: float = 0.0,
+    on_base: bool = False,
+    adapter_dtype: torch.dtype = torch.float32,
+    base: str | None = "spread",
+) -> None:
+    values, weight = operands(m, k, n, r, dtype, adapter_dtype=adapter_dtype, base=base)
+    dy = torch.randn(m, n, generator=torch.Generator().manual_seed(9)).to(DEVICE, dtype)
+    mask, keep = None, 1.0
+    if p > 0:
+        torch.manual_seed(3)
+        drop = ops.draw_dropout(values["x"], p, backend)
+        keep = ops.keep_probability(p, backend)
+        mask = drop if backend == "eager" else dropout_mask(drop, m, k, p)
+
+    def fused(leaves: dict[str, Tensor]) -> Tensor:
+        torch.manual_seed(3)
+        form = form_of(leaves, parts, on_base)
+        return adapter_linear(leaves["x"], weight, form, dropout=p, training=True, backend=backend)
+
+    def plain(leaves: dict[str, Tensor], to: torch.dtype) -> Tensor:
+        form = form_of({name: v.to(to) for name, v in leaves.items()}, parts, on_base)
+        return adapter_linear_reference(leaves["x"].to(to), weight.to(to), form, mask=mask, p=1.0 - keep)
+
+    actual = outputs_and_grads(values, parts, fused, dy)
+    exact = outputs_and_grads(
+        {name: v.double() for name, v in values.items()}, parts, lambda leaves: plain(leaves, torch.float64), dy
+    )
+    in_dtype = outputs_and_grads(
+        {name: v.to(dtype) for name, v in values.items()}, parts, lambda leaves: plain(leaves, dtype), dy
+    )
+    for name, value in actual.items():
+        try:
+            assert_close(value, exact[name], in_dtype[name])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    from fastadapt_kernels.tiles import dropout_mask as launch
+
+    mask: Tensor = launch(seed, rows, columns, p)
+    return mask
+
+
+FORMS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "lora": ((), False),
+    "lora bias": (("bias",), False),
+    "dora": (("out_scale", "base_scale", "bias"), True),
+    "vera": (("mid_scale", "out_scale"), False),
+    "all": (("mid_scale", "out_scale", "base_scale", "bias"), False),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_in_every_dtype(name: str, dtype: torch.dtype, backend: str) -> None:
+    parts, on_base = FORMS[name]
+    judge(33, 72, 40, 8, dtype, backend, parts, on_base=on_base)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("m", "k", "n", "r"), [(0, 24, 16, 4), (1, 100, 36, 1), (7, 36, 100, 3), (17, 33, 29, 24), (5, 24, 16, 0)]
+)
+def test_odd_shapes(m: int, k: int, n: int, r: int, backend: str) -> None:
+    judge(m, k, n, r, torch.float32, backend, FORMS["all"][0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", ("lora", "dora", "vera", "all"))
+def test_dropout_agrees_between_forward_and_backward(name: str, dtype: torch.dtype, backend: str) -> None:
+    parts, on_base = FORMS[name]
+    judge(19, 40, 24, 4, dtype, backend, parts, p=0.3, on_base=on_base)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_near_unity_scales_of_dora(dtype: torch.dtype, backend: str) -> None:
+    judge(33, 72, 40, 8, dtype, backend, FORMS["dora"][0], base="near one")
+
+
+@pytest.mark.parametrize("m", [1, 6, 40, 600])
+def test_high_rank_with_frozen_factors(m: int) -> None:
+    """Every way to compute VeRA: the low-rank path, and the recomposed weight kept or remade."""
+    values, weight = operands(m, 24, 20, 100, torch.float32)
+    ways = {functional._recompose(m, weight, values["A"], backward=True)}
+    dy = torch.randn(m, 20)
+
+    def run(leaves: dict[str, Tensor], to: torch.dtype, fused: bool) -> dict[str, Tensor]:
+        x, d, h = (leaves[name].detach().to(to).requires_grad_() for name in ("x", "mid_scale", "out_scale"))
+        form = AdapterForm(leaves["A"].to(to), leaves["B"].to(to), d, h)
+        y = (adapter_linear if fused else adapter_linear_reference)(x, weight.to(to), form)
+        y.backward(dy.to(to))
+        grads = {"x": x.grad, "mid_scale": d.grad, "out_scale": h.grad}
+        return {"y": y.detach(), **{name: grad for name, grad in grads.items() if grad is not None}}
+
+    values = {name: v.detach() for name, v in values.items()}
+    actual, exact, plain = (
+        run(values, torch.float32, True),
+        run(values, torch.float64, False),
+        run(values, torch.float32, False),
+    )
+    for name, value in actual.items():
+        assert_close(value, exact[name], plain[name])
+    assert ways == {"no" if m < 8 else "keep" if m < 500 else "remake"}
+
+
+def test_gradcheck_of_the_whole_form() -> None:
+    values, weight = operands(6, 9, 7, 3, torch.float64, adapter_dtype=torch.float64)
+    leaves = tuple(values[name].cpu().requires_grad_() for name in NAMES)
+    weight = weight.cpu()
+    for on_base, p in ((False, 0.0), (True, 0.0), (False, 0.4), (True, 0.4)):
+
+        def run(x: Tensor, A: Tensor, B: Tensor, d: Tensor, h: Tensor, g: Tensor, b: Tensor) -> Tensor:
+            torch.manual_seed(1)
+            form = AdapterForm(A, B, d, h, g, b, on_base)  # noqa: B023
+            return adapter_linear(x, weight, form, dropout=p, training=True, backend="eager")  # noqa: B023
+
+        assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_scalar_out_scale_may_be_learned() -> None:
+    values, weight = operands(6, 9, 7, 3, torch.float64, adapter_dtype=torch.float64)
+    scale = torch.tensor(0.7, dtype=torch.float64, device=DEVICE, requires_grad=True)
+
+    def run(scale: Tensor) -> Tensor:
+        return adapter_linear(
+            values["x"], weight, AdapterForm(values["A"], values["B"], out_scale=scale), backend="eager"
+        )
+
+    assert torch.autograd.gradcheck(run, (scale,))
+
+
+def test_double_backward_is_refused_plainly() -> None:
+    values, weight = operands(4, 6, 5, 2, torch.float32)
+    x = values["x"].requires_grad_()
+    y = adapter_linear(x, weight, AdapterForm(values["A"], values["B"].requires_grad_()))
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_of_x_and_a_sliced_factor(backend: str) -> None:
+    values, weight = operands(12, 20, 14, 5, torch.float32)
+    wide = torch.randn(5, 33, device=DEVICE)
+    for x in (
+        torch.randn(2, 3, 20, device=DEVICE),
+        torch.randn(20, 12, device=DEVICE).T,
+        torch.randn(12, 40, device=DEVICE)[:, ::2],
+        torch.randn(3, 4, 20, device=DEVICE).transpose(0, 1),
+        torch.randn(20, device=DEVICE),
+    ):
+        form = AdapterForm(wide[:, :20], values["B"], out_scale=0.5)
+        y = adapter_linear(x, weight, form, backend=backend)
+        exact = adapter_linear_reference(
+            x.double(), weight.double(), AdapterForm(wide[:, :20].double(), values["B"].double(), out_scale=0.5)
+        )
+        assert_close(y, exact, adapter_linear_reference(x, weight, form))
+        assert y.shape == (*x.shape[:-1], 14)
+
+
+def test_a_transposed_weight_is_taken_as_it_lies() -> None:
+    values, weight = operands(12, 20, 14, 5, torch.float32)
+    form = AdapterForm(values["A"], values["B"])
+    stored = weight.T.contiguous()
+    for backend in BACKENDS:
+        torch.testing.assert_close(
+            adapter_linear(values["x"], stored.T, form, backend=backend),
+            adapter_linear(values["x"], weight, form, backend=backend),
+        )
+
+
+def kept_tensors(run: Callable[[], Tensor], ignore: list[Tensor]) -> list[Tensor]:
+    """What autograd keeps for the backward, one tensor a storage, without the storages of `ignore`."""
+    known = {t.untyped_storage().data_ptr() for t in ignore}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = run()
+    del y
+    return list(kept.values())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_saved_tensors_are_the_fused_minimum(dtype: torch.dtype) -> None:
+    m, k, n, r = 64, 32, 40, 4
+    values, weight = operands(m, k, n, r, dtype)
+    x = values["x"].requires_grad_()
+    A, B, h, g = (values[name] for name in ("A", "B", "out_scale", "base_scale"))
+    item = x.element_size()
+
+    def kept(form: AdapterForm, **options: Any) -> list[int]:
+        tensors = kept_tensors(
+            lambda: adapter_linear(x, weight, form, **options), [weight, A, B, h, g, values["mid_scale"]]
+        )
+        return sorted(t.untyped_storage().nbytes() for t in tensors)
+
+    u, full_x, z = m * r * item, m * k * item, m * n * item
+    for tensor in (A, B):
+        tensor.requires_grad_()
+    assert kept(AdapterForm(A, B)) == sorted([u, full_x])
+    assert kept(AdapterForm(A, B), dropout=0.1, training=True) == sorted(
+        [u, full_x, m * k]
+    )  # a byte of mask on the CPU
+    assert kept(AdapterForm(A, B, out_scale=h, base_scale=g.requires_grad_())) == sorted([u, full_x, z])
+    assert kept(AdapterForm(A.detach(), B)) == [u]  # LoRA-FA
+    g.requires_grad_(False)
+    A, B = A.detach(), B.detach()
+    d = values["mid_scale"].requires_grad_()
+    assert kept(AdapterForm(A, B, d, h.requires_grad_())) == [u]  # VeRA
+    x = x.detach()
+    with torch.no_grad():
+        assert kept(AdapterForm(A, B, d, h)) == []
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpoint_recomputes_the_same_mask(backend: str, reentrant: bool) -> None:
+    values, weight = operands(9, 12, 10, 3, torch.float32)
+    x, A, B = (values[name].requires_grad_() for name in ("x", "A", "B"))
+
+    def run(x: Tensor) -> Tensor:
+        return adapter_linear(x, weight, AdapterForm(A, B), dropout=0.5, training=True, backend=backend).tanh()
+
+    def gradients(y: Tensor) -> tuple[Tensor, ...]:
+        A.grad = B.grad = None
+        y.sum().backward()
+        assert A.grad is not None
+        assert B.grad is not None
+        return A.grad, B.grad
+
+    torch.manual_seed(5)
+    plain = gradients(run(x))
+    torch.manual_seed(5)
+    recomputed = gradients(checkpoint(run, x, use_reentrant=reentrant))
+    for a, b in zip(plain, recomputed, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_dropout_follows_manual_seed_and_only_while_training(backend: str) -> None:
+    values, weight = operands(9, 12, 10, 3, torch.float32)
+    form = AdapterForm(values["A"], values["B"])
+
+    def run(seed: int, training: bool = True) -> Tensor:
+        torch.manual_seed(seed)
+        return adapter_linear(values["x"], weight, form, dropout=0.5, training=training, backend=backend)
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    assert torch.equal(run(1, training=False), run(2, training=False))
+
+
+def test_the_mask_has_the_promised_rate() -> None:
+    torch.manual_seed(0)
+    for p in (0.05, 0.5, 0.9):
+        mask = ops.draw_dropout(torch.empty(400, 500), p, "eager")
+        assert abs(mask.float().mean().item() - (1 - p)) < 4 * (p * (1 - p) / 200_000) ** 0.5
+        assert abs(ops.keep_probability(p, "eager") - (1 - p)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_takes_the_place_of_both_dtypes(backend: str) -> None:
+    values, weight = operands(9, 12, 10, 3, torch.float32)
+    leaves = {name: values[name].requires_grad_() for name in ("x", "A", "B")}
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y = adapter_linear(leaves["x"], weight, AdapterForm(leaves["A"], leaves["B"]), backend=backend)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.dtype == torch.float32 for leaf in leaves.values())
+    exact = adapter_linear_reference(
+        *(t.detach().double() for t in (values["x"], weight)),
+        AdapterForm(values["A"].detach().double(), values["B"].detach().double()),
+    )
+    plain = adapter_linear_reference(
+        *(t.detach().bfloat16() for t in (values["x"], weight)),
+        AdapterForm(values["A"].detach().bfloat16(), values["B"].detach().bfloat16()),
+    )
+    assert_close(y, exact, plain)
+
+
+def test_layers_that_read_the_same_x_share_u(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, weight = operands(9, 12, 10, 3, torch.float32)
+    calls = []
+    shrink = ops.shrink
+    monkeypatch.setattr(ops, "shrink", lambda *args: calls.append(0) or shrink(*args))  # type: ignore[func-returns-value]
+    cache, x, A = ShrinkCache(), values["x"], values["A"]
+    form = AdapterForm(A, values["B"], values["mid_scale"].requires_grad_(), values["out_scale"])
+
+    def run(x: Tensor) -> Tensor:
+        return adapter_linear(x, weight, form, shrink_cache=cache)
+
+    first = run(x)
+    assert torch.equal(first, run(x))
+    assert len(calls) == 1
+    x.mul_(2)  # written in place: another x
+    assert not torch.equal(first, run(x))
+    assert len(calls) == 2
+    run(x.clone())
+    assert len(calls) == 3
+    assert cache._entry is None, "the clone is gone, so is its u"
+    A.add_(1)
+    run(x)
+    assert len(calls) == 4
+    with torch.inference_mode():
+        run(torch.ones(2, 12))  # inference tensors have no version: nothing is kept
+
+
+def test_merged_weight_follows_the_form() -> None:
+    values, weight = operands(9, 12, 10, 3, torch.float64, adapter_dtype=torch.float64)
+    form = form_of(values, FORMS["all"][0], False)
+    y = values["x"] @ merged_weight_reference(weight, form).T + values["bias"]
+    torch.testing.assert_close(y, adapter_linear_reference(values["x"], weight, form))
+    torch.testing.assert_close(functional.merged_weight(weight, form), merged_weight_reference(weight, form))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_norm(dtype: torch.dtype, backend: str) -> None:
+    values, weight = operands(1, 72, 40, 8, dtype)
+    A, B = values["A"], values["B"] * 0.1
+    actual = weight_norm(weight, A, B, 0.5, backend=backend)
+    assert actual.dtype == torch.float32
+    exact = weight_norm_reference(weight.double(), A.double(), B.double(), 0.5)
+    assert_close(actual, exact, weight_norm_reference(weight.float(), A, B, 0.5))
+
+
+def test_weight_norm_gradients() -> None:
+    values, weight = operands(1, 9, 7, 3, torch.float64, adapter_dtype=torch.float64)
+    A, B = (values[name].cpu().requires_grad_() for name in ("A", "B"))
+    assert torch.autograd.gradcheck(lambda A, B: weight_norm(weight.cpu(), A, B, 0.7), (A, B))
+
+
+def test_weight_norm_of_a_cancelled_row_is_zero_not_nan() -> None:
+    weight = torch.randn(4, 6)
+    A, B = torch.eye(6), -weight
+    n = weight_norm(weight, A, B, 1.0)
+    assert torch.isfinite(n).all()
+    assert n.max() < 1e-2 * weight.norm(dim=1).max()
+
+
+def test_bad_arguments_are_named() -> None:
+    values, weight = operands(4, 6, 5, 2, torch.float32)
+    x, form = values["x"], AdapterForm(values["A"], values["B"])
+    cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (ValueError, r"x must have shape \[\.\.\., 6\]", lambda: adapter_linear(x[:, :3], weight, form)),
+        (ValueError, r"form.A must have shape \[r, 6\]", lambda: adapter_linear(x, weight, form._replace(A=x[:, :3]))),
+        (ValueError, r"form.B must have shape \[5, 2\]", lambda: adapter_linear(x, weight, form._replace(B=x))),
+        (
+            ValueError,
+            r"form.mid_scale must have shape \[2\]",
+            lambda: adapter_linear(x, weight, form._replace(mid_scale=x[0])),
+        ),
+        (
+            ValueError,
+            r"form.base_scale must have shape",
+            lambda: adapter_linear(x, weight, form._replace(base_scale=x[0])),
+        ),
+        (ValueError, r"weight must have shape", lambda: adapter_linear(x, weight[0], form)),
+        (ValueError, r"dropout must be in \[0, 1\), got 1", lambda: adapter_linear(x, weight, form, dropout=1.0)),
+        (ValueError, "backend must be one of", lambda: adapter_linear(x, weight, form, backend="cuda")),
+        (ValueError, "is on meta but x is on", lambda: adapter_linear(x, weight.to("meta"), form)),
+        (TypeError, "weight must have x's dtype", lambda: adapter_linear(x.bfloat16(), weight, form)),
+        (TypeError, "x must be float16", lambda: adapter_linear(x.int(), weight, form)),
+        (TypeError, "no float64 kernels", lambda: adapter_linear(x.double(), weight.double(), form, backend="triton")),
+        (ValueError, "weight must be frozen", lambda: adapter_linear(x, weight.clone().requires_grad_(), form)),
+        (ValueError, r"lora_B must have shape \[5, 2\]", lambda: weight_norm(weight, values["A"], x, 1.0)),
+    ]
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="needs tensors on a GPU"):
+        functional.resolve_backend("triton", torch.ones(1))
+    monkeypatch.setattr(functional, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match="needs the package triton"):
+        functional.resolve_backend("triton", torch.ones(1))
+    assert functional.resolve_backend("auto", torch.ones(1)) == "eager"
