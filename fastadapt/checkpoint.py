@@ -173,6 +173,7 @@ def _fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> Non
         layered = name.removesuffix(".bias") + ".base_layer.bias"
         if name.endswith(".bias") and layered in wanted:
             tensors[layered] = tensors.pop(name)
+    _drop_base_weights(injection, tensors, source)
     missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     for kind, names in (("is missing", missing), ("does not belong to this config and model", surplus)):
         if names:
@@ -187,6 +188,20 @@ def _fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> Non
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
+
+
+def _drop_base_weights(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
+    """PEFT saves the base weight of an adapted embedding or head too: it must be the one that the model has."""
+    for path, layer in injection.layers.items():
+        name = f"{PREFIX}model.{path}.base_layer.weight"
+        if name not in tensors:
+            continue
+        weight, saved = layer.base_layer.weight, tensors.pop(name)
+        if saved.shape != weight.shape or not torch.equal(saved.to(weight.device, weight.dtype), weight):
+            raise ValueError(
+                f"{source}: {name} is not the base weight of this model: the adapter was saved with a trained or "
+                "resized embedding; give the model that weight first"
+            )
 
 
 def load_adapter(

@@ -88,8 +88,7 @@ class AdapterConfig:
         raise TypeError(f"{type(self).__name__} does not say how its adapters are built")
 
     def shared_tensors(self, adapters: dict[str, Adapter]) -> dict[str, nn.Module]:
-        """Modules whose tensors all layers share, by the prefix of their names in a checkpoint; most methods have
-        none."""
+        """Modules whose tensors all layers share, by the prefix of their names in a checkpoint; most have none."""
         return {}
 
     def to_peft(self, paths: list[str]) -> dict[str, Any]:

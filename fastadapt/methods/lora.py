@@ -27,8 +27,9 @@ class LoRAAdapter(Adapter):
         DoRA   h = s · g, g = m / n, n = ‖W0 + s·B·A‖     β is not scaled
 
     Shapes: lora_A [r, in], lora_B [out, r], lora_magnitude_vector [out], lora_B_bias [out], bias [out]; for an
-    embedding lora_embedding_A [r, V], lora_embedding_B [D, r]; for a Conv2d lora_A [r, in, kh, kw], lora_B [out, r, 1,
-    1]."""
+    embedding lora_embedding_A [r, V], lora_embedding_B [D, r]; for a Conv2d lora_A [r, in, kh, kw] and
+    lora_B [out, r, 1, 1].
+    """
 
     lora_B_bias: nn.Parameter | None
 

@@ -133,8 +133,8 @@ def shrink(x: Tensor, A: Tensor) -> tuple[Config, int, int]:
     if x.dtype == torch.float32:
         block_r = _block(R, 16, 64)
         block_m = _block(M // 128, 16, 64)
-        warps = 8 if block_r == 64 else 4
-        config = {"BLOCK_M": block_m, "BLOCK_K": 32, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
+        block_k = 16 if block_r == 64 else 32
+        config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
     else:
         block_r = _block(R, 16, 128)
         # Few tokens: smaller tiles, so that more programs stream x.
