@@ -163,12 +163,15 @@ class AdapterLinearFunction(torch.autograd.Function):
         p: float,
         dropout_on_base: bool,
         backend: str,
+        backward: bool,
     ) -> Tensor:
         dtype = _compute_dtype(x)
-        needs_x, _, needs_A, needs_B, needs_mid, needs_out, needs_base, needs_bias = ctx.needs_input_grad[:8]
+        # needs_input_grad does not know of no_grad, where nothing needs to be kept or prepared.
+        needs = [backward and needed for needed in ctx.needs_input_grad[:8]]
+        needs_x, _, needs_A, needs_B, needs_mid, needs_out, needs_base, needs_bias = needs
+        backward = any(needs)
         with _without_autocast(x):
             rows, base = _rows(x).to(dtype), weight.to(dtype)
-            backward = any(ctx.needs_input_grad)
             recompose = "no"
             # In 16 bit a recomposed weight would round away deltas below its half-ulp.
             may_recompose = backend == "eager" and drop is None and A.shape[0] > 0 and not (needs_A or needs_base)
@@ -249,7 +252,7 @@ class AdapterLinearFunction(torch.autograd.Function):
                         recomposed = _recomposed_weight(base, form)
                     dx = dy @ recomposed
                 dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
-        return dx, None, dA, dB, dmid, dout, dbase, dbias, None, None, None, None, None, None
+        return dx, None, dA, dB, dmid, dout, dbase, dbias, None, None, None, None, None, None, None
 
 
 def _out_scale(out_scale: Tensor | None, scaling: float) -> Tensor | float:
@@ -332,6 +335,7 @@ def adapter_linear(
         p,
         form.dropout_on_base,
         backend,
+        torch.is_grad_enabled(),
     )
 
 

@@ -164,8 +164,8 @@ def test_odd_shapes(m: int, k: int, n: int, r: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("name", ("lora", "dora", "vera", "all"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["lora", "dora", "vera", "all"])
 def test_dropout_agrees_between_forward_and_backward(name: str, dtype: torch.dtype, backend: str) -> None:
     parts, on_base = FORMS[name]
     judge(19, 40, 24, 4, dtype, backend, parts, p=0.3, on_base=on_base)
@@ -285,7 +285,7 @@ def kept_tensors(run: Callable[[], Tensor], ignore: list[Tensor]) -> list[Tensor
     return list(kept.values())
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saved_tensors_are_the_fused_minimum(dtype: torch.dtype) -> None:
     m, k, n, r = 64, 32, 40, 4
     values, weight = operands(m, k, n, r, dtype)
@@ -317,7 +317,7 @@ def test_saved_tensors_are_the_fused_minimum(dtype: torch.dtype) -> None:
         assert kept(AdapterForm(A, B, d, h)) == []
 
 
-@pytest.mark.parametrize("reentrant", (True, False))
+@pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpoint_recomputes_the_same_mask(backend: str, reentrant: bool) -> None:
     values, weight = operands(9, 12, 10, 3, torch.float32)
@@ -341,7 +341,7 @@ def test_checkpoint_recomputes_the_same_mask(backend: str, reentrant: bool) -> N
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_dropout_follows_manual_seed_and_only_while_training(backend: str) -> None:
     values, weight = operands(9, 12, 10, 3, torch.float32)
     form = AdapterForm(values["A"], values["B"])

@@ -68,8 +68,8 @@ def test_the_fake_tells_the_layout(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dora", (False, True))
-@pytest.mark.parametrize("dropout", (0.0, 0.3))
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_compiles_in_one_graph_forward_and_backward(backend: str, dora: bool, dropout: float) -> None:
     weight = tensor(N, K)
     leaves = [t.requires_grad_() for t in (tensor(M, K), tensor(R, K), tensor(N, R), tensor(N))]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,24 @@ def pattern_value(pattern: dict[str, T], path: str, default: T) -> T:
         if re.match(rf"(.*\.)?({key})$", path):
             return value
     return default
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether a value that may come from a JSON file has the type that a field is annotated with."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_is_a(value, part) for part in inner)
+    if origin is list:
+        return isinstance(value, (list, tuple, set)) and all(_is_a(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_a(k, inner[0]) and _is_a(v, inner[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
 
 
 @dataclass
@@ -56,7 +76,14 @@ class AdapterConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _is_a(value, hints[field.name]):
+                raise ValueError(f"{field.name} must be {_spell(hints[field.name])}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be a finite number, got {value!r}")
+        if self.r <= 0:
             raise ValueError(f"r must be a positive integer, got {self.r!r}")
         if self.bias not in self.bias_choices:
             raise ValueError(

@@ -155,7 +155,7 @@ class LoRAConfig(AdapterConfig):
         if self.use_dora and self.lora_bias:
             raise ValueError("lora_bias cannot go with use_dora: DoRA does not scale a bias")
         for key, r in self.rank_pattern.items():
-            if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
+            if r <= 0:
                 raise ValueError(f"rank_pattern[{key!r}] must be a positive integer, got {r!r}")
 
     @property

@@ -1,0 +1,270 @@
+"""What every method in the table must do: start as the identity, merge to what it computes, and count as published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastadapt import (
+    DoRAConfig,
+    LoRAConfig,
+    VeRAConfig,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+    trainable_parameters,
+    unmerge,
+)
+from fastadapt.methods import METHODS, AdapterConfig
+from fastadapt.methods.row_norm import RowNorm
+
+TARGETS = ["first", "second"]
+
+
+class TwoLayers(nn.Module):
+    """Two linear layers of different widths, one with a bias large enough to show where it is scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(12, 20)
+        self.second = nn.Linear(20, 8, bias=False)
+        nn.init.normal_(self.first.bias, std=20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.tanh(self.first(x) / 20))
+        return y
+
+
+CONFIGS: dict[str, AdapterConfig] = {
+    "LoRA": LoRAConfig(r=4, target_modules=TARGETS),
+    "rsLoRA": LoRAConfig(r=4, target_modules=TARGETS, use_rslora=True),
+    "LoRA, trained biases": LoRAConfig(r=4, target_modules=TARGETS, bias="lora_only", lora_bias=True),
+    "DoRA": DoRAConfig(r=4, target_modules=TARGETS),
+    "VeRA": VeRAConfig(r=16, target_modules=TARGETS),
+    "VeRA, only the key": VeRAConfig(r=16, target_modules=TARGETS, save_projection=False, projection_prng_key=7),
+    "VeRA, trained bias": VeRAConfig(r=16, target_modules=TARGETS, bias="vera_only"),
+    "DVoRA": VeRAConfig(r=16, target_modules=TARGETS, use_dora=True),
+}
+
+
+def train_a_little(model: nn.Module, x: Tensor) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.05)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+
+
+def test_every_type_in_the_table_is_tested() -> None:
+    assert {config.to_peft([])["peft_type"] for config in CONFIGS.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_new_adapter_is_the_identity(name: str) -> None:
+    model, x = TwoLayers(), torch.randn(5, 12)
+    before = model(x)
+    torch.testing.assert_close(inject(model, CONFIGS[name])(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_merge_equals_forward_and_unmerge_restores_every_bit(name: str, dtype: torch.dtype) -> None:
+    model = inject(TwoLayers().to(dtype), CONFIGS[name])
+    x = torch.randn(5, 12, dtype=dtype)
+    train_a_little(model, x)
+    model.eval()
+    base = {key: value.clone() for key, value in model.state_dict().items()}
+    adapted = model(x)
+    merge(model)
+    # Merged, the weight itself is rounded to the base's dtype, once.
+    torch.testing.assert_close(model(x), adapted, rtol=2e-2, atol=4e-2) if dtype == torch.bfloat16 else (
+        torch.testing.assert_close(model(x), adapted)
+    )
+    assert not torch.equal(model.state_dict()["first.base_layer.weight"], base["first.base_layer.weight"])
+    unmerge(model)
+    assert base.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(x), adapted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_merge_is_exact_in_double_precision(name: str) -> None:
+    model, x = inject(TwoLayers().double(), CONFIGS[name]), torch.randn(5, 12, dtype=torch.float64)
+    train_a_little(model, x)
+    adapted = model.eval()(x)
+    merge(model)
+    torch.testing.assert_close(model(x), adapted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_and_loaded_it_computes_the_same(name: str, tmp_path: Path) -> None:
+    model, x = inject(TwoLayers(), CONFIGS[name]), torch.randn(5, 12)
+    train_a_little(model, x)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(TwoLayers(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(x), model.eval()(x))
+    assert trainable_parameters(loaded).trainable == 0
+    again = load_adapter(TwoLayers(), tmp_path, trainable=True)
+    assert trainable_parameters(again) == trainable_parameters(model)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sixteen_bit_bases_get_adapters_of_32(name: str) -> None:
+    model = inject(TwoLayers().bfloat16(), CONFIGS[name])
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    x = torch.randn(5, 12, dtype=torch.bfloat16)
+    assert model(x).dtype == torch.bfloat16
+    same = inject(TwoLayers().bfloat16(), CONFIGS[name], autocast_adapter_dtype=False)
+    assert all(p.dtype == torch.bfloat16 for p in same.parameters())
+    assert same(x).dtype == torch.bfloat16
+
+
+def test_layers_of_one_vera_share_the_projection() -> None:
+    model = inject(TwoLayers(), CONFIGS["VeRA"])
+    first, second = (model.get_submodule(f"{name}.adapters.default.projection") for name in TARGETS)
+    assert first is second
+    assert tuple(first.vera_A.shape) == (16, 20)  # type: ignore[operator, union-attr]
+    assert tuple(first.vera_B.shape) == (20, 16)  # type: ignore[operator, union-attr]
+
+
+def test_the_dora_norm_is_computed_only_when_it_can_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastadapt.methods import row_norm
+
+    calls = []
+    compute = row_norm.weight_norm
+    monkeypatch.setattr(row_norm, "weight_norm", lambda *a, **k: calls.append(0) or compute(*a, **k))  # type: ignore[func-returns-value]
+    norm, weight, A, B = RowNorm(), torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2)
+
+    def count(changing: bool = False) -> int:
+        before = len(calls)
+        norm(weight, A, B, 0.5, changing=changing)
+        return len(calls) - before
+
+    assert [count(), count(), count()] == [1, 0, 0]
+    assert [count(changing=True), count(changing=True)] == [1, 1]
+    assert [count(), count()] == [1, 0]
+    A.add_(1)
+    assert [count(), count()] == [1, 0]
+    weight.mul_(2)
+    assert [count(), count()] == [1, 0]
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1).step()
+    assert [count(), count()] == [1, 0]
+    norm.forget()
+    assert count() == 1
+    torch.testing.assert_close(norm(weight, A, B, 0.5, changing=False), (weight + 0.5 * B @ A).norm(dim=1))
+
+
+def test_no_stale_norm_after_a_fused_optimizer_in_eval_mode() -> None:
+    """AdamW(fused=True) writes parameters without raising their version: a cache by version would not see it."""
+    model, x = inject(TwoLayers(), CONFIGS["DoRA"]), torch.randn(5, 12)
+    model.eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    for _ in range(3):
+        model(x).square().sum().backward()
+        with torch.no_grad():
+            model(x)  # fills the cache between backward and step
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            fused = model(x)
+            fresh = inject(TwoLayers(), CONFIGS["DoRA"])
+            fresh.load_state_dict(model.state_dict())
+            torch.testing.assert_close(fused, fresh(x))
+
+
+class Blocks(nn.Module):
+    """Linear layers of given (in, out) in each of `count` blocks, without memory."""
+
+    def __init__(self, count: int, layers: dict[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(k, n, bias=False, device="meta") for name, (k, n) in layers.items()})
+            for _ in range(count)
+        )
+
+
+def qv(width: int) -> dict[str, tuple[int, int]]:
+    return {"q": (width, width), "v": (width, width)}
+
+
+def llama(width: int, hidden: int, *names: str) -> dict[str, tuple[int, int]]:
+    layers = {name: (width, width) for name in ("q", "k", "v", "o")}
+    layers |= {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+    return {name: layers[name] for name in names or layers}
+
+
+DEBERTA = {name: (768, 768) for name in ("q", "k", "v", "o")} | {"in": (768, 3072), "out": (3072, 768)}
+DORA = ("q", "k", "v", "up", "down")
+
+
+@pytest.mark.parametrize(
+    ("method", "r", "count", "layers", "expected"),
+    [
+        ("LoRA", 8, 12, qv(768), 294_912),  # RoBERTa-base and ViT-B/16
+        ("LoRA", 8, 24, qv(1024), 786_432),  # RoBERTa-large
+        ("LoRA", 16, 48, qv(1536), 4_718_592),  # DeBERTa-XXL
+        ("LoRA", 1, 96, qv(12288), 4_718_592),  # GPT-3
+        ("LoRA", 8, 96, qv(12288), 37_748_736),
+        ("LoRA", 16, 96, qv(12288), 75_497_472),
+        ("LoRA", 4, 24, qv(1024), 393_216),  # GPT-2 M
+        ("LoRA", 4, 36, qv(1280), 737_280),  # GPT-2 L
+        ("LoRA", 64, 32, llama(4096, 11008), 159_907_840),  # LLaMA-7B
+        ("LoRA", 64, 40, llama(5120, 13824), 250_347_520),  # LLaMA-13B
+        ("LoRA", 8, 12, DEBERTA, 1_327_104),  # DeBERTaV3-base
+        ("LoRA", 2, 12, DEBERTA, 331_776),
+        ("VeRA", 1024, 12, qv(768), 43_008),  # RoBERTa-base
+        ("VeRA", 256, 24, qv(1024), 61_440),  # RoBERTa-large and ViT-L
+        ("VeRA", 1024, 24, qv(1024), 98_304),  # GPT-2 M
+        ("VeRA", 1024, 36, qv(1280), 165_888),  # GPT-2 L
+        ("VeRA", 1024, 32, llama(4096, 11008), 1_589_248),  # LLaMA-7B
+        ("VeRA", 1024, 40, llama(5120, 13824), 2_416_640),  # LLaMA-13B
+        ("VeRA", 256, 32, llama(4096, 11008), 1_417_216),
+        ("VeRA", 256, 12, qv(768), 24_576),  # ViT-B
+        ("VeRA", 16, 96, qv(12288), 2_362_368),  # GPT-3
+        ("DoRA", 32, 32, llama(4096, 11008, *DORA), 56_975_360),  # LLaMA-7B
+        ("DoRA", 16, 32, llama(4096, 11008, *DORA), 28_925_952),
+    ],
+)
+def test_published_parameter_counts(
+    method: str, r: int, count: int, layers: dict[str, tuple[int, int]], expected: int
+) -> None:
+    config = {"LoRA": LoRAConfig, "VeRA": VeRAConfig, "DoRA": DoRAConfig}[method](r=r, target_modules=list(layers))
+    assert trainable_parameters(inject(Blocks(count, layers), config)).trainable == expected
+
+
+def test_gpt3_vera_with_its_shared_factors() -> None:
+    model = inject(Blocks(96, qv(12288)), VeRAConfig(r=16, target_modules=["q", "v"]))
+    projection = model.get_submodule("blocks.0.q.adapters.default.projection")
+    shared = sum(buffer.numel() for buffer in projection.buffers())
+    assert trainable_parameters(model).trainable + shared == 2_755_584
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: LoRAConfig(r=0), "r must be a positive integer, got 0"),
+        (lambda: LoRAConfig(r=-3), "r must be a positive integer, got -3"),
+        (lambda: VeRAConfig(r=0), "r must be a positive integer, got 0"),
+        (lambda: LoRAConfig(lora_dropout=1.0), r"lora_dropout must be in \[0, 1\), got 1.0"),
+        (lambda: VeRAConfig(vera_dropout=-0.1), r"vera_dropout must be in \[0, 1\)"),
+        (lambda: LoRAConfig(bias="all"), "bias must be one of none, lora_only"),
+        (lambda: LoRAConfig(init_lora_weights="pissa"), "changes the base weight"),
+        (lambda: DoRAConfig(lora_bias=True), "lora_bias cannot go with use_dora"),
+        (lambda: LoRAConfig(rank_pattern={"q": 0}), r"rank_pattern\['q'\] must be a positive integer"),
+        (lambda: LoRAConfig(lora_alpha=float("nan")), "lora_alpha must be a finite number"),
+        (lambda: LoRAConfig(use_dora=1), "use_dora must be bool, got 1"),
+        (lambda: LoRAConfig(target_modules=[3]), "target_modules must be"),
+        (lambda: LoRAConfig(layers_pattern="h"), "give layers_to_transform too"),
+    ],
+)
+def test_configs_refuse_what_they_cannot_mean(config: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config()  # type: ignore[operator]
