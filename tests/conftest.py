@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -28,9 +28,9 @@ from triton.runtime.interpreter import (  # noqa: E402
     TensorHandle,
 )
 
-# --- bf16 in the interpreter. It keeps bf16 as uint16 and lets numpy compute with the bit patterns, as if they were
-# integers (triton issue 11584), and it truncates where a GPU rounds to nearest even. Every operation that can meet a bf16
-# value is therefore wrapped: decode to fp32, compute, round, encode.
+# bf16 in the interpreter: it keeps bf16 as uint16 and lets numpy compute with the bit patterns, as if they were
+# integers (triton issue 11584), and it truncates where a GPU rounds to nearest even. Every operation that can meet a
+# bf16 value is therefore wrapped: decode to fp32, compute, round, encode.
 
 
 def is_bfloat16(value: object) -> bool:
@@ -125,7 +125,7 @@ def patch_language_once() -> None:
     The patching takes a third of the interpreter's time and changes nothing after its first call for a module.
     """
     patched: set[tuple[int, ...]] = set()
-    run_grid, call_function, patch_language = GridExecutor.__call__, InterpretedFunction.__call__, interpreter._patch_lang
+    run_grid, call_function = GridExecutor.__call__, InterpretedFunction.__call__
 
     @wraps(run_grid)
     def run_grid_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +136,7 @@ def patch_language_once() -> None:
     def call_without_patching(self: Any, *args: Any, **kwargs: Any) -> Any:
         languages = tuple(id(value) for value in self.fn.__globals__.values() if value is tl or value is tl.core)
         if languages not in patched:
-            patch_language(self.fn)
+            interpreter._patch_lang(self.fn)
             patched.add(languages)
         return self.rewrite()(*args, **kwargs)
 
@@ -168,8 +168,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def shuffled_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[random.Random]:
-    """The interpreter runs the programs of every grid in a random order; reseed the yielded generator for another one.
+def shuffled_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs the programs of every grid in a random order, from here to the end of the test.
 
     The order is an illusion kept up by the indices: the loop counts as ever, and each step is told a shuffled index.
     """
@@ -188,7 +188,6 @@ def shuffled_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[random.Random
 
     monkeypatch.setattr(builder, "set_grid_dim", set_shuffled_dim)
     monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: set_grid_idx(*order[x, y, z]))
-    yield generator
 
 
 def interpreter_runs() -> bool:

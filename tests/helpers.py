@@ -37,7 +37,7 @@ def assert_close(actual: Tensor, exact: Tensor, reference: Tensor) -> None:
     error = (actual.detach().double() - exact).abs().max().item()
     reference_error = (reference.detach().double() - exact).abs().max().item()
     allowed = 2 * (reference_error + torch.finfo(reference.dtype).eps * exact.abs().max().item())
-    assert error <= allowed, f"error {error:.3e} > allowed {allowed:.3e} (reference in its dtype: {reference_error:.3e})"
+    assert error <= allowed, f"error {error:.3e} > allowed {allowed:.3e}; the reference's own: {reference_error:.3e}"
 
 
 def _canary_buffer(shape: Sequence[int], dtype: torch.dtype, device: Any) -> Tensor:

@@ -1,1 +1,1 @@
-"""Triton kernels of fastadapt: tensors in, tensors out. One module a kernel; imports torch and triton only, no autograd."""
+"""Triton kernels of fastadapt, one module each: tensors in, tensors out. Imports torch and triton only; no autograd."""

@@ -155,9 +155,9 @@ def _reduce_tokens(
     }
     tiles = triton.cdiv(N, config["BLOCK_N"]) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
     configs.launch(_adapter_grads_kernel, (tiles, splits), arguments, config)
-    for partials, total in ((product_partials, product), (sum_partial, column_sum), (dot_partial, dot_sum)):
-        if partials is not None and total is not None:
-            sum_partials(partials, total)
+    for partials, output in ((product_partials, product), (sum_partial, column_sum), (dot_partial, dot_sum)):
+        if partials is not None and output is not None:
+            sum_partials(partials, output)
 
 
 def output_grads(

@@ -176,8 +176,9 @@ def _launch(
     if y.numel() == 0:
         return y, z
     two_products = dropout_on_base and seed is not None and base_scale is not None
-    optional = (mid_scale, out_scale, base_scale, bias, z)
-    plain = all(operand is None for operand in optional)
+    # In the forward pass the mask is already in u, unless the base path is dropped as well.
+    seed = seed if backward or two_products else None
+    plain = all(operand is None for operand in (mid_scale, out_scale, base_scale, bias, z, seed))
     config = configs.adapter_linear(x, weight, R, two_products=two_products, plain=plain)
     mid_scale, out_scale, base_scale, bias = (
         None if vector is None else vector.contiguous() for vector in (mid_scale, out_scale, base_scale, bias)
@@ -193,7 +194,7 @@ def _launch(
         "out_scale": out_scale,
         "base_scale": base_scale,
         "bias": bias,
-        "seed": seed if backward or two_products else None,
+        "seed": seed,
         "M": M,
         "N": N,
         "K": K,

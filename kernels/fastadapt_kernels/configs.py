@@ -1,8 +1,8 @@
 """Every tile size, and how a kernel is launched with it: the only file that knows what a GPU can hold.
 
 Choices depend on dtype, shape and the shared memory that a block may take, never on the name of a device, so that an
-unknown GPU runs and a split sum has the same order on every one. They are checked by compiling them offline: the launchers
-run under ``recorded_launches`` on meta tensors, and what they would have launched goes to triton.compile.
+unknown GPU runs and a split sum has the same order on every one. They are checked by compiling them offline: the
+launchers run under ``recorded_launches`` on meta tensors, and what they would have launched goes to triton.compile.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ def _device_shared_memory(device: torch.device) -> int:
 
 def _block(size: int, least: int, most: int) -> int:
     """The power of two in [least, most] that covers size, if one does."""
-    return max(least, min(most, triton.next_power_of_2(size)))
+    return max(least, min(most, 1 << max(size - 1, 0).bit_length()))
 
 
 def _splits(programs: int, steps: int, least_steps: int) -> tuple[int, int]:
-    """(splits, steps_per_split) of a loop, so that the GPU is filled and no split is shorter than least_steps or empty."""
+    """(splits, steps_per_split) of a loop: enough to fill the GPU, none empty or far shorter than least_steps."""
     splits = max(1, min(_WANTED_PROGRAMS // programs, steps // least_steps))
     steps_per_split = triton.cdiv(steps, splits)
     return triton.cdiv(steps, steps_per_split), steps_per_split
@@ -128,13 +128,13 @@ def shrink(x: Tensor, A: Tensor) -> tuple[Config, int, int]:
     M, K = x.shape
     R = A.shape[0]
     if _interpreted():
-        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 16}, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(K, 64), 1)
+        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 32}, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(K, 64), 1)
     shared_memory = _shared_memory(x.device)
     if x.dtype == torch.float32:
         block_r = _block(R, 16, 64)
         block_m = _block(M // 128, 16, 64)
-        block_k = 16 if block_r == 64 else 32
-        config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
+        block_k, warps = (16, 8) if block_r == 64 else (32, 4)
+        config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
     else:
         block_r = _block(R, 16, 128)
         # Few tokens: smaller tiles, so that more programs stream x.
@@ -153,7 +153,7 @@ def adapter_linear(x: Tensor, weight: Tensor, R: int, *, two_products: bool, pla
     """
     M, N = x.shape[0], weight.shape[0]
     if _interpreted():
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 16, "GROUP_M": 2}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 32, "GROUP_M": 2}
     shared_memory = _shared_memory(x.device)
     tiles: Config
     if x.dtype == torch.float32:
@@ -177,7 +177,7 @@ def adapter_grads(x: Tensor, R: int) -> tuple[Config, int, int]:
     """Tiles of _adapter_grads_kernel for x [M, N], and (splits, steps_per_split) of the loop over tokens."""
     M, N = x.shape
     if _interpreted():
-        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 16}, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(M, 16), 1)
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 32}, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(M, 16), 1)
     if x.dtype == torch.float32:
         config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 64), "num_warps": 4, "num_stages": 2}
     else:
@@ -189,7 +189,7 @@ def adapter_grads(x: Tensor, R: int) -> tuple[Config, int, int]:
 def weight_norm(R: int) -> Config:
     """Tiles of _weight_norm_kernel for B [N, R]."""
     if _interpreted():
-        return {"BLOCK_N": 32, "BLOCK_R": 16}
+        return {"BLOCK_N": 32, "BLOCK_R": 32}
     return {"BLOCK_N": 32, "BLOCK_R": _block(R, 16, 32), "num_warps": 4, "num_stages": 2}
 
 
