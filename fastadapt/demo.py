@@ -10,17 +10,19 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from . import demo_compare as compare
 from . import demo_training as training
-from . import report
 from .checkpoint import load_adapter, save_adapter
 from .demo_assets import Topic, load_model, load_topic, quiet_transformers
+from .doctor import write_json
 from .inject import inject, set_adapter, trainable_parameters
 from .methods import AdapterConfig, DoRAConfig, LoRAConfig, VeRAConfig
+
+ANSWER_TOKENS = 20
 
 
 class Plan(NamedTuple):
@@ -36,14 +38,14 @@ class Plan(NamedTuple):
         return self.method.lower()
 
 
-def plans(r: int, vera_r: int) -> list[Plan]:
+def plans() -> list[Plan]:
     """The demo's adapters. Rates are those at which each method learns in a few dozen steps.
 
     rsLoRA multiplies B A by lora_alpha / √r, four times LoRA's lora_alpha / r at rank 16, so it takes less; VeRA's
     vectors take twenty times more than LoRA's matrices, as in its paper.
     """
-    lora: dict[str, Any] = {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    vera: dict[str, Any] = {"r": vera_r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    lora: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    vera: dict[str, Any] = {"r": 256, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return [
         Plan("LoRA", "trivia", 5e-4, LoRAConfig(**lora)),
         Plan("rsLoRA", "ai", 2e-4, LoRAConfig(use_rslora=True, **lora)),
@@ -63,9 +65,6 @@ class Options:
     steps: int = 20
     seed: int = 0
     rounds: int = 5
-    r: int = 16
-    vera_r: int = 256
-    answer_tokens: int = 20
     device: str = "cpu"
 
 
@@ -87,13 +86,17 @@ def run(options: Options, console: Console) -> list[dict[str, Any]]:
 
     Raises AssetError (a ValueError) where the model or the data cannot be had.
     """
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # the latter is how torch says that it was built without CUDA
+        raise ValueError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    options.output.mkdir(parents=True, exist_ok=True)
     with console.status("looking for the model") as status:
         base, tokenizer = load_model(options.model, lambda text: status.update(text))
         base.to(options.device)
     started = time.perf_counter()
     parameters = sum(parameter.numel() for parameter in base.parameters())
     console.print(f"base model: {options.model or 'SmolLM2-135M-Instruct'}, {parameters:,} parameters, frozen, fp32")
-    chosen = plans(options.r, options.vera_r)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -102,16 +105,9 @@ def run(options: Options, console: Console) -> list[dict[str, Any]]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress, quiet_transformers():
-        tasks = [
-            progress.add_task(f"{plan.method} on {plan.topic}", total=options.steps, start=False, note="")
-            for plan in chosen
-        ]
-        measuring = progress.add_task("beside PEFT", total=None, start=False, note="")
-        trained = [
-            train_one(plan, base, tokenizer, options, progress, task) for plan, task in zip(chosen, tasks, strict=True)
-        ]
-        answers = answer_all(base, tokenizer, trained, options)
-        rows = measure(base, tokenizer, trained, options, progress, measuring)
+        trained = [train_one(plan, base, tokenizer, options, progress) for plan in plans()]
+        answers = answer_all(base, tokenizer, trained, progress)
+        rows = measure(base, tokenizer, trained, options, progress)
     seconds = time.perf_counter() - started
 
     json_file = options.json or options.output / "demo.json"
@@ -121,9 +117,7 @@ def run(options: Options, console: Console) -> list[dict[str, Any]]:
         adapter.plan.method: {"train": adapter.curve.train, "heldout": adapter.curve.heldout} for adapter in trained
     }
     settings = {"steps": options.steps, "seed": options.seed, "rounds": options.rounds, "device": options.device}
-    report.write_json(
-        json_file, "demo", rows, seconds=round(seconds, 1), settings=settings, answers=answers, curves=curves
-    )
+    write_json(json_file, "demo", rows, seconds=round(seconds, 1), settings=settings, answers=answers, curves=curves)
     print_answers(answers, console)
     print_table(rows, options, console)
     console.print(f"adapters  {options.output}/<method>, readable by PEFT", highlight=False, soft_wrap=True)
@@ -133,16 +127,13 @@ def run(options: Options, console: Console) -> list[dict[str, Any]]:
     return rows
 
 
-def train_one(
-    plan: Plan, base: Any, tokenizer: Any, options: Options, progress: Progress, task: TaskID
-) -> Trained:
+def train_one(plan: Plan, base: Any, tokenizer: Any, options: Options, progress: Progress) -> Trained:
     """Trains one adapter on its topic and saves it."""
     topic = load_topic(plan.topic, options.seed)
     rows, heldout = (training.encode(tokenizer, pairs) for pairs in (topic.train, topic.heldout))
     torch.manual_seed(options.seed)
     model = inject(training.skeleton(base), plan.config)
-    progress.start_task(task)
-    progress.update(task, note="held-out rows, before")
+    task = progress.add_task(f"{plan.method} on {plan.topic}", total=options.steps, note="held-out rows, before")
     curve = training.train(
         model,
         rows,
@@ -160,7 +151,7 @@ def train_one(
     return Trained(plan, topic, heldout, directory, trainable_parameters(model).trainable, curve, model)
 
 
-def answer_all(base: Any, tokenizer: Any, trained: list[Trained], options: Options) -> list[dict[str, str]]:
+def answer_all(base: Any, tokenizer: Any, trained: list[Trained], progress: Progress) -> list[dict[str, str]]:
     """Two questions of each topic, one held out and one from training, answered by the base and by the adapter.
 
     One model holds all adapters, loaded back from their directories, and switches between them.
@@ -168,29 +159,33 @@ def answer_all(base: Any, tokenizer: Any, trained: list[Trained], options: Optio
     model = training.skeleton(base)
     for adapter in trained:
         load_adapter(model, adapter.directory, adapter.plan.name)
+    task = progress.add_task("answers", total=4 * len(trained), note="")
     answers = []
     for adapter in trained:
         for kind, pair in (("held out", adapter.topic.heldout[0]), ("trained on", adapter.topic.train[0])):
             entry = {"topic": adapter.topic.name, "kind": kind, "question": pair.question, "corpus": pair.answer}
             for key, name in (("base", None), ("adapter", adapter.plan.name)):
                 set_adapter(model, name)
-                entry[key] = training.answer(model, tokenizer, pair.question, options.answer_tokens)
+                entry[key] = training.answer(model, tokenizer, pair.question, ANSWER_TOKENS)
+                progress.advance(task)
             answers.append({"method": adapter.plan.method, **entry})
     return answers
 
 
 def measure(
-    base: Any, tokenizer: Any, trained: list[Trained], options: Options, progress: Progress, task: TaskID
+    base: Any, tokenizer: Any, trained: list[Trained], options: Options, progress: Progress
 ) -> list[dict[str, Any]]:
     """One flat row for each adapter: what the table shows and the JSON holds."""
     # Four rows of middling length, the same for all: the ratios need a typical step, not a long one.
-    everything = sorted((row for adapter in trained for row in adapter.heldout), key=lambda row: len(row.prompt + row.answer))
+    everything = sorted(
+        (row for adapter in trained for row in adapter.heldout), key=lambda row: len(row.prompt + row.answer)
+    )
     middle = max(0, len(everything) // 2 - 2)
     batch = training.collate(everything[middle : middle + 4], tokenizer.eos_token_id, base.device)
-    progress.start_task(task)
+    task = progress.add_task("steps beside PEFT", total=None, note="in shuffled order")
 
     def advance(done: int, total: int) -> None:
-        progress.update(task, completed=done, total=total, note="steps in shuffled order")
+        progress.update(task, completed=done, total=total)
 
     measured = compare.compare(
         base,
@@ -201,7 +196,6 @@ def measure(
         seed=options.seed,
         progress=advance,
     )
-    progress.update(task, note="")
     progress.stop_task(task)
     rows = []
     for adapter in trained:
@@ -268,11 +262,11 @@ def print_table(rows: list[dict[str, Any]], options: Options, console: Console) 
     """The one table, under the lines that say what its columns mean."""
     tokens = rows[0]["batch_tokens"]
     console.print(
-        "\nloss: mean over the answer tokens of held-out rows, before and after training. step: time of forward, backward "
-        "and AdamW as a multiple of the frozen pass (forward and backward to the embeddings, no adapter) and of PEFT's "
-        f"step, medians of {options.rounds} interleaved rounds on {tokens} tokens ({options.device}). saved: what autograd "
-        "keeps for the backward, whole model. differs: largest difference of our logits from those of PEFT, which loads "
-        "our directory, relative to the largest logit. PEFT has no DVoRA.",
+        "\nloss: mean over the answer tokens of held-out rows, before and after training. step: time of forward, "
+        "backward and AdamW as a multiple of the frozen pass (forward and backward to the embeddings, no adapter) and "
+        f"of PEFT's step, medians of {options.rounds} interleaved rounds on {tokens} tokens ({options.device}). saved: "
+        "what autograd keeps for the backward, whole model. differs: largest difference of our logits from those of "
+        "PEFT, which loads our directory, relative to the largest logit. PEFT has no DVoRA.",
         highlight=False,
     )
     table = Table()

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,7 +113,10 @@ def quiet_transformers() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            # peft calls what this transformers has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.disable(logging.NOTSET)
         transformers_logging.set_verbosity(verbosity)
@@ -191,7 +195,7 @@ def _convert_gguf(gguf: Path, plain: Path) -> None:
 
 
 def load_topic(name: str, seed: int) -> Topic:
-    """One English topic of chatterbot-corpus, without repetitions, a fifth of its rows (about 24 at most) held out.
+    """One English topic of chatterbot-corpus, without repetitions, a fifth of its rows (about 20 at most) held out.
 
     All answers to a question fall on the same side, so a held-out question is new to the adapter.
     """
@@ -212,7 +216,7 @@ def load_topic(name: str, seed: int) -> Topic:
             answers.setdefault(question.casefold(), {})[reply.casefold()] = Pair(question, reply)
     groups = [list(group.values()) for group in answers.values()]
     random.Random(f"{seed} {name}").shuffle(groups)
-    wanted = min(24, sum(len(group) for group in groups) // 5)
+    wanted = min(20, sum(len(group) for group in groups) // 5)
     heldout: list[Pair] = []
     while len(heldout) < wanted:
         heldout += groups.pop()

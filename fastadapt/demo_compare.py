@@ -97,8 +97,8 @@ def step_ratios(
 ) -> dict[tuple[str, str], float]:
     """For each pair, the median over the rounds of the first step's time as a multiple of the second's.
 
-    Every round runs every step once in a new order, and a ratio is taken within its round: the machine's drift, which is
-    larger than the differences that are looked for, is common to both. An uncounted round warms up.
+    Every round runs every step once in a new order, and a ratio is taken within its round: the machine's drift, larger
+    than the differences that are looked for, is common to both. An uncounted round warms up.
     """
     shuffler = random.Random(seed)
     samples: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .demo_assets import Pair
 
-BATCH_ROWS = 8
+BATCH_ROWS = 6
 MAX_TOKENS = 96
 IGNORED = -100
 

@@ -110,14 +110,18 @@ def _rows(x: Tensor) -> Tensor:
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's where it is on for x's device, else x's own."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if _autocasts(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
+
+
+def _autocasts(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _recompose(rows: int, weight: Tensor, A: Tensor, backward: bool) -> str:
@@ -171,7 +175,7 @@ class AdapterLinearFunction(torch.autograd.Function):
         needs_x, _, needs_A, needs_B, needs_mid, needs_out, needs_base, needs_bias = needs
         backward = any(needs)
         with _without_autocast(x):
-            rows, base = _rows(x).to(dtype), weight.to(dtype)
+            rows, base = ops.cast(_rows(x), dtype), ops.cast(weight, dtype)
             recompose = "no"
             # In 16 bit a recomposed weight would round away deltas below its half-ulp.
             may_recompose = backend == "eager" and drop is None and A.shape[0] > 0 and not (needs_A or needs_base)
@@ -200,47 +204,38 @@ class AdapterLinearFunction(torch.autograd.Function):
                 mid_scale,
                 out_scale,
                 base_scale,
-                bias if needs_bias else None,
                 u if needs_B or needs_mid or needs_out else None,
                 z,
                 drop if needs_x or needs_A else None,
                 recomposed if recompose == "keep" and needs_x else None,
             )
-            ctx.x_shape, ctx.x_dtype, ctx.dtype, ctx.recompose = x.shape, x.dtype, dtype, recompose
+            ctx.x_shape, ctx.dtype, ctx.recompose = x.shape, dtype, recompose
             ctx.scaling, ctx.p, ctx.dropout_on_base, ctx.backend = scaling, p, dropout_on_base, backend
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, A, B, mid_scale, out_scale, base_scale, bias, u, z, drop, recomposed = ctx.saved_tensors
+        rows, weight, A, B, mid_scale, out_scale, base_scale, u, z, drop, recomposed = ctx.saved_tensors
         needs_x, _, needs_A, needs_B, needs_mid, needs_out, needs_base, needs_bias = ctx.needs_input_grad[:8]
         scaling, p, backend = ctx.scaling, ctx.p, ctx.backend
         dx = dA = dB = dmid = dout = dbase = dbias = None
         with _without_autocast(dy):
-            dy, base = _rows(dy), weight.to(ctx.dtype)
+            dy, base = _rows(dy), ops.cast(weight, ctx.dtype)
             q = None
             if needs_A or (needs_x and ctx.recompose == "no"):
                 q = ops.shrink_grad(dy, B, out_scale, scaling, backend)
-            sums = iter(
-                ops.output_grads(dy, u, z, needs_bias, backend) if u is not None or needs_bias or needs_base else ()
-            )
-            if u is not None:
-                P = next(sums)
-                P_mid = P if mid_scale is None else P * mid_scale
-                if needs_B:
-                    dB = (P_mid * scaling if out_scale is None else P_mid * (scaling * out_scale)[:, None]).to(B.dtype)
-                if needs_out:
-                    dout = (P_mid * B).sum(1).mul_(scaling).to(out_scale.dtype)
-                if needs_mid:
-                    weighted = B if out_scale is None else B * out_scale[:, None]
-                    dmid = (P * weighted).sum(0).mul_(scaling).to(mid_scale.dtype)
-            if needs_bias:
-                dbias = next(sums).to(bias.dtype)
-            if needs_base:
-                dbase = next(sums).to(base_scale.dtype)
+            if u is not None or needs_bias or needs_base:
+                sums = iter(ops.output_grads(dy, u, z, needs_bias, backend))
+                if u is not None:
+                    needs = (needs_B, needs_mid, needs_out)
+                    dB, dmid, dout = _factor_grads(next(sums), B, mid_scale, out_scale, scaling, needs)
+                if needs_bias:
+                    dbias = next(sums)
+                if needs_base:
+                    dbase = next(sums)
             if needs_A:
-                dA = ops.input_grads(rows, q, mid_scale, drop, p, backend).to(A.dtype)
+                dA = ops.input_grads(rows, q, mid_scale, drop, p, backend)
             if needs_x:
                 if ctx.recompose == "no":
                     dx = ops.adapter_linear_dx(
@@ -251,8 +246,35 @@ class AdapterLinearFunction(torch.autograd.Function):
                         form = AdapterForm(A, B, mid_scale, _out_scale(out_scale, scaling), base_scale)
                         recomposed = _recomposed_weight(base, form)
                     dx = dy @ recomposed
-                dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+                dx = dx.view(ctx.x_shape)
+        # In other dtypes than their tensors' the gradients are sums in fp32: autograd casts them.
         return dx, None, dA, dB, dmid, dout, dbase, dbias, None, None, None, None, None, None, None
+
+
+def _factor_grads(
+    P: Tensor,
+    B: Tensor,
+    mid_scale: Tensor | None,
+    out_scale: Tensor | None,
+    scaling: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dB, dd and dh from P = dyᵀ u [N, R]: nothing larger than B is made."""
+    needs_B, needs_mid, needs_out = needs
+    dB = dmid = dout = None
+    if needs_B:
+        dB = P if mid_scale is None else P * mid_scale
+        if out_scale is not None:
+            dB = dB * (scaling * out_scale)[:, None]
+        elif scaling != 1.0:
+            dB = dB * scaling
+    if needs_mid or needs_out:
+        PB = P * B
+        if needs_mid:
+            dmid = (PB.sum(0) if out_scale is None else ops.cast(out_scale, PB.dtype) @ PB).mul_(scaling)
+        if needs_out:
+            dout = (PB.sum(1) if mid_scale is None else PB @ ops.cast(mid_scale, PB.dtype)).mul_(scaling)
+    return dB, dmid, dout
 
 
 def _out_scale(out_scale: Tensor | None, scaling: float) -> Tensor | float:
@@ -261,14 +283,16 @@ def _out_scale(out_scale: Tensor | None, scaling: float) -> Tensor | float:
 
 def _recomposed_weight(weight: Tensor, form: AdapterForm) -> Tensor:
     """`merged_weight` in one product: for weights of 32 bits and more."""
-    up = form.B if form.mid_scale is None else form.B * form.mid_scale
-    alpha = 1.0
+    down, up, alpha = form.A, form.B, 1.0
+    if form.mid_scale is not None:  # on the smaller factor
+        n, k = weight.shape
+        down, up = (down * form.mid_scale[:, None], up) if k < n else (down, up * form.mid_scale)
     if isinstance(form.out_scale, Tensor):
         up = up * form.out_scale[:, None]
     else:
         alpha = form.out_scale
     base = weight if form.base_scale is None else weight * form.base_scale[:, None]
-    return torch.addmm(base, up.to(weight.dtype), form.A.to(weight.dtype), alpha=alpha)
+    return torch.addmm(base, up.to(weight.dtype), down.to(weight.dtype), alpha=alpha)
 
 
 def adapter_linear(
@@ -309,7 +333,7 @@ def adapter_linear(
             drop = ops.draw_dropout(_rows(x), p, "eager" if backend == "reference" else backend)
     if backend == "reference":
         keep = ops.keep_probability(p, "eager")
-        mask = None if drop is None else drop.view(x.shape)
+        mask = None if drop is None else ops.dropout_mask(drop, x.shape)
         return adapter_linear_reference(x, weight, form, mask=mask, p=1.0 - keep)
     scaling, out_scale = 1.0, None
     if not isinstance(form.out_scale, Tensor):
@@ -399,4 +423,6 @@ def weight_norm(
         return weight_norm_reference(weight, lora_A, lora_B, scaling)
     if base_squared is None:
         base_squared = ops.row_squares(weight.detach(), backend)
+    if not (torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)):
+        return ops.weight_norm(weight, lora_A, lora_B, scaling, base_squared, backend)[0]  # type: ignore[no-any-return]
     return WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)  # type: ignore[no-any-return]

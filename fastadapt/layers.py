@@ -85,8 +85,7 @@ class AdapterLayer(nn.Module):
     def active_adapter(self) -> Adapter | None:
         if self.active is None:
             return None
-        adapter = self.adapters[self.active]
-        assert isinstance(adapter, Adapter)
+        adapter: Adapter = self.adapters[self.active]  # type: ignore[assignment]
         return adapter
 
     @property

@@ -21,30 +21,34 @@ def tensor(*shape: int) -> Tensor:
 
 def cases(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """A call of every operator, with and without what is optional."""
+    registered = torch.ops.fastadapt
     x, weight, u, dy, z = tensor(M, K), tensor(N, K), tensor(M, R), tensor(M, N), tensor(M, N)
     A, B, d, h, g, b = tensor(R, K), tensor(N, R), tensor(R), tensor(N), tensor(N), tensor(N)
     drop = ops.draw_dropout(x, 0.3, backend)
     full = (x, weight, u, B, d, h, 0.5, g, b, drop, 0.3, True)
     return {
-        "shrink": (ops.shrink, (x, A, None, 0.0)),
-        "shrink with dropout": (ops.shrink, (x, A, drop, 0.3)),
-        "shrink_grad": (ops.shrink_grad, (dy, B, None, 0.5)),
-        "shrink_grad with a scale": (ops.shrink_grad, (dy, B, h, 1.0)),
-        "adapter_linear": (ops.adapter_linear, (x, weight, u, B, None, None, 0.5, None, None, None, 0.0, False)),
-        "adapter_linear in full": (ops.adapter_linear, full),
+        "shrink": (registered.shrink.default, (x, A, None, 0.0)),
+        "shrink with dropout": (registered.shrink.default, (x, A, drop, 0.3)),
+        "shrink_grad": (registered.shrink_grad.default, (dy, B, None, 0.5)),
+        "shrink_grad with a scale": (registered.shrink_grad.default, (dy, B, h, 1.0)),
+        "adapter_linear": (
+            registered.adapter_linear.default,
+            (x, weight, u, B, None, None, 0.5, None, None, None, 0.0, False),
+        ),
+        "adapter_linear in full": (registered.adapter_linear.default, full),
         "adapter_linear of rank 0": (
-            ops.adapter_linear,
+            registered.adapter_linear.default,
             (x, weight, u[:, :0], B[:, :0], None, None, 1.0, g, b, None, 0.0, False),
         ),
-        "adapter_linear_keep_base": (ops.adapter_linear_keep_base, full),
-        "adapter_linear_dx": (ops.adapter_linear_dx, (dy, weight, u, A, None, None, None, 0.0, False)),
-        "adapter_linear_dx in full": (ops.adapter_linear_dx, (dy, weight, u, A, d, g, drop, 0.3, True)),
-        "output_grads": (ops.output_grads, (dy, u, None, False)),
-        "output_grads in full": (ops.output_grads, (dy, u, z, True)),
-        "input_grads": (ops.input_grads, (x, u, None, None, 0.0)),
-        "input_grads in full": (ops.input_grads, (x, u, d, drop, 0.3)),
-        "weight_norm": (ops.weight_norm, (weight, A, B, 0.5, weight.square().sum(1))),
-        "row_squares": (ops.row_squares, (weight,)),
+        "adapter_linear_keep_base": (registered.adapter_linear_keep_base.default, full),
+        "adapter_linear_dx": (registered.adapter_linear_dx.default, (dy, weight, u, A, None, None, None, 0.0, False)),
+        "adapter_linear_dx in full": (registered.adapter_linear_dx.default, (dy, weight, u, A, d, g, drop, 0.3, True)),
+        "output_grads": (registered.output_grads.default, (dy, u, None, False)),
+        "output_grads in full": (registered.output_grads.default, (dy, u, z, True)),
+        "input_grads": (registered.input_grads.default, (x, u, None, None, 0.0)),
+        "input_grads in full": (registered.input_grads.default, (x, u, d, drop, 0.3)),
+        "weight_norm": (registered.weight_norm.default, (weight, A, B, 0.5, weight.square().sum(1))),
+        "row_squares": (registered.row_squares.default, (weight,)),
     }
 
 

@@ -64,7 +64,7 @@ class LoRAAdapter(Adapter):
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] as matrices."""
-        A, B = (self.get_parameter(name) for name in self._names)
+        A, B = (getattr(self, name) for name in self._names)
         return A.flatten(1), B.flatten(1)
 
     def _norm(self, row_norm: RowNorm, weight: Tensor) -> Tensor:
