@@ -29,6 +29,9 @@ _BLOCK_ELEMENTS = 1 << 20
 
 _DROPOUT_LEVELS = 1 << 16
 
+# The rank below which a factor is so thin that the products with it are bound by memory.
+_THIN = 64
+
 # The p up to which positions, 4·p bytes an element, take no more memory than a mask of one byte.
 _POSITIONS_UP_TO = 0.25
 
@@ -384,8 +387,9 @@ def _output_grads_eager(dy: Tensor, u: Tensor | None, z: Tensor | None, want_bia
     grads = []
     dtype = _sum_dtype(dy)
     if u is not None:
-        # The product of the wide operand on the right is twice as fast in MKL as its transpose.
-        grads.append(cast((u.T @ dy).T, dtype).contiguous())
+        # For a thin u the transposed product is twice as fast in MKL, and its transposition is cheap.
+        P = (u.T @ dy).T if u.shape[1] < _THIN else dy.T @ u
+        grads.append(cast(P, dtype).contiguous())
     if want_bias:
         grads.append(dy.sum(0, dtype=dtype))
     if z is not None:

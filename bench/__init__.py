@@ -1,0 +1,1 @@
+"""Benchmarks of fastadapt against PEFT: ``python -m bench NAME --json FILE``."""

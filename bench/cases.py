@@ -1,0 +1,74 @@
+"""What can be measured: the benches, and the adapters that they compare with PEFT's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# Name on the command line -> module whose `main` is the command.
+BENCHES = {"step": "bench.step", "saved": "bench.saved"}
+
+
+@dataclass(frozen=True)
+class AdapterCase:
+    """One adapter, configured alike for fastadapt and for PEFT."""
+
+    name: str
+    method: Literal["lora", "dora", "vera"]
+    r: int
+    dropout: float = 0.0
+
+    def config(self, target_modules: str | list[str]) -> Any:
+        """The fastadapt config."""
+        from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig
+
+        if self.method == "vera":
+            return VeRAConfig(r=self.r, target_modules=target_modules, vera_dropout=self.dropout)
+        lora = DoRAConfig if self.method == "dora" else LoRAConfig
+        return lora(r=self.r, lora_alpha=2 * self.r, lora_dropout=self.dropout, target_modules=target_modules)
+
+    def peft_config(self, target_modules: str | list[str]) -> Any:
+        """The same config for PEFT."""
+        from peft import LoraConfig, VeraConfig
+
+        if self.method == "vera":
+            return VeraConfig(r=self.r, target_modules=target_modules, vera_dropout=self.dropout)
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=2 * self.r,
+            lora_dropout=self.dropout,
+            target_modules=target_modules,
+            use_dora=self.method == "dora",
+        )
+
+
+STEP_CASES = {
+    case.name: case
+    for case in (
+        AdapterCase("lora", "lora", 16),
+        AdapterCase("dora", "dora", 16),
+        AdapterCase("vera", "vera", 256),
+        AdapterCase("dora_dropout", "dora", 16, dropout=0.05),
+    )
+}
+
+SAVED_CASES = {
+    case.name: case
+    for case in (
+        AdapterCase("lora", "lora", 16),
+        AdapterCase("lora_dropout", "lora", 16, dropout=0.1),
+        AdapterCase("dora", "dora", 16),
+        AdapterCase("dora_dropout", "dora", 16, dropout=0.1),
+        AdapterCase("vera", "vera", 256),
+        AdapterCase("vera_dropout", "vera", 256, dropout=0.1),
+    )
+}
+
+
+def chosen(cases: dict[str, AdapterCase], names: str) -> list[AdapterCase]:
+    """The cases that a comma-separated list names, all of them for an empty list."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()] or list(cases)
+    unknown = [name for name in wanted if name not in cases]
+    if unknown:
+        raise ValueError(f"unknown case {unknown[0]!r}: choose from {', '.join(cases)}")
+    return [cases[name] for name in wanted]

@@ -1,0 +1,113 @@
+"""Honest ratios on a noisy machine: interleaved variants, medians over rounds, and peaks in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+# glibc's malloc gives large blocks back to the kernel at every free: about 100,000 page faults a training step, more
+# time than the adapter itself. Every variant, and every child process, runs with that switched off.
+TUNABLES = "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184"
+
+
+def restart_with_tunables() -> None:
+    """Replace this process by one with the malloc tunables set: glibc reads them only when a process starts."""
+    if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") != TUNABLES:
+        # The profiler of `bench saved` announces itself on stderr at every level below the last.
+        environment = {"KINETO_LOG_LEVEL": "99", **os.environ, "GLIBC_TUNABLES": TUNABLES}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+class Timing(NamedTuple):
+    """One step: seconds on the wall, and seconds of processor time over all threads."""
+
+    wall: float
+    cpu: float
+
+
+class Ratio(NamedTuple):
+    """A median of ratios with its 95% bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0) -> list[dict[str, Timing]]:
+    """Run every variant once a round, in an order shuffled for each round; returns the timings of each round.
+
+    A round before the first warms up and is not counted. Sequential timings drift with the machine's clock and load
+    by more than the differences that are looked for; within a round the drift is common to all variants.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    order = list(variants)
+    shuffler = random.Random(seed)
+    results: list[dict[str, Timing]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("rounds", total=(rounds + 1) * len(order))
+        for index in range(rounds + 1):
+            shuffler.shuffle(order)
+            timings = {}
+            for name in order:
+                progress.update(task, description=f"round {index}/{rounds} {name}")
+                wall, cpu = time.perf_counter(), time.process_time()
+                variants[name]()
+                timings[name] = Timing(time.perf_counter() - wall, time.process_time() - cpu)
+                progress.advance(task)
+            if index:
+                results.append(timings)
+    return results
+
+
+def median_ratio(samples: list[float], seed: int = 0, resamples: int = 2000) -> Ratio:
+    """The median of per-round ratios, and the percentile bootstrap interval of that median."""
+    values = np.asarray(samples)
+    picks = np.random.default_rng(seed).integers(0, len(values), size=(resamples, len(values)))
+    low, high = np.quantile(np.median(values[picks], axis=1), [0.025, 0.975])
+    return Ratio(float(np.median(values)), float(low), float(high))
+
+
+def compare(rounds: list[dict[str, Timing]], variant: str, baseline: str) -> tuple[Ratio, Ratio]:
+    """How many times the baseline of the same round the variant took: on the wall, and in processor time."""
+    wall = median_ratio([timings[variant].wall / timings[baseline].wall for timings in rounds])
+    cpu = median_ratio([timings[variant].cpu / timings[baseline].cpu for timings in rounds])
+    return wall, cpu
+
+
+def peak_mb() -> float:
+    """The largest resident set that this process has had, in MB of 10^6 bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: its maximum is inherited from the process that started this one.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / 1e6
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def run_apart(module: str, arguments: Mapping[str, Any]) -> Any:
+    """Run ``python -m module`` with the arguments as JSON in a fresh process, and return the JSON of its last line.
+
+    Memory peaks are taken so: inside one process the allocator keeps what earlier variants took.
+    """
+    environment = {**os.environ, "GLIBC_TUNABLES": TUNABLES, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", module, json.dumps(dict(arguments))]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{module} {dict(arguments)} failed with code {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

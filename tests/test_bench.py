@@ -1,0 +1,204 @@
+"""The benches at tiny sizes: what they write, and that their arithmetic and their counting are right."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench import measure, report, saved, step
+from bench.__main__ import main
+from bench.cases import STEP_CASES, chosen
+
+
+@pytest.fixture(autouse=True)
+def _peft_may_warn() -> Iterator[None]:
+    """PEFT warns about deprecations of its own and about models without a hub name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture
+def _same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows_of(path: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of a report, after its shape is checked."""
+    content = json.loads(path.read_text())
+    assert set(content) == {"name", "machine", "versions", "commit", "rows"}
+    assert content["name"] == name
+    assert {"cpu", "cores", "threads", "glibc_tunables"} <= content["machine"].keys()
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["peft"]
+    assert content["commit"]
+    rows: list[dict[str, Any]] = content["rows"]
+    assert all(not isinstance(value, (dict, list)) for row in rows for value in row.values())
+    return rows
+
+
+@pytest.mark.usefixtures("_same_threads")
+def test_step_measures_every_case_beside_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "VOCAB", 97)
+    size = ["--layers", "1", "--batch", "2", "--length", "8", "--rounds", "2", "--threads", "1"]
+    main(["step", "--json", str(tmp_path / "step.json"), *size, "--no-peaks"])
+    rows = rows_of(tmp_path / "step.json", "step")
+    assert [row["case"] for row in rows] == ["lora", "dora", "vera", "dora_dropout"]
+    for row in rows:
+        assert {"x_frozen", "peft_x_frozen", "floor", "peak_mb", "peft_peak_mb"} <= row.keys()
+        for prefix in ("", "peft_"):
+            assert 0 < row[f"{prefix}x_low"] <= row[f"{prefix}x_frozen"] <= row[f"{prefix}x_high"]
+            assert row[f"{prefix}x_cpu"] > 0
+        assert row["trainable"] == row["peft_trainable"] > 0
+        assert row["floor"] >= row["floor_flops"] > 1
+        assert (row["rounds"], row["layers"]) == (2, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step.json"]
+
+
+def test_step_takes_the_peak_in_a_process_of_its_own() -> None:
+    shape = step.Shape(layers=1, batch=1, length=4, threads=1)
+    # The vocabulary alone is 49152 x 576 floats, 113 MB.
+    assert 200 < step.peak(STEP_CASES["lora"], "ours", shape) < 3000
+
+
+def test_a_failing_process_is_reported_with_what_it_said() -> None:
+    # It takes its argument for the name of a file.
+    with pytest.raises(RuntimeError, match=r"json.tool .* failed with code \d+:[\s\S]*No such file"):
+        measure.run_apart("json.tool", {"case": "none"})
+
+
+def test_floors_are_those_of_the_issue() -> None:
+    """The arithmetic against the rounded values that were worked out by hand for SmolLM2 and 512 tokens."""
+    expected = {"lora": 1.055, "dora": 1.09, "vera": 1.43, "dora_dropout": 1.82}
+    for name, value in expected.items():
+        with_bytes, flops = step.floor(STEP_CASES[name], step.Shape())
+        assert min(abs(with_bytes - value), abs(flops - value)) < 0.015, name
+        assert abs(with_bytes - value) < 0.05, name
+
+
+def test_dimensions_are_those_of_the_model() -> None:
+    assert sum(k * n for k, n in step.LINEARS) * step.LAYERS + step.VOCAB * step.HIDDEN == pytest.approx(
+        134.5e6, rel=1e-3
+    )
+    config = step.base_model(step.Shape(layers=1)).config
+    assert (config.hidden_size, config.intermediate_size, config.vocab_size) == (576, 1536, 49152)
+
+
+def test_frozen_weights_are_shared_between_variants() -> None:
+    base = step.base_model(step.Shape(layers=1))
+    pointers = {p.data_ptr() for p in base.parameters()}
+    for side in ("ours", "peft"):
+        model = step.adapted(base, STEP_CASES["dora"], side)
+        frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
+        assert frozen == pointers
+    assert not any(p.requires_grad for p in base.parameters())
+    assert not any(hasattr(module, "adapters") for module in base.modules())
+
+
+def test_saved_counts_every_case_beside_peft(tmp_path: Path) -> None:
+    size = ["--tokens", "256", "--width", "320", "--out-features", "256", "--cases", "lora,dora_dropout,vera_dropout"]
+    main(["saved", "--json", str(tmp_path / "saved.json"), *size])
+    rows = rows_of(tmp_path / "saved.json", "saved")
+    assert [(row["case"], row["dtype"]) for row in rows] == [
+        (case, dtype) for case in ("lora", "dora_dropout", "vera_dropout") for dtype in ("fp32", "bf16")
+    ]
+    for row in rows:
+        assert {"saved_units", "minimum_units", "mask_units", "peft_saved_units"} <= row.keys()
+        name = row["case"], row["dtype"]
+        # Vectors of the layer's width are a larger share of so small a layer than the 3% of a real one.
+        assert row["saved_units"] == pytest.approx(row["minimum_units"], rel=0.06), name
+        assert row["alive_units"] == pytest.approx(row["saved_units"], abs=0.06), name
+        assert 0 <= row["mask_bytes"] <= (256 * 320 if row["dropout"] else 0), name
+        assert row["peft_alive_units"] == pytest.approx(row["peft_saved_units"], abs=0.06), name
+        assert row["peft_saved_units"] >= 0.99 * row["saved_units"], name
+
+
+class Keeper(nn.Module):
+    """Keeps what it is told to keep, where it is told to."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+        self.place = place
+        self.kept: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.place == "autograd":  # x and x.sin() for the product's two gradients
+            return x * x.sin() * self.weight
+        if self.place == "module":
+            self.kept.append(x.detach() + 1)
+        if self.place == "numpy":
+            self.kept.append(x.detach().numpy() * 2)
+        if self.place == "output":
+            return x.sigmoid()
+        if self.place == "mask":
+            return x.masked_fill(x > 0, 0.0)
+        return x + self.weight
+
+
+@pytest.mark.parametrize(
+    ("place", "saved_units", "alive_units", "output"),
+    [
+        ("nothing", 0, 0, False),
+        ("autograd", 3, 3, False),
+        ("module", 0, 1, False),
+        ("numpy", 0, 1, False),
+        ("output", 1, 1, True),
+        ("mask", 0, 0, False),
+    ],
+)
+def test_nothing_that_is_kept_escapes_the_count(place: str, saved_units: int, alive_units: int, output: bool) -> None:
+    unit = 128 * 64 * 4
+    kept = saved.measure_kept(Keeper(place), 128, 64, torch.float32)
+    assert kept.saved == saved_units * unit
+    assert kept.alive == alive_units * unit
+    assert kept.output is output
+    assert kept.mask == (128 * 64 if place == "mask" else 0)
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    """A machine that slows down fourfold does not move a ratio."""
+    rounds = [{"a": measure.Timing(3.0 * k, 6.0 * k), "b": measure.Timing(2.0 * k, 2.0 * k)} for k in (1, 4, 2, 9)]
+    wall, cpu = measure.compare(rounds, "a", "b")
+    assert wall == pytest.approx((1.5, 1.5, 1.5))
+    assert cpu == pytest.approx((3.0, 3.0, 3.0))
+    median, low, high = measure.median_ratio([1.0, 1.1, 1.2, 1.3, 9.0])
+    assert (median, low >= 1.0, high <= 9.0) == (1.2, True, True)
+
+
+def test_every_round_runs_every_variant_in_an_order_of_its_own() -> None:
+    order: list[str] = []
+    variants = {name: lambda name=name: order.append(name) for name in "abcd"}
+    results = measure.interleave(variants, 6)
+    assert [set(timings) for timings in results] == [set("abcd")] * 6
+    rounds = [tuple(order[i : i + 4]) for i in range(0, len(order), 4)]
+    assert len(rounds) == 7
+    assert all(set(names) == set("abcd") for names in rounds)
+    assert len(set(rounds)) > 1
+    with pytest.raises(ValueError, match="rounds"):
+        measure.interleave(variants, 0)
+
+
+def test_unknown_cases_are_named() -> None:
+    with pytest.raises(ValueError, match=r"'qlora'.*dora_dropout"):
+        chosen(STEP_CASES, "lora, qlora")
+    assert [case.name for case in chosen(STEP_CASES, "vera,lora")] == ["vera", "lora"]
+
+
+def test_a_report_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "report.json"
+    report.write_report(path, "first", [{"case": "a"}])
+    before = path.read_text()
+    with pytest.raises(TypeError):
+        report.write_report(path, "second", [{"case": object()}])
+    assert path.read_text() == before
+    assert [file.name for file in path.parent.iterdir()] == ["report.json"]
