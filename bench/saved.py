@@ -29,6 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from bench import report
 from bench.cases import SAVED_CASES, AdapterCase, chosen
+from fastadapt.report import write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -196,4 +197,4 @@ def main(
     }
     report.print_table(f"Kept for backward, M {tokens}, K {width}, N {out_features}", rows, columns)
     if json_file is not None:
-        report.write_report(json_file, "saved", rows)
+        write_json(json_file, "saved", rows)

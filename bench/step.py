@@ -24,6 +24,7 @@ from torch import nn
 
 from bench import measure, report
 from bench.cases import STEP_CASES, AdapterCase, chosen
+from fastadapt.report import write_json
 
 Side = Literal["frozen", "ours", "peft"]
 
@@ -208,7 +209,7 @@ def main(
     }
     report.print_table(f"Training step, {batch} x {length} tokens, {layers} layers, {rounds} rounds", rows, columns)
     if json_file is not None:
-        report.write_report(json_file, "step", rows)
+        write_json(json_file, "step", rows)
 
 
 def report_peak(arguments: dict[str, Any]) -> None:

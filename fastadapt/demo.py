@@ -18,9 +18,9 @@ from . import demo_compare as compare
 from . import demo_training as training
 from .checkpoint import load_adapter, save_adapter
 from .demo_assets import Topic, load_model, load_topic, quiet_transformers
-from .doctor import write_json
 from .inject import inject, set_adapter, trainable_parameters
 from .methods import AdapterConfig, DoRAConfig, LoRAConfig, VeRAConfig
+from .report import write_json
 
 ANSWER_TOKENS = 20
 

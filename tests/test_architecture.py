@@ -19,7 +19,7 @@ LAYERS = [
     {"layers"},
     {"methods"},
     {"targets", "inject", "checkpoint"},
-    {"serving", "integrations", "doctor", "demo", "demo_assets", "demo_compare", "demo_training", "cli"},
+    {"report", "serving", "integrations", "doctor", "demo", "demo_assets", "demo_compare", "demo_training", "cli"},
 ]
 
 

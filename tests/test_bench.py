@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import measure, report, saved, step
+from bench import measure, saved, step
 from bench.__main__ import main
 from bench.cases import STEP_CASES, chosen
+from fastadapt.report import write_json
 
 
 @pytest.fixture(autouse=True)
@@ -196,9 +197,9 @@ def test_unknown_cases_are_named() -> None:
 
 def test_a_report_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "report.json"
-    report.write_report(path, "first", [{"case": "a"}])
+    write_json(path, "first", [{"case": "a"}])
     before = path.read_text()
     with pytest.raises(TypeError):
-        report.write_report(path, "second", [{"case": object()}])
+        write_json(path, "second", [{"case": object()}])
     assert path.read_text() == before
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]

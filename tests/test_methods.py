@@ -268,3 +268,18 @@ def test_gpt3_vera_with_its_shared_factors() -> None:
 def test_configs_refuse_what_they_cannot_mean(config: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_with_adapters_compiles_in_one_graph(name: str) -> None:
+    model, x = inject(TwoLayers(), CONFIGS[name]), torch.randn(5, 12)
+    train_a_little(model, x)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def results(function: nn.Module) -> list[Tensor]:
+        y = function(x)
+        return [y, *torch.autograd.grad(y.square().sum(), parameters)]
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(results(model), results(compiled), strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,324 @@
+"""The command `fastadapt`: demo, doctor, info, merge. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+except ModuleNotFoundError as missing:
+    # The console script imports this module before it calls anything in it: here alone can the cure be one line.
+    print(f'fastadapt: the command line needs {missing.name}: pip install "fastadapt[demo]"', file=sys.stderr)
+    raise SystemExit(2) from None
+
+app = typer.Typer(
+    help="One fused engine for low-rank adapters: LoRA, DoRA, VeRA and their family.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the same as JSON.")]
+
+
+def console() -> Console:
+    """Where results go. A pipe has no width of its own, and a table folded to 80 columns is not legible."""
+    output = Console()
+    return output if output.is_terminal else Console(width=150)
+
+
+def fail(message: str) -> typer.Exit:
+    """Prints one line on stderr; raise the result to leave with exit code 2."""
+    text = Text("error: ", style="bold red") + Text(" ".join(message.split()), style="not bold")
+    Console(stderr=True).print(text, soft_wrap=True)
+    return typer.Exit(2)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns what a user can cure (bad input, a missing file or package) into one line; other errors are bugs."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise fail(f'this command needs {error.name}: pip install "fastadapt[demo]"') from None
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
+        raise fail(str(error) or type(error).__name__) from None
+
+
+def require(*modules: str) -> None:
+    """Fails with the cure before any work is done if one of the modules is not installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise fail(f'this command needs {", ".join(missing)}: pip install "fastadapt[demo]"')
+
+
+def require_writable(path: Path) -> None:
+    """Fails now rather than after minutes of work if `path` cannot be a file to write."""
+    if path.is_dir():
+        raise fail(f"--json must name a file, and {path} is a directory")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise fail(f"cannot write in {path.parent}")
+
+
+@app.command()
+def demo(
+    json_file: JsonOption = None,
+    model: Annotated[
+        str | None, typer.Option(help="Local directory or hub name of a chat model; SmolLM2-135M by default.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where the adapters go.")] = Path("fastadapt-demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Governs the split, the order and the adapters' start.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison with PEFT.")] = 5,
+    device: Annotated[str, typer.Option(help="PyTorch device, such as cpu or cuda.")] = "cpu",
+) -> None:
+    """Train five adapters of different methods on different topics, ask them, and measure them beside PEFT."""
+    require("transformers", "peft", "yaml", "matplotlib", *(() if model else ("gguf",)))
+    with one_line_errors():
+        if json_file is not None:
+            require_writable(json_file)
+        from .demo import Options, run
+
+        options = Options(
+            output=output, json=json_file, model=model, steps=steps, seed=seed, rounds=rounds, device=device
+        )
+        run(options, console())
+
+
+@app.command()
+def doctor(json_file: JsonOption = None) -> None:
+    """Show devices, versions and the backend of each operator, and test every operator against its reference here.
+
+    Leaves with exit code 1 if an operator fails.
+    """
+    from . import doctor as checks
+    from .report import versions, write_json
+
+    with one_line_errors():
+        if json_file is not None:
+            require_writable(json_file)
+        out = console()
+        found = checks.devices()
+        table = Table(title="Devices and versions", show_header=False)
+        for device in found:
+            table.add_row(str(device), checks.describe(device))
+        for package, version in versions().items():
+            table.add_row(package, version or "not installed")
+        out.print(table)
+        choices = [choice for device in found for choice in checks.choices(device)]
+        table = Table("operator", "kernels", "device", "backend", "why", title='Backends that "auto" takes')
+        for choice in choices:
+            table.add_row(*(choice[key] for key in ("operator", "kernels", "device", "backend", "why")))
+        out.print(table)
+        with out.status("self-test") as status:
+            rows = checks.self_test(found, lambda text: status.update(text))
+        out.print(_self_test_table(rows, list(checks.DTYPES)))
+        failures = [row for row in rows if not row["ok"]]
+        for row in failures:
+            where = f"{row['operator']}, {row['case']}, {row['device']}, {row['backend']}, {row['dtype']}"
+            out.print(Text(f"FAILED: {where}: {row['failed']}", style="red"))
+        out.print("all operators agree with their reference" if not failures else f"{len(failures)} checks failed")
+        if json_file is not None:
+            write_json(json_file, "doctor", rows, backends=choices)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _self_test_table(rows: list[dict[str, Any]], dtypes: list[str]) -> Table:
+    title = "Self-test: largest error of the result and every gradient, relative to the largest exact value"
+    table = Table("operator", "case", "device", "backend", *dtypes, title=title)
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("operator", "case", "device", "backend"))
+        error = "" if row["max_error"] is None else f"{row['max_error']:.1e} "
+        lines.setdefault(key, {})[row["dtype"]] = error + ("[green]ok" if row["ok"] else "[red]FAILED")
+    for key, cells in lines.items():
+        table.add_row(*key, *(cells.get(dtype, "interpreter cannot") for dtype in dtypes))
+    return table
+
+
+@app.command()
+def info(directory: Annotated[Path, typer.Argument(help="A PEFT adapter directory.")]) -> None:
+    """Describe an adapter directory without loading a model, and say whether fastadapt can load it."""
+    with one_line_errors():
+        table = Table(show_header=False, title=str(directory))
+        for name, value in describe_adapter(directory).items():
+            table.add_row(name, Text(value))
+        console().print(table)
+
+
+def describe_adapter(directory: Path) -> dict[str, str]:
+    """What `info` shows, in order.
+
+    Raises FileNotFoundError or ValueError where there is no adapter to describe.
+    """
+    import json
+    import math
+
+    from safetensors import safe_open
+
+    from .checkpoint import CONFIG_FILE, TENSOR_FILE, read_config, read_tensors
+
+    config_file, tensor_file = directory / CONFIG_FILE, directory / TENSOR_FILE
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is not a directory: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}"
+        )
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"{config_file} does not exist: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}"
+        )
+    try:
+        fields = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{config_file} must hold a JSON object, got {type(fields).__name__}")
+    if not tensor_file.is_file():
+        read_tensors(directory)  # it knows the other forms of a checkpoint, and says why each is refused
+    shapes: dict[str, list[int]] = {}
+    dtypes: dict[str, int] = {}
+    with safe_open(tensor_file, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            part = file.get_slice(name)
+            shapes[name] = part.get_shape()
+            dtypes[part.get_dtype()] = dtypes.get(part.get_dtype(), 0) + 1
+    shared = sum(
+        math.prod(shape) for name, shape in shapes.items() if name in ("base_model.vera_A", "base_model.vera_B")
+    )
+    total = sum(math.prod(shape) for shape in shapes.values())
+    # `base_model.model.<path>.lora_A.weight`: the shared projection has no path, modules_to_save no such marker.
+    paths = {match[1] for name in shapes if (match := re.match(r"base_model\.model\.(.+?)\.(?:lora|vera)_", name))}
+    reason = ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            read_config(directory)
+        except ValueError as error:
+            reason = str(error)
+    facts = {
+        "method": method_name(fields),
+        "r": str(fields.get("r", "-")),
+        "alpha": str(fields.get("lora_alpha", "-")),
+        "dropout": str(fields.get("lora_dropout", fields.get("vera_dropout", "-"))),
+        "targets": _listed(fields.get("target_modules")),
+        "modules_to_save": _listed(fields.get("modules_to_save")),
+        "base model": str(fields.get("base_model_name_or_path") or "-"),
+        "layers": f"{len(paths)}",
+        "parameters": f"{total - shared:,}" + (f", and {shared:,} of the frozen shared projection" if shared else ""),
+        "dtype": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in sorted(dtypes.items())),
+        "size": f"{tensor_file.stat().st_size:,} bytes",
+        "fastadapt": f"cannot load it: {reason}" if reason else "can load it",
+    }
+    if fields.get("rank_pattern"):
+        facts["rank_pattern"] = str(fields["rank_pattern"])
+    if caught:
+        facts["note"] = "; ".join(str(warning.message) for warning in caught)
+    return facts
+
+
+def method_name(fields: dict[str, Any]) -> str:
+    """The method that adapter_config.json describes, by its usual name."""
+    peft_type = str(fields.get("peft_type"))
+    names = {"LORA": "LoRA", "VERA": "VeRA", "DVORA": "DVoRA (VeRA with a magnitude)"}
+    if peft_type != "LORA":
+        return names.get(peft_type, peft_type)
+    name = "DoRA" if fields.get("use_dora") else "LoRA"
+    return f"{name} with rsLoRA's scaling" if fields.get("use_rslora") else name
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, list):
+        # Whole module paths, as they are saved for "all-linear", say more by their last parts.
+        names = sorted({str(item).rsplit(".", 1)[-1] for item in value})
+        return ", ".join(names) + (f" ({len(value)} modules by path)" if len(names) < len(value) else "")
+    return "-" if value is None else str(value)
+
+
+@app.command()
+def merge(
+    model_dir: Annotated[str, typer.Argument(help="Base model: local directory or hub name.")],
+    adapter_dir: Annotated[Path, typer.Argument(help="PEFT adapter directory.")],
+    output_dir: Annotated[Path, typer.Argument(help="Where the merged model goes.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing OUTPUT_DIR.")] = False,
+) -> None:
+    """Merge an adapter into its base model and save the result as an ordinary model, with its tokenizer."""
+    require("transformers")
+    out = console()
+    with one_line_errors():
+        if output_dir.exists() and not force:
+            raise FileExistsError(f"{output_dir} exists: choose another place, or replace it with --force")
+        if output_dir.exists() and not output_dir.is_dir():
+            raise NotADirectoryError(f"{output_dir} is a file: choose another place")
+        from .demo_assets import quiet_transformers
+
+        with out.status("reading the adapter") as status, quiet_transformers():
+            notes = merge_to(model_dir, adapter_dir, output_dir, lambda text: status.update(text))
+        for note in notes:
+            out.print(note, highlight=False, soft_wrap=True)
+
+
+def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -> list[str]:
+    """Merges, writes beside output_dir and renames; returns what to tell the user."""
+    import transformers
+
+    from .checkpoint import load_adapter, read_config
+    from .inject import merge as merge_adapter
+    from .inject import unload
+
+    config = read_config(adapter_dir)
+    local = Path(model_dir).exists()
+    if local and not (Path(model_dir) / "config.json").is_file():
+        raise ValueError(f"{model_dir} must be the directory of a transformers model, but it has no config.json")
+    report(f"loading {model_dir}")
+    architectures = transformers.AutoConfig.from_pretrained(model_dir).architectures or []
+    # The model's own class, so that the saved model has every part that the base has.
+    model_class = getattr(transformers, architectures[0], None) if architectures else None
+    model = (model_class or transformers.AutoModelForCausalLM).from_pretrained(model_dir, dtype="auto")
+    report(f"merging {adapter_dir}")
+    load_adapter(model, adapter_dir)
+    merge_adapter(model)
+    unload(model)
+    notes = []
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".merging-") as scratch:
+        built, old = Path(scratch) / "merged", Path(scratch) / "replaced"
+        report("saving")
+        model.save_pretrained(built)
+        try:
+            transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(built)
+        except (OSError, ValueError):
+            notes.append(f"{model_dir} has no tokenizer, so none was saved")
+        if output_dir.exists():
+            os.replace(output_dir, old)
+        try:
+            os.replace(built, output_dir)
+        except OSError:
+            if old.exists():
+                os.replace(old, output_dir)
+            raise
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return [
+        f"merged {config.peft_type} adapter {adapter_dir} into {output_dir}: {count:,} parameters, {model.dtype}",
+        *notes,
+    ]
+
+
+def main() -> None:
+    """The console script."""
+    app()
