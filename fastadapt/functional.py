@@ -172,7 +172,7 @@ class AdapterLinearFunction(torch.autograd.Function):
         dtype = _compute_dtype(x)
         # needs_input_grad does not know of no_grad, where nothing needs to be kept or prepared.
         needs = [backward and needed for needed in ctx.needs_input_grad[:8]]
-        needs_x, _, needs_A, needs_B, needs_mid, needs_out, needs_base, needs_bias = needs
+        needs_x, _, needs_A, needs_B, needs_mid, needs_out, needs_base, _ = needs
         backward = any(needs)
         with _without_autocast(x):
             rows, base = ops.cast(_rows(x), dtype), ops.cast(weight, dtype)
