@@ -82,7 +82,7 @@ def demo(
         str | None, typer.Option(help="Local directory or hub name of a chat model; SmolLM2-135M by default.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Where the adapters go.")] = Path("fastadapt-demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Governs the split, the order and the adapters' start.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison with PEFT.")] = 5,
     device: Annotated[str, typer.Option(help="PyTorch device, such as cpu or cuda.")] = "cpu",

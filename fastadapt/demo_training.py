@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .demo_assets import Pair
 
 BATCH_ROWS = 6
-MAX_TOKENS = 96
+MAX_TOKENS = 64
 IGNORED = -100
 
 
@@ -26,6 +26,10 @@ class Row(NamedTuple):
 
 
 Batch = dict[str, Tensor]
+
+
+def length(row: Row) -> int:
+    return len(row.prompt) + len(row.answer)
 
 
 def prompt_text(tokenizer: Any, question: str) -> str:
@@ -44,12 +48,12 @@ def encode(tokenizer: Any, pairs: list[Pair]) -> list[Row]:
         )
         for pair in pairs
     ]
-    return [row for row in rows if len(row.prompt) + len(row.answer) <= MAX_TOKENS]
+    return [row for row in rows if length(row) <= MAX_TOKENS]
 
 
 def collate(rows: list[Row], padding: int, device: torch.device) -> Batch:
     """input_ids, attention_mask and labels, each [rows, longest row], padded on the right."""
-    width = max(len(row.prompt) + len(row.answer) for row in rows)
+    width = max(map(length, rows))
     ids = torch.full((len(rows), width), padding)
     labels = torch.full((len(rows), width), IGNORED)
     mask = torch.zeros((len(rows), width), dtype=torch.int64)
@@ -70,13 +74,20 @@ def skeleton(model: nn.Module) -> Any:
 
 
 def seeded_batches(rows: list[Row], steps: int, seed: int) -> Iterator[list[Row]]:
-    """`steps` batches of BATCH_ROWS rows: shuffled, each row seen once before any is seen again."""
+    """`steps` batches of BATCH_ROWS rows in a shuffled order, epoch after epoch.
+
+    Rows of like length go together, within pools of a few batches: padding would cost a fifth of the time.
+    """
     generator = random.Random(seed)
-    queue: list[Row] = []
+    batches: list[list[Row]] = []
     for _ in range(steps):
-        while len(queue) < BATCH_ROWS:
-            queue = generator.sample(rows, len(rows)) + queue
-        yield [queue.pop() for _ in range(BATCH_ROWS)]
+        if not batches:
+            shuffled = generator.sample(rows, len(rows))
+            pools = [shuffled[start : start + 4 * BATCH_ROWS] for start in range(0, len(rows), 4 * BATCH_ROWS)]
+            ordered = [row for pool in pools for row in sorted(pool, key=length)]
+            batches = [ordered[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS)]
+            generator.shuffle(batches)
+        yield batches.pop()
 
 
 @torch.no_grad()
@@ -84,8 +95,7 @@ def heldout_loss(model: Any, rows: list[Row], padding: int) -> float:
     """Mean cross-entropy in nats over all answer tokens of `rows`."""
     model.eval()
     total, tokens = 0.0, 0
-    # Rows of like length together waste the least on padding.
-    ordered = sorted(rows, key=lambda row: len(row.prompt) + len(row.answer))
+    ordered = sorted(rows, key=length)
     for start in range(0, len(ordered), BATCH_ROWS):
         part = ordered[start : start + BATCH_ROWS]
         counted = sum(len(row.answer) for row in part)
@@ -117,7 +127,7 @@ def train(
     The held-out rows are measured before the first step, after half of the steps and after the last.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (step + 1) / warm if step < warm else 1 - 0.9 * (step - warm) / max(1, steps - warm)

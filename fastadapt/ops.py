@@ -26,6 +26,8 @@ _library = torch.library.Library("fastadapt", "DEF")
 # Elementwise passes over [M, N] run in blocks of rows: that bounds their temporaries, in 16 bit also the fp32 ones that
 # PyTorch makes when it multiplies by an fp32 scale.
 _BLOCK_ELEMENTS = 1 << 20
+# Products of fewer rows than this lose time to reading the weight again.
+_BLOCK_ROWS = 512
 
 _DROPOUT_LEVELS = 1 << 16
 
@@ -112,7 +114,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    size = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    size = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(1, columns))
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -306,15 +308,14 @@ adapter_linear_keep_base = _define(
 
 
 def _scaled_dx(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """(scale ⊙ dy) W0 with the scale on the smaller of the two."""
-    if dy.shape[0] < weight.shape[1]:
-        return _scale_and_shift(dy, scale, None) @ weight
-    if scale.dtype == weight.dtype:
-        return dy @ (weight * scale[:, None])
-    scaled = torch.empty_like(weight)
-    for rows in _row_blocks(*weight.shape):
-        scaled[rows] = weight[rows] * scale[rows, None]
-    return dy @ scaled
+    """(scale ⊙ dy) W0 in blocks of rows, which bound the scaled copy of dy."""
+    blocks = list(_row_blocks(*dy.shape))
+    if len(blocks) == 1:
+        return cast(dy * scale, dy.dtype) @ weight
+    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    for rows in blocks:
+        torch.mm(cast(dy[rows] * scale, dy.dtype), weight, out=dx[rows])
+    return dx
 
 
 def _adapter_linear_dx_eager(

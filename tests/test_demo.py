@@ -264,6 +264,18 @@ def test_training_lowers_the_heldout_loss(model_directory: Path) -> None:
     assert not any(isinstance(module, fastadapt.AdapterLinear) for module in base.modules())
 
 
+def test_batches_see_every_row_once_an_epoch_with_rows_of_like_length() -> None:
+    rows = [demo_training.Row([index], [0] * (index % 40)) for index in range(50)]
+    batches = list(demo_training.seeded_batches(rows, 18, seed=1))
+    for epoch in (batches[:9], batches[9:]):
+        assert sorted(row for batch in epoch for row in batch) == sorted(rows)
+    assert batches[:9] != batches[9:]
+    assert batches == list(demo_training.seeded_batches(rows, 18, seed=1))
+    spread = [max(map(demo_training.length, batch)) - min(map(demo_training.length, batch)) for batch in batches]
+    assert sum(spread) / len(spread) < 20
+    assert [len(batch) for batch in demo_training.seeded_batches(rows[:3], 2, seed=0)] == [3, 3]
+
+
 class Squares(nn.Module):
     """Saves its input once for two products, a view of it, and its weight."""
 
