@@ -84,10 +84,10 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where the adapters go.")] = Path("fastadapt-demo"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Governs the split, the order and the adapters' start.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison with PEFT.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison with PEFT.")] = 4,
     device: Annotated[str, typer.Option(help="PyTorch device, such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train five adapters of different methods on different topics, ask them, and measure them beside PEFT."""
+    """Train four adapters of different methods on different topics, ask them, and measure them beside PEFT."""
     require("transformers", "peft", "yaml", "matplotlib", *(() if model else ("gguf",)))
     with one_line_errors():
         if json_file is not None:

@@ -125,36 +125,34 @@ def compare(
     directories: dict[str, Path],
     batch: Batch,
     *,
-    without_peft: set[str],
     rounds: int,
     seed: int,
     progress: Callable[[int, int], None],
-) -> dict[str, dict[str, float | int | None]]:
+) -> dict[str, dict[str, float]]:
     """For each saved adapter its step time, saved bytes and outputs beside PEFT's, on one batch of the same weights.
 
-    `without_peft` are those whose type PEFT does not know: they have None there. `progress(done, total)`.
+    `progress(done, total)` is called after each step.
     """
     models = {(name, "ours"): ours(base, path) for name, path in directories.items()}
-    models |= {(name, "peft"): peft(base, path) for name, path in directories.items() if name not in without_peft}
-    results: dict[str, dict[str, float | int | None]] = {}
+    models |= {(name, "peft"): peft(base, path) for name, path in directories.items()}
+    results: dict[str, dict[str, float]] = {}
     for name in directories:
-        mine, theirs = models[name, "ours"], models.get((name, "peft"))
+        mine, theirs = models[name, "ours"], models[name, "peft"]
         results[name] = {
             "saved_bytes": saved_bytes(mine, batch),
-            "peft_saved_bytes": None if theirs is None else saved_bytes(theirs, batch),
-            "difference_from_peft": None if theirs is None else largest_difference(mine, theirs, batch),
+            "peft_saved_bytes": saved_bytes(theirs, batch),
+            "difference_from_peft": largest_difference(mine, theirs, batch),
         }
     steps = {f"{name} {side}": training_step(model.train(), batch) for (name, side), model in models.items()}
     steps["frozen"] = training_step(skeleton(base).train(), batch)
     pairs = [(f"{name} ours", "frozen") for name in directories]
     for name in directories:
-        if (name, "peft") in models:
-            pairs += [(f"{name} peft", "frozen"), (f"{name} ours", f"{name} peft")]
+        pairs += [(f"{name} peft", "frozen"), (f"{name} ours", f"{name} peft")]
     counter = itertools.count(1)
     total = rounds_of(len(steps), rounds)
     ratios = step_ratios(steps, pairs, rounds, seed, lambda: progress(next(counter), total))
     for name, result in results.items():
         result["x_frozen"] = ratios[f"{name} ours", "frozen"]
-        result["peft_x_frozen"] = ratios.get((f"{name} peft", "frozen"))
-        result["x_peft"] = ratios.get((f"{name} ours", f"{name} peft"))
+        result["peft_x_frozen"] = ratios[f"{name} peft", "frozen"]
+        result["x_peft"] = ratios[f"{name} ours", f"{name} peft"]
     return results
