@@ -188,11 +188,10 @@ shrink_grad = _define(
 )
 
 
-def _scale_and_shift(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """scale ⊙ z + bias in z's dtype; z [M, N], scale and bias [N]."""
+def _scale_and_shift(z: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """y = scale ⊙ z + bias in z's dtype; y may be z. Shapes: z and y [M, N]; scale and bias [N]."""
     if scale.dtype == z.dtype:
-        return z * scale if bias is None else torch.addcmul(bias, z, scale)
-    y = torch.empty_like(z)
+        return torch.mul(z, scale, out=y) if bias is None else torch.addcmul(bias, z, scale, out=y)
     for rows in _row_blocks(*z.shape):
         block = z[rows] * scale
         y[rows] = block if bias is None else block.add_(bias)
@@ -207,8 +206,9 @@ def _base_product_eager(
     drop: Tensor | None,
     p: float,
     dropout_on_base: bool,
+    keep_base: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y without its low-rank part, z): without a base scale z is y."""
+    """(y without its low-rank part, z); z is meant only with keep_base, and otherwise may share y's memory."""
     bias = None if bias is None else cast(bias, x.dtype)
     if base_scale is None:
         y = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
@@ -222,10 +222,11 @@ def _base_product_eager(
             y[rows] += z[rows] * (base_scale - 1)
         return y, z
     z = x @ weight.T
-    return _scale_and_shift(z, base_scale, bias), z
+    return _scale_and_shift(z, base_scale, bias, torch.empty_like(z) if keep_base else z), z
 
 
-def _adapter_linear_keep_base_eager(
+def _adapter_form_eager(
+    keep_base: bool,
     x: Tensor,
     weight: Tensor,
     u: Tensor,
@@ -239,49 +240,37 @@ def _adapter_linear_keep_base_eager(
     p: float,
     dropout_on_base: bool,
 ) -> tuple[Tensor, Tensor]:
-    y, z = _base_product_eager(x, weight, base_scale, bias, drop, p, dropout_on_base)
+    y, z = _base_product_eager(x, weight, base_scale, bias, drop, p, dropout_on_base, keep_base)
     if u.shape[1] > 0:
         up, alpha = _scaled_up(B, out_scale, scaling, x.dtype)
         y.addmm_(u if mid_scale is None else u * cast(mid_scale, u.dtype), up.T, alpha=alpha)
     return y, z
 
 
-def _adapter_linear_eager(*args: Any) -> Tensor:
-    return _adapter_linear_keep_base_eager(*args)[0]
+def _adapter_linear_eager(*operands: Any) -> Tensor:
+    return _adapter_form_eager(False, *operands)[0]
 
 
-def _adapter_linear_launch(keep_base: bool) -> Callable[..., Any]:
-    def launch(
-        x: Tensor,
-        weight: Tensor,
-        u: Tensor,
-        B: Tensor,
-        mid_scale: Tensor | None,
-        out_scale: Tensor | None,
-        scaling: float,
-        base_scale: Tensor | None,
-        bias: Tensor | None,
-        drop: Tensor | None,
-        p: float,
-        dropout_on_base: bool,
-    ) -> Any:
-        return _kernels("adapter_linear").adapter_linear(
-            x,
-            weight,
-            u,
-            B,
-            mid_scale=mid_scale,
-            out_scale=out_scale,
-            scaling=scaling,
-            base_scale=base_scale,
-            bias=bias,
-            seed=drop,
-            p=p,
-            dropout_on_base=dropout_on_base,
-            keep_base=keep_base,
-        )
+def _adapter_linear_keep_base_eager(*operands: Any) -> tuple[Tensor, Tensor]:
+    return _adapter_form_eager(True, *operands)
 
-    return launch
+
+# The launcher's keywords, in the schema's order.
+_FORM = ("mid_scale", "out_scale", "scaling", "base_scale", "bias", "seed", "p", "dropout_on_base")
+
+
+def _adapter_linear_triton(x: Tensor, weight: Tensor, u: Tensor, B: Tensor, *form: Any) -> Tensor:
+    named = dict(zip(_FORM, form, strict=True))
+    y: Tensor = _kernels("adapter_linear").adapter_linear(x, weight, u, B, **named)
+    return y
+
+
+def _adapter_linear_keep_base_triton(
+    x: Tensor, weight: Tensor, u: Tensor, B: Tensor, *form: Any
+) -> tuple[Tensor, Tensor]:
+    named = dict(zip(_FORM, form, strict=True))
+    y, z = _kernels("adapter_linear").adapter_linear(x, weight, u, B, keep_base=True, **named)
+    return y, z
 
 
 _ADAPTER_LINEAR_OPERANDS = (
@@ -293,7 +282,7 @@ adapter_linear = _define(
     "adapter_linear",
     f"{_ADAPTER_LINEAR_OPERANDS} -> Tensor",
     _adapter_linear_eager,
-    _adapter_linear_launch(keep_base=False),
+    _adapter_linear_triton,
     lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
 )
 
@@ -302,7 +291,7 @@ adapter_linear_keep_base = _define(
     "adapter_linear_keep_base",
     f"{_ADAPTER_LINEAR_OPERANDS} -> (Tensor, Tensor)",
     _adapter_linear_keep_base_eager,
-    _adapter_linear_launch(keep_base=True),
+    _adapter_linear_keep_base_triton,
     lambda x, weight, *_: (x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], weight.shape[0])),
 )
 
@@ -345,29 +334,13 @@ def _adapter_linear_dx_eager(
     return dx.add_(_zero_dropped(masked, drop), alpha=1.0 / keep_probability(p, "eager"))
 
 
-def _adapter_linear_dx_triton(
-    dy: Tensor,
-    weight: Tensor,
-    q: Tensor,
-    A: Tensor,
-    mid_scale: Tensor | None,
-    base_scale: Tensor | None,
-    drop: Tensor | None,
-    p: float,
-    dropout_on_base: bool,
-) -> Tensor:
-    result: Tensor = _kernels("adapter_linear").adapter_linear_dx(
-        dy,
-        weight,
-        q,
-        A,
-        mid_scale=mid_scale,
-        base_scale=base_scale,
-        seed=drop,
-        p=p,
-        dropout_on_base=dropout_on_base,
-    )
-    return result
+_DX_FORM = ("mid_scale", "base_scale", "seed", "p", "dropout_on_base")
+
+
+def _adapter_linear_dx_triton(dy: Tensor, weight: Tensor, q: Tensor, A: Tensor, *form: Any) -> Tensor:
+    named = dict(zip(_DX_FORM, form, strict=True))
+    dx: Tensor = _kernels("adapter_linear").adapter_linear_dx(dy, weight, q, A, **named)
+    return dx
 
 
 adapter_linear_dx = _define(
