@@ -218,6 +218,7 @@ def draw_curves(trained: list[Trained], path: Path) -> None:
     """A picture of all loss curves, written whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -232,7 +233,7 @@ def draw_curves(trained: list[Trained], path: Path) -> None:
     axes.set_ylabel("loss (nats per answer token)")
     axes.set_title("Loss: thin, each training batch; thick with dots, held-out rows")
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
