@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,11 +80,19 @@ def median_ratio(samples: list[float], seed: int = 0, resamples: int = 2000) -> 
     return Ratio(float(np.median(values)), float(low), float(high))
 
 
-def compare(rounds: list[dict[str, Timing]], variant: str, baseline: str) -> tuple[Ratio, Ratio]:
-    """How many times the baseline of the same round the variant took: on the wall, and in processor time."""
-    wall = median_ratio([timings[variant].wall / timings[baseline].wall for timings in rounds])
-    cpu = median_ratio([timings[variant].cpu / timings[baseline].cpu for timings in rounds])
-    return wall, cpu
+def compare(rounds: list[dict[str, Timing]], variant: str, baselines: Sequence[str]) -> tuple[Ratio, Ratio]:
+    """How many times the baseline of the same round the variant took: on the wall, and in processor time.
+
+    The baseline of a round is the median of its several runs: its noise would be in every ratio.
+    """
+    wall = [t[variant].wall / statistics.median(t[name].wall for name in baselines) for t in rounds]
+    cpu = [t[variant].cpu / statistics.median(t[name].cpu for name in baselines) for t in rounds]
+    return median_ratio(wall), median_ratio(cpu)
+
+
+def best_ratio(rounds: list[dict[str, Timing]], variant: str, baselines: Sequence[str]) -> float:
+    """The variant's fastest step over the baseline's fastest: what is left where other load disturbs most rounds."""
+    return min(t[variant].wall for t in rounds) / min(t[name].wall for t in rounds for name in baselines)
 
 
 def peak_mb() -> float:

@@ -55,7 +55,7 @@ def test_step_measures_every_case_beside_peft(tmp_path: Path, monkeypatch: pytes
     rows = rows_of(tmp_path / "step.json", "step")
     assert [row["case"] for row in rows] == ["lora", "dora", "vera", "dora_dropout"]
     for row in rows:
-        assert {"x_frozen", "peft_x_frozen", "floor", "peak_mb", "peft_peak_mb"} <= row.keys()
+        assert {"x_frozen", "peft_x_frozen", "x_best", "peft_x_best", "floor", "peak_mb", "peft_peak_mb"} <= row.keys()
         for prefix in ("", "peft_"):
             assert 0 < row[f"{prefix}x_low"] <= row[f"{prefix}x_frozen"] <= row[f"{prefix}x_high"]
             assert row[f"{prefix}x_cpu"] > 0
@@ -169,9 +169,10 @@ def test_nothing_that_is_kept_escapes_the_count(place: str, saved_units: int, al
 def test_ratios_are_of_the_same_round() -> None:
     """A machine that slows down fourfold does not move a ratio."""
     rounds = [{"a": measure.Timing(3.0 * k, 6.0 * k), "b": measure.Timing(2.0 * k, 2.0 * k)} for k in (1, 4, 2, 9)]
-    wall, cpu = measure.compare(rounds, "a", "b")
+    wall, cpu = measure.compare(rounds, "a", ["b", "b"])
     assert wall == pytest.approx((1.5, 1.5, 1.5))
     assert cpu == pytest.approx((3.0, 3.0, 3.0))
+    assert measure.best_ratio(rounds, "a", ["b"]) == pytest.approx(1.5)
     median, low, high = measure.median_ratio([1.0, 1.1, 1.2, 1.3, 9.0])
     assert (median, low >= 1.0, high <= 9.0) == (1.2, True, True)
 
