@@ -57,7 +57,7 @@ def commit() -> str | None:
 
     try:
         head = git("rev-parse", "--verify", "--quiet", "HEAD")
-        return head + ("+changes" if git("status", "--porcelain") else "") if head else None
+        return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "") if head else None
     except OSError:
         return None
 
