@@ -8,13 +8,14 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .inject import Injection, ModelType, adapter_configs, adapter_layers, attach, prepare, saved_modules
+from .inject import Injection, ModelType, adapter_configs, adapter_layers, attach, check_known, prepare, saved_modules
 from .layers import Adapter
 from .methods import METHODS, AdapterConfig
 
@@ -63,11 +64,7 @@ def _named_tensors(injection: Injection) -> dict[str, Tensor]:
 
 def _present(model: nn.Module, adapter_name: str) -> Injection:
     """An adapter that is in the model, as an Injection."""
-    configs = adapter_configs(model)
-    if adapter_name not in configs:
-        raise ValueError(
-            f"adapter {adapter_name!r} is not in the model: it has {', '.join(map(repr, configs)) or 'none'}"
-        )
+    check_known(model, adapter_name)
     layers = {path: layer for path, layer in adapter_layers(model).items() if adapter_name in layer.adapters}
     adapters: dict[str, Adapter] = {path: layer.adapters[adapter_name] for path, layer in layers.items()}  # type: ignore[misc]
     copies = {
@@ -75,7 +72,7 @@ def _present(model: nn.Module, adapter_name: str) -> Injection:
         for path, module in saved_modules(model).items()
         if adapter_name in module.copies
     }
-    return Injection(adapter_name, configs[adapter_name], layers, adapters, copies)
+    return Injection(adapter_name, adapter_configs(model)[adapter_name], layers, adapters, copies)
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -108,11 +105,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             os.replace(os.path.join(scratch, name), target / name)
 
 
-def read_config(directory: str | os.PathLike[str]) -> AdapterConfig:
-    """The config of a PEFT directory.
+def read_fields(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of a PEFT directory's adapter_config.json, whatever they say.
 
-    Raises FileNotFoundError where there is none, ValueError for JSON that is broken, a peft_type that fastadapt does
-    not have, or a field that changes what the adapter computes and is not supported.
+    Raises FileNotFoundError where there is none, ValueError for JSON that is broken or holds no object.
     """
     path = Path(directory, CONFIG_FILE)
     if not path.is_file():
@@ -123,6 +119,16 @@ def read_config(directory: str | os.PathLike[str]) -> AdapterConfig:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def read_config(directory: str | os.PathLike[str]) -> AdapterConfig:
+    """The config of a PEFT directory.
+
+    Raises as `read_fields` does, and ValueError for a peft_type that fastadapt does not have or a field that changes
+    what the adapter computes and is not supported.
+    """
+    path, fields = Path(directory, CONFIG_FILE), read_fields(directory)
     peft_type = fields.get("peft_type")
     if peft_type not in METHODS:
         raise ValueError(f"{path}: peft_type {peft_type!r} is not supported: fastadapt loads {', '.join(METHODS)}")

@@ -167,28 +167,18 @@ def describe_adapter(directory: Path) -> dict[str, str]:
 
     Raises FileNotFoundError or ValueError where there is no adapter to describe.
     """
-    import json
     import math
 
     from safetensors import safe_open
 
-    from .checkpoint import CONFIG_FILE, TENSOR_FILE, read_config, read_tensors
+    from .checkpoint import CONFIG_FILE, TENSOR_FILE, read_config, read_fields, read_tensors
 
-    config_file, tensor_file = directory / CONFIG_FILE, directory / TENSOR_FILE
+    tensor_file = directory / TENSOR_FILE
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{directory} is not a directory: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}"
         )
-    if not config_file.is_file():
-        raise FileNotFoundError(
-            f"{config_file} does not exist: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}"
-        )
-    try:
-        fields = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{config_file} must hold a JSON object, got {type(fields).__name__}")
+    fields = read_fields(directory)
     if not tensor_file.is_file():
         read_tensors(directory)  # it knows the other forms of a checkpoint, and says why each is refused
     shapes: dict[str, list[int]] = {}

@@ -62,7 +62,8 @@ def _check_name(name: str) -> None:
         )
 
 
-def _known(model: nn.Module, name: str) -> None:
+def check_known(model: nn.Module, name: str) -> None:
+    """Raises ValueError for a name that no adapter in `model` has."""
     configs = adapter_configs(model)
     if name not in configs:
         raise ValueError(f"adapter {name!r} is not in the model: it has {', '.join(map(repr, configs)) or 'none'}")
@@ -187,7 +188,7 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     for an unknown name or a merged model.
     """
     if adapter_name is not None:
-        _known(model, adapter_name)
+        check_known(model, adapter_name)
     if any(layer.merged for layer in adapter_layers(model).values()):
         raise ValueError("the model has a merged adapter: call unmerge(model) before switching adapters")
     _switch(model, adapter_name)
