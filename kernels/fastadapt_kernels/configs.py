@@ -103,7 +103,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], con
 
 
 def _interpreted() -> bool:
-    return bool(triton.knobs.runtime.interpret)
+    return _recorder.get() is None and bool(triton.knobs.runtime.interpret)
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -139,7 +139,8 @@ def shrink(xs: Sequence[Tensor], sizes: Sequence[int], A_dtype: torch.dtype) -> 
     M, K = xs[0].shape[0], max(x.shape[1] for x in xs)
     dtype, widest = xs[0].dtype, max(sizes)
     if _interpreted():
-        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 32}, _splits(_WANTED_PROGRAMS // 2, triton.cdiv(K, 64), 1)[0]
+        splits, _ = _splits(_WANTED_PROGRAMS // 2, triton.cdiv(K, 64), 1)
+        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 32}, splits
     shared_memory = _shared_memory(xs[0].device)
     # Fewer tokens: smaller tiles, so that more programs stream x.
     block_m = _block(M // 256, 16, 64)
@@ -153,7 +154,8 @@ def shrink(xs: Sequence[Tensor], sizes: Sequence[int], A_dtype: torch.dtype) -> 
         stages = 3 if shared_memory >= _LARGE else 2
         config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
     programs = triton.cdiv(M, block_m) * sum(triton.cdiv(size, block_r) for size in sizes)
-    return config, _splits(programs, triton.cdiv(K, config["BLOCK_K"]), 4)[0]
+    splits, _ = _splits(programs, triton.cdiv(K, config["BLOCK_K"]), 4)
+    return config, splits
 
 
 def adapter_linear(x: Tensor, Ns: Sequence[int], R: int, *, fused: bool, two_products: bool, plain: bool) -> Config:
