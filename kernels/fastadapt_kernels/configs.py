@@ -163,7 +163,9 @@ def adapter_linear(x: Tensor, Ns: Sequence[int], R: int, *, fused: bool, two_pro
 
     plain: no operand beside x, weights, u and Bs, so that registers are left for the widest tile.
     """
-    config = _product(x, Ns, two_products=two_products, plain=plain and not fused)
+    # A third operand in the loop: only Hopper's matrix unit leaves registers for the widest tile.
+    plain = plain and (not fused or _shared_memory(x.device) >= _HOPPER)
+    config = _product(x, Ns, two_products=two_products, plain=plain)
     if fused:
         # The whole rank at once.
         return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
@@ -213,7 +215,9 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
         config = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 32}
         return config, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(M, 16), 1)
     rank = _block(R, 16, 128)
-    if dys[0].dtype == torch.float32:
+    if dys[0].dtype == torch.float32 and want_q:
+        config = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_R": rank, "num_warps": 8, "num_stages": 2}
+    elif dys[0].dtype == torch.float32:
         config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(rank, 64), "num_warps": 4, "num_stages": 2}
     elif want_q:
         # The sums of vectors are as large as the tile.
