@@ -184,7 +184,8 @@ def _product(x: Tensor, Ns: Sequence[int], *, two_products: bool, plain: bool) -
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 32, "GROUP_M": 2}
 
     def programs(block_n: int) -> int:
-        return triton.cdiv(M, 128) * sum(triton.cdiv(N, block_n) for N in Ns)
+        count: int = triton.cdiv(M, 128) * sum(triton.cdiv(N, block_n) for N in Ns)
+        return count
 
     shared_memory = _shared_memory(x.device)
     tiles: Config
@@ -192,7 +193,9 @@ def _product(x: Tensor, Ns: Sequence[int], *, two_products: bool, plain: bool) -
         # IEEE fp32 has no matrix unit on NVIDIA: the tile is bound by registers.
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 8, "num_warps": 8, "num_stages": 3}
     elif M <= 32:
-        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+        # A few tokens: as many programs as it takes to stream the weight.
+        block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
+        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
     elif programs(128) < _WANTED_PROGRAMS // 4:
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
     elif plain and shared_memory >= _LARGE and programs(256) >= _WANTED_PROGRAMS // 2:
