@@ -163,22 +163,26 @@ def adapter_linear(x: Tensor, Ns: Sequence[int], R: int, *, fused: bool, two_pro
 
     plain: no operand beside x, weights, u and Bs, so that registers are left for the widest tile.
     """
-    # A third operand in the loop: only Hopper's matrix unit leaves registers for the widest tile.
-    plain = plain and (not fused or _shared_memory(x.device) >= _HOPPER)
-    config = _product(x, Ns, two_products=two_products, plain=plain)
-    if fused:
-        # The whole rank at once.
-        return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
-    return {"BLOCK_R": _block(R, 16, 32), **config}
+    hopper = _shared_memory(x.device) >= _HOPPER
+    # A second or third accumulator, and left operands in registers: only Hopper's matrix unit leaves room for them.
+    narrow = (two_products and (fused or not hopper)) or (fused and R > 32 and not plain and not hopper)
+    config = _product(x, Ns, narrow=narrow, wide=plain and (hopper or not fused))
+    if not fused:
+        return {"BLOCK_R": _block(R, 16, 32), **config}
+    # The whole rank at once; where it is wide, A takes as much room in each step as the weight.
+    if R > 32:
+        config["BLOCK_K"] = min(config["BLOCK_K"], max(config["BLOCK_K"] // 2, 64 if hopper else 32))
+    return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
 
 
 def adapter_linear_dx(dx: Tensor, R: int, *, two_products: bool, plain: bool) -> Config:
     """Tiles of _adapter_linear_dx_kernel for dx [M, K] and ranks up to R."""
-    return {"BLOCK_R": _block(R, 16, 32), **_product(dx, [dx.shape[1]], two_products=two_products, plain=plain)}
+    narrow = two_products and _shared_memory(dx.device) < _HOPPER
+    return {"BLOCK_R": _block(R, 16, 32), **_product(dx, [dx.shape[1]], narrow=narrow, wide=plain)}
 
 
-def _product(x: Tensor, Ns: Sequence[int], *, two_products: bool, plain: bool) -> Config:
-    """Tiles of a product of M rows and N_i columns, in x's dtype."""
+def _product(x: Tensor, Ns: Sequence[int], *, narrow: bool, wide: bool) -> Config:
+    """Tiles of a product of M rows and N_i columns, in x's dtype, where registers are scarce or left over."""
     M = x.shape[0]
     if _interpreted():
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 32, "GROUP_M": 2}
@@ -194,15 +198,14 @@ def _product(x: Tensor, Ns: Sequence[int], *, two_products: bool, plain: bool) -
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 8, "num_warps": 8, "num_stages": 3}
     elif M <= 32:
         # A few tokens: as many programs as it takes to stream the weight.
-        block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
+        block_n = 64 if narrow or programs(64) >= _WANTED_PROGRAMS // 4 else 32
         tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
     elif programs(128) < _WANTED_PROGRAMS // 4:
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    elif plain and shared_memory >= _LARGE and programs(256) >= _WANTED_PROGRAMS // 2:
+    elif wide and shared_memory >= _LARGE and programs(256) >= _WANTED_PROGRAMS // 2:
         tiles = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     else:
-        # Two accumulators and the left operand in registers: only Hopper's matrix unit leaves room for the wider tile.
-        block_n = 64 if two_products and shared_memory < _HOPPER else 128
+        block_n = 64 if narrow else 128
         block_k = 64 if shared_memory >= _LARGE else 32
         tiles = {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
     return {**tiles, "GROUP_M": 8}
