@@ -11,9 +11,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .functional import check_backend
 from .layers import Adapter, AdapterLayer, AdapterLinear, ModuleToSave, adapter_layer
 from .methods import AdapterConfig
+from .strategies import check_backend
 from .targets import saved_paths, target_paths
 
 ModelType = TypeVar("ModelType", bound=nn.Module)

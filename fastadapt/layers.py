@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .functional import ShrinkCache, merged_weight
+from .functional import merged_weight
 from .reference import AdapterForm
 
 
@@ -22,7 +22,7 @@ class Adapter(nn.Module):
     """The parameters of one adapter of one layer. A method subclasses it and says what they mean in `form`.
 
     `checkpoint_names` maps each parameter to its suffix in a PEFT checkpoint; `bias` is the adapter's own copy of the
-    base bias where it trains one. `shrink_cache` is set where layers share a frozen A.
+    base bias where it trains one.
     """
 
     bias: nn.Parameter | None
@@ -32,7 +32,6 @@ class Adapter(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.checkpoint_names: dict[str, str] = {}
-        self.shrink_cache: ShrinkCache | None = None
         self.register_parameter("lora_magnitude_vector", None)
         self.register_parameter("bias", None)
 
@@ -196,7 +195,6 @@ class AdapterLinear(AdapterLayer):
             dropout=adapter.dropout,
             training=self.training,
             backend=self.backend,
-            shrink_cache=adapter.shrink_cache,
         )
 
 

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import the layers before it.
 LAYERS = [
     {"fastadapt_kernels"},
-    {"reference", "ops"},
-    {"checks", "functional"},
+    {"reference", "eager", "ops"},
+    {"checks", "strategies", "cost", "tuner", "functional"},
     {"layers"},
     {"methods"},
     {"targets", "inject", "checkpoint"},
