@@ -343,7 +343,8 @@ class WeightNormFunction(torch.autograd.Function):
 def row_squares(weight: Tensor, *, backend: str = "auto") -> Tensor:
     """‖W0‖² by rows in fp32, the constant part of the DoRA norm. Shapes: weight [N, K]; result [N]."""
     backend = resolve_backend(backend, weight)
-    return ops.row_squares(weight, "eager" if backend == "reference" else backend)
+    squares: Tensor = ops.row_squares(weight, "eager" if backend == "reference" else backend)
+    return squares
 
 
 def weight_norm(
@@ -372,4 +373,5 @@ def weight_norm(
         base_squared = ops.row_squares(weight.detach(), backend)
     if not (torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)):
         return ops.weight_norm(weight, lora_A, lora_B, scaling, base_squared, backend)[0]
-    return WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)
+    norm: Tensor = WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)
+    return norm
