@@ -103,14 +103,16 @@ def _joins(other: AdapterLinear, leader: AdapterLinear, x: Tensor) -> bool:
     adapter, first = other.active_adapter, leader.active_adapter
     if adapter is None or first is None or other.merged or adapter.dropout != first.dropout:
         return False
-    weight, own = other.base_layer.weight, leader.base_layer.weight
+    weight, own = other.weight_matrix, leader.weight_matrix
     return (
         # A sharded or offloaded weight is not what it seems to be until its own layer is called.
         type(weight) is type(own)
-        and (weight.device, weight.dtype, weight.dim()) == (x.device, own.dtype, 2)
-        and (other.training, other.backend, other.strategy) == (leader.training, leader.backend, leader.strategy)
-        and other.weight_matrix.shape[1] == x.shape[-1]
+        and weight.dim() == 2
+        and weight.shape[1] == x.shape[-1]
+        and weight.dtype == own.dtype
+        and weight.device == x.device
         and not weight.requires_grad
+        and (other.training, other.backend, other.strategy) == (leader.training, leader.backend, leader.strategy)
     )
 
 
@@ -123,10 +125,7 @@ def _circumstances(x: Tensor) -> tuple[Any, ...]:
 def _state(layer: AdapterLinear) -> tuple[Any, ...]:
     """What a layer's output depends on beside x."""
     adapter = layer.active_adapter
+    weight = layer.base_layer.weight
     parameters = () if adapter is None else adapter._parameters.values()
-    versions = [_version(parameter) for parameter in (layer.base_layer.weight, *parameters) if parameter is not None]
-    return id(adapter), id(layer.base_layer.weight), layer.merged, layer.training, versions
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    versions = [0 if p is None or p.is_inference() else p._version for p in (weight, *parameters)]
+    return id(adapter), id(weight), layer.merged, layer.training, versions

@@ -87,7 +87,7 @@ class AdapterLayer(nn.Module):
     def active_adapter(self) -> Adapter | None:
         if self.active is None:
             return None
-        adapter: Adapter = self.adapters[self.active]  # type: ignore[assignment]
+        adapter: Adapter = self._modules["adapters"]._modules[self.active]  # type: ignore[assignment,union-attr]
         return adapter
 
     @property
