@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import the layers before it.
 LAYERS = [
     {"fastadapt_kernels"},
-    {"reference", "ops"},
+    {"reference", "ops", "cost"},
     {"checks", "functional"},
     {"layers"},
     {"methods"},
