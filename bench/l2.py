@@ -1,8 +1,8 @@
 """What a GEMM moves past L2: its tiles in the order of its programs, through a least-recently-used cache.
 
-As many programs as there are multiprocessors run at once and in step: along the contraction, each wave touches the tiles
-of every row and column that it holds, then writes its outputs. Calibrated against the published counters of LoRAFusion,
-whose two GEMMs have the tiles and the order modelled here: see PUBLISHED_GIB and tests/test_traffic.py.
+As many programs as there are multiprocessors run at once and in step: along the contraction, each wave touches the
+tiles of every row and column that it holds, then writes its outputs. Calibrated against the published counters of
+LoRAFusion, whose two GEMMs have the tiles and the order modelled here: see PUBLISHED_GIB and tests/test_traffic.py.
 """
 
 from __future__ import annotations

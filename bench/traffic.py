@@ -1,9 +1,9 @@
 """The bytes that the kernels move, operand by operand, beside the least that they could and a model of the field.
 
 Counted in Triton's interpreter, by address and under the mask, at two small shapes: what part of each operand a launch
-touches. It must come out the same at both, and is then exact at every shape. The launches of the full shape are recorded
-on meta tensors with the tiles that configs.py picks for the GPU, so that sizes, partial buffers and launches are the
-real ones. Values do not matter here: the count runs in fp16, which has bf16's size and which the interpreter knows.
+touches. It must come out the same at both, and then holds at every shape. The launches of the full shape are recorded on
+meta tensors with the tiles that configs.py picks for the GPU, so that sizes, partial buffers and launches are the real
+ones. Values do not matter here: the count runs in fp16, which has bf16's size and which the interpreter knows.
 
 * mib: compulsory bytes, forward and backward. An operand counts once in each launch that touches it; tensors that
   live only within a pass (partial sums, q) are apart in partials_mib. For DoRA norm_mib of it are for the row norm.
@@ -38,8 +38,9 @@ MIB = 2**20
 # Shared memory in bytes that one block may take, by device of the cost model: configs.py chooses tiles by it.
 SHARED_MEMORY = {"A100-SXM4-80GB": 166_912, "H100-SXM": 232_448, "B200": 232_448, "MI300X": 65_536}
 
-# Tokens, K and the width of N = 1024 features, for the two counts: odd, small, and with several tiles each way.
-_SMALL = ((150, 136, 24), (100, 200, 40))
+# Tokens, K and the width of the narrowest output, for the two counts: small, odd, with several tiles each way. The
+# narrowest output has two of the interpreter's tiles, as k and v have two of a GPU's in the pass over dy.
+_SMALL = ((40, 72, 128), (50, 104, 118))
 _DROPOUT = 0.1
 
 
@@ -132,15 +133,16 @@ class _Watch:
         self.written = np.zeros_like(self.read)
 
     def add(self, addresses: np.ndarray[Any, Any], *, store: bool) -> None:
-        touched = self.written if store else self.read
-        touched[(addresses - self.start) // self.itemsize] = True
+        (self.written if store else self.read)[(addresses - self.start) // self.itemsize] = True
         moved = addresses.size * self.itemsize
         if store:
             self.count.written += moved
-            self.count.first_written = int(touched.sum()) * self.itemsize
         else:
             self.count.read += moved
-            self.count.first_read = int(touched.sum()) * self.itemsize
+
+    def close(self) -> None:
+        self.count.first_read = int(self.read.sum()) * self.itemsize
+        self.count.first_written = int(self.written.sum()) * self.itemsize
 
 
 @contextmanager
@@ -178,6 +180,8 @@ def metered() -> Iterator[list[Counted]]:
         try:
             launch(kernel, grid, arguments, config)
         finally:
+            for watch in watches:
+                watch.close()
             watches.clear()
 
     with (
@@ -277,21 +281,23 @@ class Touched(NamedTuple):
     written: float
 
 
-def counted_parts(case: TrafficCase) -> list[dict[str, tuple[float, float]]]:
-    """The part of each operand that each launch reads and writes: counted at two shapes, the same at both."""
-    found = []
+# Kernel -> for each of its launches in turn: operand -> the parts of it that are read and written.
+Parts = dict[str, list[dict[str, tuple[float, float]]]]
+
+
+def counted_parts(case: TrafficCase) -> Parts:
+    """The part of each operand that each kernel reads and writes: counted at two shapes, the same at both."""
+    found: list[Parts] = []
     for tokens, K, width in _SMALL:
         w = case.workload(tokens)
-        # r keeps its number of rank tiles; the widths keep their order.
-        w = w._replace(K=K, outputs=tuple(max(n // 1024, 1) * width for n in w.outputs))
+        w = w._replace(K=K, outputs=tuple(n // min(w.outputs) * width for n in w.outputs))
         with metered() as launches:
             run_passes(w, "cpu", launches)
-        found.append(
-            [
-                {name: (c.first_read / c.size, c.first_written / c.size) for name, c in launch.operands.items()}
-                for launch in launches
-            ]
-        )
+        parts: Parts = {}
+        for launch in launches:
+            touched = {name: (c.first_read / c.size, c.first_written / c.size) for name, c in launch.operands.items()}
+            parts.setdefault(launch.kernel, []).append(touched)
+        found.append(parts)
     first, second = found
     if first != second:
         raise RuntimeError(f"the parts that the launches touch depend on the shape:\n{first}\n{second}")
@@ -323,17 +329,18 @@ def measure(case: TrafficCase, tokens: int, shared_memory: int) -> Traffic:
     parts = counted_parts(case)
     with recorded(shared_memory) as launches:
         passes = run_passes(case.workload(tokens), "meta", launches)
-    if len(parts) != len(launches):
-        raise RuntimeError(f"{len(parts)} launches were counted at small shapes, {len(launches)} at the full one")
+    turns = {kernel: iter(launched) for kernel, launched in parts.items()}
     touched, counts = [], {name: 0 for name, _ in passes.phases}
-    for index, (launch, part) in enumerate(zip(launches, parts, strict=True)):
+    for index, launch in enumerate(launches):
+        kernel = launch.kernel.fn.__name__
+        # The small shapes may add up partial sums that the full one does not have, but miss none of its launches.
+        part = next(turns[kernel])
         phase = next(name for name, start in reversed(passes.phases) if index >= start)
         counts[phase] += 1
         for name, tensor in tensors_of(launch.arguments):
             size = tensor.numel() * tensor.itemsize
             read, written = part[name]
             role = passes.roles.get(storage(tensor), "scratch")
-            kernel = launch.kernel.fn.__name__
             touched.append(Touched(phase, kernel, name, role, tuple(tensor.shape), read * size, written * size))
     return Traffic(touched, counts, [gemm for gemm in map(gemm_of, launches) if gemm is not None])
 

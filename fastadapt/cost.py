@@ -1,7 +1,7 @@
 """What each strategy of `adapter_linear` costs: FLOPs, bytes and launches of every phase, and the time they predict.
 
-The model is a roofline a launch: max(FLOPs / rate, bytes / bandwidth) + overhead. Bytes are compulsory: every operand of
-a launch moves once. It knows nothing of a particular GPU beyond the few numbers of `Device`, so it ranks strategies
+The model is a roofline a launch: max(FLOPs / rate, bytes / bandwidth) + overhead. Bytes are compulsory: every operand
+of a launch moves once. It knows nothing of a particular GPU beyond the few numbers of `Device`, so it ranks strategies
 where nothing was measured and gives way to a measurement where one was taken.
 """
 
