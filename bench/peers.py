@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fastadapt.cost import Work, Workload
+from fastadapt.cost import FEW_TOKENS, Work, Workload
 
 # Bytes of an element: activations and weights in 16 bit, adapters of PEFT's default, dropout masks.
 _HALF, _FULL, _MASK = 2, 4, 1
@@ -49,9 +49,9 @@ class Sequence:
         moved = size * (m * k + k * n + (2 if adds else 1) * m * n)
         self.works.append(Work("matmul", 2 * m * k * n, moved, 1, "bfloat16" if size == _HALF else "float32"))
 
-    def kernel(self, flops: int, moved: int) -> None:
+    def kernel(self, tokens: int, flops: int, moved: int) -> None:
         """A Triton kernel with matrix products in 16 bit."""
-        self.works.append(Work("kernel", flops, moved, 1, "bfloat16", triton=True))
+        self.works.append(Work("kernel", flops, moved, 1, "bfloat16", triton=True, few_tokens=tokens <= FEW_TOKENS))
 
     def elementwise(self, *moved: int) -> None:
         """One operation that reads or writes these bytes."""
@@ -199,8 +199,12 @@ def unsloth(w: Workload) -> tuple[list[Work], list[Work]] | None:
 
 
 def axolotl(w: Workload) -> tuple[list[Work], list[Work]] | None:
-    """kernels/lora.py: LoRA_O, LoRA_QKV and LoRA_QK, with dropout and DoRA. Without VeRA."""
-    if _is_vera(w):
+    """kernels/lora.py: LoRA_O, LoRA_QKV and LoRA_QK, with dropout and DoRA.
+
+    Without VeRA, and without DoRA's published rule under dropout (`dropout_on_base`): its own drops the low-rank path
+    alone, which takes one base product instead of two.
+    """
+    if _is_vera(w) or w.two_products:
         return None
     forward, backward = Sequence(), Sequence()
     layers = _layers(w)
@@ -217,7 +221,7 @@ def axolotl(w: Workload) -> tuple[list[Work], list[Work]] | None:
             forward.matmul(M, K, R)
             forward.matmul(M, R, N)
             # The weight's norm, kept until the optimizer steps: a Triton kernel that forms rows of B A.
-            forward.kernel(2 * N * R * K, _HALF * layer.weight)
+            forward.kernel(M, 2 * N * R * K, _HALF * layer.weight)
             forward.elementwise(3 * y)
             forward.elementwise(2 * y)
             if len(layers) > 1:
@@ -262,12 +266,12 @@ def lorafusion(w: Workload) -> tuple[list[Work], list[Work]] | None:
         if dropout:
             forward.elementwise(2 * x, mask)
         forward.matmul(M, K, R)
-        forward.kernel(2 * M * N * (K + R), x + weight + u + _HALF * N * R + y)
+        forward.kernel(M, 2 * M * N * (K + R), x + weight + u + _HALF * N * R + y)
         # dB and ds are cleared, then added to atomically, in fp32; the casts that follow are small.
-        backward.kernel(4 * M * N * R, y + u + _HALF * N * R + 3 * _FULL * R * (M + N))
+        backward.kernel(M, 4 * M * N * R, y + u + _HALF * N * R + 3 * _FULL * R * (M + N))
         backward.elementwise((_FULL + _HALF) * R * (M + N))
         backward.matmul(R, M, K)
-        backward.kernel(2 * M * K * (N + R), y + weight + u + _HALF * R * K + mask + x)
+        backward.kernel(M, 2 * M * K * (N + R), y + weight + u + _HALF * R * K + mask + x)
     _sum_of_dx(backward, w)
     return forward.works, backward.works
 

@@ -1,9 +1,9 @@
 """The bytes that the kernels move, operand by operand, beside the least that they could and a model of the field.
 
 Counted in Triton's interpreter, by address and under the mask, at two small shapes: what part of each operand a launch
-touches. It must come out the same at both, and then holds at every shape. The launches of the full shape are recorded on
-meta tensors with the tiles that configs.py picks for the GPU, so that sizes, partial buffers and launches are the real
-ones. Values do not matter here: the count runs in fp16, which has bf16's size and which the interpreter knows.
+touches. It must come out the same at both, and then holds at every shape. The launches of the full shape are recorded
+on meta tensors with the tiles that configs.py picks for the GPU, so that sizes, partial buffers and launches are the
+real ones. Values do not matter here: the count runs in fp16, which has bf16's size and which the interpreter knows.
 
 * mib: compulsory bytes, forward and backward. An operand counts once in each launch that touches it; tensors that
   live only within a pass (partial sums, q) are apart in partials_mib. For DoRA norm_mib of it are for the row norm.
@@ -435,7 +435,6 @@ _COLUMNS = {
     "mib": "moved",
     "minimum_mib": "minimum",
     "split_target_mib": "target",
-    "norm_mib": "norm",
     "partials_mib": "partials",
     "reread_mib": "re-read",
     "reread_row_major_mib": "row-major",

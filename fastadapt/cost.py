@@ -23,7 +23,7 @@ _BLOCK_N = 128
 _DECODE_TOKENS = 64
 
 # Up to here a library GEMM splits K or streams where a fixed tile leaves multiprocessors idle in its last wave.
-_FEW_TOKENS = 2048
+FEW_TOKENS = 2048
 _FEW_TOKENS_EFFICIENCY = 0.9
 
 # Share of the frozen pass above which a recomposed weight is kept for the backward instead of remade there: remaking
@@ -224,7 +224,7 @@ def works(strategy: str, w: Workload) -> list[Work]:
 
 
 def _triton(w: Workload, phase: str, flops: float, moved: float) -> Work:
-    return Work(phase, flops, moved, 1, w.dtype, True, w.M <= _FEW_TOKENS)
+    return Work(phase, flops, moved, 1, w.dtype, True, w.M <= FEW_TOKENS)
 
 
 def _library(w: Workload, phase: str, flops: float, moved: float, launches: int = 1) -> Work:
