@@ -224,7 +224,7 @@ def document(rows: Sequence[report.Row]) -> str:
         *_calibration(),
         "## LoRA: FLOPs, bytes and launches, M 8192",
         f"Forward and backward, on any device: {' / '.join(TITLES.get(key, key) for key in _AMOUNTS)}. `split` and "
-        "`library` are ours. Partial buffers, about 4% of the bytes of `split`, are left out.",
+        "`library` are ours. Partial buffers, about 3% of the bytes of `split`, are left out.",
         _amounts(row for row in training if row["device"] == GPUS[0].name and row["M"] == 8192),
     ]
     for device in GPUS:

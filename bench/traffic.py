@@ -433,7 +433,7 @@ _OPERAND_COLUMNS = {key: key for key in ("phase", "kernel", "operand", "role", "
 _COLUMNS = {
     "case": "case",
     "mib": "moved",
-    "minimum_mib": "minimum",
+    "minimum_mib": "least",
     "split_target_mib": "target",
     "partials_mib": "partials",
     "reread_mib": "re-read",
