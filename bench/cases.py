@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 # Name on the command line -> module whose `main` is the command.
-BENCHES = {"step": "bench.step", "saved": "bench.saved"}
+BENCHES = {
+    "step": "bench.step",
+    "saved": "bench.saved",
+    "traffic": "bench.traffic",
+    "predictions": "bench.predictions",
+}
 
 
 @dataclass(frozen=True)

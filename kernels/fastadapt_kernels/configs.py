@@ -127,9 +127,9 @@ def _block(size: int, least: int, most: int) -> int:
     return max(least, min(most, 1 << max(size - 1, 0).bit_length()))
 
 
-def _splits(programs: int, steps: int, least_steps: int) -> tuple[int, int]:
+def _splits(programs: int, steps: int, least_steps: int, wanted: int = _WANTED_PROGRAMS) -> tuple[int, int]:
     """(splits, steps_per_split) of a loop: enough to fill the GPU, none empty or far shorter than least_steps."""
-    splits = max(1, min(_WANTED_PROGRAMS // programs, steps // least_steps))
+    splits = max(1, min(wanted // programs, steps // least_steps))
     steps_per_split = triton.cdiv(steps, splits)
     return triton.cdiv(steps, steps_per_split), steps_per_split
 
@@ -154,7 +154,7 @@ def shrink(xs: Sequence[Tensor], sizes: Sequence[int], A_dtype: torch.dtype) -> 
         stages = 3 if shared_memory >= _LARGE else 2
         config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
     programs = triton.cdiv(M, block_m) * sum(triton.cdiv(size, block_r) for size in sizes)
-    splits, _ = _splits(programs, triton.cdiv(K, config["BLOCK_K"]), 4)
+    splits, _ = _splits(programs, triton.cdiv(K, config["BLOCK_K"]), 4, wanted=_WANTED_PROGRAMS // 2)
     return config, splits
 
 
@@ -212,20 +212,19 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
     if _interpreted():
         config = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 32}
         return config, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(M, 16), 1)
+    rank = _block(R, 16, 128)
     if dys[0].dtype == torch.float32:
-        config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 64), "num_warps": 4, "num_stages": 2}
+        config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(rank, 64), "num_warps": 4, "num_stages": 2}
     elif want_q:
-        config = {
-            "BLOCK_M": 16 if vector_sums else 32,
-            "BLOCK_N": 512,
-            "BLOCK_R": _block(R, 16, 32),
-            "num_warps": 8,
-            "num_stages": 2,
-        }
+        # The sums of vectors are as large as the tile.
+        block_m = 16 if vector_sums else 32
+        stages = 3 if _shared_memory(dys[0].device) >= _LARGE else 2
+        config = {"BLOCK_M": block_m, "BLOCK_N": 512, "BLOCK_R": rank, "num_warps": 8, "num_stages": stages}
     else:
-        config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 128), "num_warps": 4, "num_stages": 2}
+        config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": rank, "num_warps": 4, "num_stages": 3}
     programs = sum(triton.cdiv(N, config["BLOCK_N"]) for N in Ns) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
-    return config, *_splits(4 * programs, triton.cdiv(M, config["BLOCK_M"]), 4)
+    steps = triton.cdiv(M, config["BLOCK_M"])
+    return config, *_splits(programs, steps, 4, wanted=_WANTED_PROGRAMS // 4)
 
 
 def input_grads(x: Tensor, R: int) -> tuple[Config, int, int]:
