@@ -8,6 +8,7 @@ launchers run under ``recorded_launches`` on meta tensors, and what they would h
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -103,7 +104,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], con
 
 
 def _interpreted() -> bool:
-    return _recorder.get() is None and bool(triton.knobs.runtime.interpret)
+    return _recorder.get() is None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -163,7 +164,9 @@ def adapter_linear(x: Tensor, Ns: Sequence[int], R: int, *, fused: bool, two_pro
 
     plain: no operand beside x, weights, u and Bs, so that registers are left for the widest tile.
     """
-    config = _product(x, Ns, two_products=two_products, plain=plain and not fused)
+    # A third operand in the loop: only Hopper's matrix unit leaves registers for the widest tile.
+    plain = plain and (not fused or _shared_memory(x.device) >= _HOPPER)
+    config = _product(x, Ns, two_products=two_products, plain=plain)
     if fused:
         # The whole rank at once.
         return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
@@ -182,7 +185,8 @@ def _product(x: Tensor, Ns: Sequence[int], *, two_products: bool, plain: bool) -
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 32, "GROUP_M": 2}
 
     def programs(block_n: int) -> int:
-        return int(triton.cdiv(M, 128)) * sum(int(triton.cdiv(N, block_n)) for N in Ns)
+        count: int = triton.cdiv(M, 128) * sum(triton.cdiv(N, block_n) for N in Ns)
+        return count
 
     shared_memory = _shared_memory(x.device)
     tiles: Config
@@ -190,7 +194,9 @@ def _product(x: Tensor, Ns: Sequence[int], *, two_products: bool, plain: bool) -
         # IEEE fp32 has no matrix unit on NVIDIA: the tile is bound by registers.
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 8, "num_warps": 8, "num_stages": 3}
     elif M <= 32:
-        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+        # A few tokens: as many programs as it takes to stream the weight.
+        block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
+        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
     elif programs(128) < _WANTED_PROGRAMS // 4:
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
     elif plain and shared_memory >= _LARGE and programs(256) >= _WANTED_PROGRAMS // 2:
@@ -213,7 +219,9 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
         config = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 32}
         return config, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(M, 16), 1)
     rank = _block(R, 16, 128)
-    if dys[0].dtype == torch.float32:
+    if dys[0].dtype == torch.float32 and want_q:
+        config = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_R": rank, "num_warps": 8, "num_stages": 2}
+    elif dys[0].dtype == torch.float32:
         config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(rank, 64), "num_warps": 4, "num_stages": 2}
     elif want_q:
         # The sums of vectors are as large as the tile.
