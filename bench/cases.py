@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 # Name on the command line -> module whose `main` is the command.
-BENCHES = {"step": "bench.step", "saved": "bench.saved"}
+BENCHES = {"step": "bench.step", "saved": "bench.saved", "gpu": "bench.gpu", "microbench": "bench.microbench"}
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .ops import STRATEGIES
 from .reference import AdapterForm
 from .report import processor, versions
-from .strategies import STRATEGIES
 
 FORMAT = 1
 
@@ -66,6 +66,11 @@ class Key(NamedTuple):
         return f"m{self.rows} k{self.in_features} n{n} r{r} {dtype} {features} {direction}"
 
 
+def row_bucket(rows: int) -> int:
+    """The power of two that a number of rows is measured as."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
 def key_of(
     x: Tensor, weights: Sequence[Tensor], forms: Sequence[AdapterForm], *, dropout: float, backward: bool
 ) -> Key:
@@ -82,13 +87,13 @@ def key_of(
             features.add("train_A")
         if dropout:
             features.add("dropout_on_base" if form.dropout_on_base else "dropout")
-    if len(forms) > 1 and all(form.A is forms[0].A for form in forms):
+    if len(forms) > 1 and all(form.A.data_ptr() == forms[0].A.data_ptr() for form in forms):
         features.add("shared_A")
     k = x.shape[-1]
     rows = x.numel() // max(k, 1)
     return Key(
         x.device,
-        1 << max(rows - 1, 0).bit_length(),
+        row_bucket(rows),
         k,
         tuple(weight.shape[0] for weight in weights),
         tuple(form.A.shape[0] for form in forms),
