@@ -11,7 +11,6 @@ returns everything that it computed. What differs between providers is only how:
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -400,8 +399,8 @@ def prepare(case: OperatorCase, provider: str, operands: Operands) -> Run:
 
 
 def runnable_strategies(device: torch.device) -> list[str]:
-    """The strategies that a device can run; the interpreter can run the Triton ones on a CPU."""
-    triton = HAS_TRITON and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    """The strategies that a device can run. Interpreted kernels have no time worth knowing."""
+    triton = HAS_TRITON and device.type == "cuda"
     return [name for name, backend in STRATEGIES.items() if triton or backend == "eager"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,11 @@ Document = dict[str, Any]
 COLORS = {
     "fastest": "#1f4e9c",
     "split": "#1f4e9c",
-    "fused": "#2a7fb8",
-    "library": "#3f8fd2",
-    "recompose": "#7db8e8",
-    "ours": "#1f4e9c",
-    "ungrouped": "#a9c9e8",
+    "fused": "#173a70",
+    "library": "#3c78c8",
+    "recompose": "#2f9fb5",
+    "ours": "#6fa8dc",
+    "ungrouped": "#b9cfe6",
     "peft": "#e07b39",
     "compile": "#5a9e4b",
     "reference": "#9a9a9a",
@@ -58,7 +59,7 @@ def _provenance(document: Document) -> str:
     versions = document["versions"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "peft") if versions.get(name))
     commit = (document["commit"] or "unknown")[:9]
-    return f"fastadapt {versions['fastadapt']} ({commit}), {packages}"
+    return f"fastadapt at {commit}, {packages}"
 
 
 def _grouped_bars(
@@ -67,32 +68,25 @@ def _grouped_bars(
     values: Mapping[str, Sequence[float | None]],
     notes: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """For each group a bar of each provider, a number above it, and a note inside; None leaves a gap that says so."""
+    """For each group a bar of each provider, above it its number and note; None leaves a gap that says so.
+
+    Bars that dwarf the others are cut, and their numbers stand at the cut.
+    """
     width = 0.84 / max(len(values), 1)
-    top = max((value for series in values.values() for value in series if value is not None), default=1.0)
+    known = [value for series in values.values() for value in series if value is not None] or [1.0]
+    top = min(max(known), 4 * statistics.median(known))
     for index, (name, series) in enumerate(values.items()):
         places = [group - 0.42 + (index + 0.5) * width for group in range(len(groups))]
-        heights = [value or 0.0 for value in series]
+        heights = [min(value or 0.0, top) for value in series]
         axes.bar(places, heights, width * 0.94, color=COLORS[name], label=LABELS.get(name, "ours: fastest strategy"))
         for group, (place, value) in enumerate(zip(places, series, strict=True)):
-            text = "none" if value is None else f"{value:.2f}"
-            axes.text(place, (value or 0.0) + top * 0.01, text, ha="center", va="bottom", rotation=90, fontsize=7)
             note = notes[name][group] if notes and name in notes else ""
-            if note and value:
-                axes.text(
-                    place,
-                    value / 2,
-                    note,
-                    ha="center",
-                    va="center",
-                    rotation=90,
-                    fontsize=7,
-                    color="white",
-                    clip_on=True,
-                )
+            text = "none" if value is None else f"{value:.2f} {note}".strip()
+            height = heights[group] + top * 0.015
+            axes.text(place, height, text, ha="center", va="bottom", rotation=90, fontsize=7, clip_on=True)
     axes.set_xticks(range(len(groups)), groups, fontsize=9)
     axes.set_xlim(-0.6, len(groups) - 0.4)
-    axes.set_ylim(0, top * 1.18)
+    axes.set_ylim(0, top * (1.36 if notes else 1.25))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
 
@@ -116,27 +110,31 @@ def draw_gpu(document: Document, path: Path) -> None:
     main_dtype = next(row["dtype"] for row in document["rows"])
     rows = [row for row in document["rows"] if row["operator"] != "weight_norm" and row["dtype"] == main_dtype]
     tokens = sorted({row["M"] for row in rows})
-    figure = _figure(16, 5.5 + 4.3 * len(tokens))
+    panels: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        kind = "forward" if row["operator"] == "forward" else "forward + backward"
+        dropout = ", with dropout" if "dropout" in row["case"] else ""
+        panels.setdefault((row["M"], kind + dropout), []).append(row)
+    lines = (len(panels) + 1) // 2
+    figure = _figure(16, 5.5 + 4.3 * lines)
     device = document["device"]
     runtime = f", runtime {device['runtime']}, driver {device['driver']}" if "driver" in device else ""
-    kind = "quick run, small shapes" if document["quick"] else "full run"
-    what = "timed by events" if device["type"] == "cuda" else "no GPU: the eager strategies on a CPU"
+    extent = "quick run, few shapes" if document["quick"] else "full run"
+    how = "timed by events" if device["type"] == "cuda" else "no GPU: the eager strategies on a CPU"
     figure.suptitle(
-        f"{device['name']}{runtime}\n{main_dtype}, {kind}, {what}, medians; {_provenance(document)}", fontsize=11
+        f"{device['name']}{runtime}\n{main_dtype}, {extent}, {how}, medians; {_provenance(document)}", fontsize=11
     )
-    grid = figure.add_gridspec(1 + len(tokens), 2, height_ratios=[1.25, *[1.0] * len(tokens)])
+    grid = figure.add_gridspec(1 + lines, 2, height_ratios=[1.25, *[1.0] * lines])
     _roofline(figure.add_subplot(grid[0, :]), document["ceilings"], rows, main_dtype, tokens)
     shown = ["fastest", *(name for name in ("ours", "peft", "compile", "reference") if _was_timed(rows, name))]
-    for line, count in enumerate(tokens, start=1):
-        for column, operator in enumerate(("forward", "step")):
-            axes = figure.add_subplot(grid[line, column])
-            chosen = [row for row in rows if row["M"] == count and row["operator"] == operator]
-            _case_bars(axes, chosen, shown)
-            title = "forward" if operator == "forward" else "forward + backward"
-            axes.set_title(f"{title}, {count} tokens: time as a multiple of F.linear on the same layers", fontsize=10)
-            axes.set_ylabel("x F.linear (lower is better)")
-            if line == 1 and column == 0:
-                axes.legend(fontsize=8, loc="upper left", ncols=2, framealpha=0.9)
+    # Forward and step side by side, dropout below.
+    for index, (count, kind) in enumerate(sorted(panels, key=lambda panel: ("dropout" in panel[1], *panel))):
+        axes = figure.add_subplot(grid[1 + index // 2, index % 2])
+        _case_bars(axes, panels[count, kind], shown)
+        axes.set_title(f"{kind}, {count} tokens", fontsize=10)
+        axes.set_ylabel("time, x of F.linear on the same layers")
+        if index == 0:
+            axes.legend(fontsize=8, loc="upper left", ncols=3, framealpha=0.9)
     _save(figure, path)
 
 
@@ -154,7 +152,7 @@ def _case_bars(axes: Any, rows: Sequence[Row], shown: Sequence[str]) -> None:
         for name in shown:
             found = best if name == "fastest" else next((row for row in group if row["provider"] == name), None)
             values[name].append(found["x_linear"] if found else None)
-    labels = [f"{case.replace('_', chr(10))}\n{layers}" for case, layers in cases]
+    labels = [f"{case.removesuffix('_dropout')}\n{layers}" for case, layers in cases]
     _grouped_bars(axes, labels, values, {"fastest": notes})
     axes.tick_params(axis="x", labelsize=7 if len(labels) > 8 else 9)
     axes.axhline(1.0, color=COLORS["linear"], linewidth=1, linestyle="--")
@@ -171,22 +169,34 @@ def _roofline(axes: Any, ceilings: Mapping[str, float], rows: Sequence[Row], dty
             if row is not None and row["tflops"] is not None:
                 intensity = row["gflop"] * 1e9 / (row["minimum_mib"] * 2**20)
                 points.setdefault((name, count, operator), []).append((intensity, row["tflops"]))
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter
+
     intensities = [x for found in points.values() for x, _ in found] or [1.0]
-    bandwidth, peak = ceilings["bytes"] / 1e12, ceilings[dtype] / 1e12
+    unit, name_of_unit = (1e12, "TFLOP/s") if ceilings[dtype] >= 1e12 else (1e9, "GFLOP/s")
+    bandwidth, peak = ceilings["bytes"] / unit, ceilings[dtype] / unit
     ridge = peak / bandwidth
     low, high = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
     roof = [low, ridge, high]
     axes.plot(roof, [min(x * bandwidth, peak) for x in roof], color="#444444", linewidth=2)
     axes.annotate(
-        f"copy: {ceilings['bytes'] / 1e9:,.0f} GB/s", (low, low * bandwidth), xytext=(6, 10), textcoords="offset points"
+        f"copy: {ceilings['bytes'] / 1e9:,.0f} GB/s",
+        (low, low * bandwidth),
+        xytext=(14, -4),
+        textcoords="offset points",
     )
     axes.annotate(
-        f"{dtype} product: {peak:,.3g} TFLOP/s", (high, peak), xytext=(-6, 5), textcoords="offset points", ha="right"
+        f"{dtype} product: {peak:,.3g} {name_of_unit}",
+        (high, peak),
+        xytext=(-6, 6),
+        textcoords="offset points",
+        ha="right",
     )
     for (name, count, operator), found in points.items():
         color = COLORS[name]
         axes.scatter(
-            *zip(*found, strict=True),
+            [intensity for intensity, _ in found],
+            [rate * 1e12 / unit for _, rate in found],
             marker=MARKERS[tokens.index(count) % len(MARKERS)],
             s=42,
             facecolors=color if operator == "step" else "none",
@@ -197,11 +207,12 @@ def _roofline(axes: Any, ceilings: Mapping[str, float], rows: Sequence[Row], dty
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("arithmetic intensity of the formula (FLOP per byte of its tensors, each moved once)")
-    axes.set_ylabel("TFLOP/s of the formula's work")
+    axes.set_ylabel(f"{name_of_unit} of the formula's work")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
     axes.set_title("Roofline between the ceilings measured on this device", fontsize=10)
     axes.grid(which="both", alpha=0.2)
-    from matplotlib.lines import Line2D
-
     entries = [
         Line2D([], [], color=COLORS[name], marker="o", linestyle="", label=LABELS.get(name, "ours: fastest strategy"))
         for name in providers
@@ -238,7 +249,7 @@ def draw_microbench(document: Document, path: Path) -> None:
         title = "forward + backward" if operator == "step" else "forward"
         shape = f"M {group[0]['M']}, K {group[0]['K']}, N {group[0]['N']}"
         axes.set_title(f"{title}, {layers} ({shape})", fontsize=10)
-        axes.set_ylabel("x F.linear (lower is better)")
+        axes.set_ylabel("time, x of F.linear on the same layers")
         axes.legend(fontsize=7, loc="upper right", ncols=2, framealpha=0.9)
     if norms:
         axes = figure.add_subplot(grid[len(panels) // 2, len(panels) % 2])

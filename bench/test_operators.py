@@ -41,7 +41,6 @@ PAIRS = [(case, name) for case in cases() for name in providers(case, DEVICE) if
 
 
 @pytest.mark.parametrize(("case", "provider"), PAIRS, ids=[f"{case.label} {name}" for case, name in PAIRS])
-@pytest.mark.benchmark(min_rounds=10, max_time=0.5, warmup=True, warmup_iterations=3)
 def test_operator(benchmark: Any, case: OperatorCase, provider: str) -> None:
     benchmark.group = case.label
     benchmark.name = provider
