@@ -7,11 +7,13 @@ Nothing of size [tokens, out] is made beside y (and z, which the gradient of a t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Elementwise passes over [M, N] run in blocks of rows: that bounds their temporaries, in 16 bit also the fp32 ones that
@@ -112,13 +114,17 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def rank_columns(members: Sequence[Member], shared_A: bool) -> list[slice]:
-    """The columns of u [M, ΣR] that belong to each member: all of them where the members share A."""
-    columns, start = [], 0
-    for member in members:
-        columns.append(slice(start, start + member.A.shape[0]))
-        start = 0 if shared_A else columns[-1].stop
-    return columns
+def down_ranks(members: Sequence[Member], shared_A: bool) -> list[int]:
+    """The ranks that are stacked in u [M, ΣR]: the members' own, or one for all where they share A."""
+    return [member.A.shape[0] for member in (members[:1] if shared_A else members)]
+
+
+def _parts(u: Tensor, members: Sequence[Member], shared_A: bool) -> Sequence[Tensor]:
+    """Each member's own columns of u."""
+    if shared_A or len(members) == 1:
+        return [u] * len(members)
+    parts: Sequence[Tensor] = u.split(down_ranks(members, shared_A), dim=1)
+    return parts
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
@@ -135,14 +141,21 @@ def _down(members: Sequence[Member], shared_A: bool, dtype: torch.dtype) -> Tens
 
 
 def _up(member: Member, dtype: torch.dtype) -> Tensor:
-    """h ⊙ B in `dtype`."""
-    up = member.B
-    if member.out_scale is not None:
-        scale = member.out_scale if member.scaling == 1.0 else member.out_scale * member.scaling
-        up = up * scale[:, None]
-    elif member.scaling != 1.0:
-        up = up * member.scaling
-    return cast(up, dtype)
+    """out_scale ⊙ B in `dtype`; the scalar part of h rides on the products as alpha, for nothing."""
+    return cast(member.B if member.out_scale is None else member.B * member.out_scale[:, None], dtype)
+
+
+def _product(a: Tensor, b: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+    """alpha · a b. A scalar factor on a tensor would be an operator more, and a small one takes as long as its call."""
+    if alpha == 1.0:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(_ignored(a.dtype, a.device), a, b, beta=0.0, alpha=alpha, out=out)
+
+
+@functools.cache
+def _ignored(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What addmm does not read when beta is 0."""
+    return torch.zeros(1, dtype=dtype, device=device)
 
 
 def _low_rank(u: Tensor, member: Member) -> Tensor:
@@ -152,7 +165,9 @@ def _low_rank(u: Tensor, member: Member) -> Tensor:
     """
     t = u if member.mid_scale is None else u * cast(member.mid_scale, u.dtype)
     up = _up(member, u.dtype).T
-    return t @ up if member.bias is None else torch.addmm(cast(member.bias, u.dtype), t, up)
+    if member.bias is None:
+        return _product(t, up, member.scaling)
+    return torch.addmm(cast(member.bias, u.dtype), t, up, alpha=member.scaling)
 
 
 def _add_scaled(y: Tensor, z: Tensor, scale: Tensor) -> Tensor:
@@ -170,16 +185,15 @@ def _base_and_low_rank(
     """(y, z) of one member; z is None unless it is to be kept."""
     weight, g = member.weight, member.base_scale
     if u.shape[1] == 0 and g is None:
-        bias = member.bias
-        return (x @ weight.T if bias is None else torch.addmm(cast(bias, x.dtype), x, weight.T)), None
+        return F.linear(x, weight, None if member.bias is None else cast(member.bias, x.dtype)), None
     y = _low_rank(u, member)
     if g is None:
         return y.addmm_(x, weight.T), None
     if member.dropout_on_base and x_dropped is not None:
-        z = x_dropped @ weight.T
+        z = F.linear(x_dropped, weight)
         _add_scaled(y.addmm_(x, weight.T), z, g - 1)
     else:
-        z = x @ weight.T
+        z = F.linear(x, weight)
         _add_scaled(y, z, g)
     return y, z if keep_base else None
 
@@ -194,7 +208,7 @@ def recomposed_weight(member: Member) -> Tensor:
         else:
             up = up * cast(member.mid_scale, up.dtype)
     base = weight if member.base_scale is None else weight * cast(member.base_scale, weight.dtype)[:, None]
-    return torch.addmm(base, up, down)
+    return torch.addmm(base, up, down, alpha=member.scaling)
 
 
 def adapter_linear(
@@ -214,19 +228,19 @@ def adapter_linear(
     x_dropped = None if drop is None else _dropped(x, drop, 1.0 / keep_probability(p))
     given = u is not None
     if u is None and (keep_u or strategy == "library"):
-        u = (x if x_dropped is None else x_dropped) @ _down(members, shared_A, x.dtype).T
+        u = F.linear(x if x_dropped is None else x_dropped, _down(members, shared_A, x.dtype))
     kept = [u] if u is not None and keep_u and not given else []
     if strategy == "recompose":
         weights = [recomposed_weight(member) for member in members]
         ys = [
-            x @ weight.T if member.bias is None else torch.addmm(cast(member.bias, x.dtype), x, weight.T)
+            F.linear(x, weight, None if member.bias is None else cast(member.bias, x.dtype))
             for member, weight in zip(members, weights, strict=True)
         ]
         return ys + kept + (weights if keep_weight else [])
     assert u is not None
     pairs = [
-        _base_and_low_rank(x, x_dropped, u[:, columns], member, keep_base)
-        for member, columns in zip(members, rank_columns(members, shared_A), strict=True)
+        _base_and_low_rank(x, x_dropped, part, member, keep_base)
+        for member, part in zip(members, _parts(u, members, shared_A), strict=True)
     ]
     return [y for y, _ in pairs] + kept + [z for _, z in pairs if z is not None]
 
@@ -244,12 +258,20 @@ def _add_base_grad(dx: Tensor, dy: Tensor, weight: Tensor, scale: Tensor | None)
 
 def _down_grads(dys: Sequence[Tensor], members: Sequence[Member], factor: float) -> Tensor:
     """d ⊙ q = d ⊙ (h ⊙ dy) B of all members, stacked: [M, ΣR]; times a factor."""
-    parts = []
-    for dy, member in zip(dys, members, strict=True):
-        q = dy @ _up(member, dy.dtype)
-        parts.append(q if member.mid_scale is None else q.mul_(cast(member.mid_scale, q.dtype)))
-    dq = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return dq if factor == 1.0 else dq.mul_(factor)
+    first = dys[0]
+    if len(members) == 1:
+        parts = [_product(first, _up(members[0], first.dtype), members[0].scaling * factor)]
+        stacked = parts[0]
+    else:
+        ranks = [member.A.shape[0] for member in members]
+        stacked = torch.empty(first.shape[0], sum(ranks), dtype=first.dtype, device=first.device)
+        parts = list(stacked.split(ranks, dim=1))
+        for dy, member, part in zip(dys, members, parts, strict=True):
+            _product(dy, _up(member, dy.dtype), member.scaling * factor, out=part)
+    for member, part in zip(members, parts, strict=True):
+        if member.mid_scale is not None:
+            part.mul_(cast(member.mid_scale, part.dtype))
+    return stacked
 
 
 def _input_grad(
@@ -309,18 +331,20 @@ def adapter_linear_backward(
     if x is not None:
         assert dq is not None
         dA = dq.T @ (x if drop is None else _dropped(x, drop, 1.0))
-        grads += cast(dA, sum_dtype(x)).split([member.A.shape[0] for member in members])
+        dA = cast(dA, sum_dtype(x))
+        grads += [dA] if len(members) == 1 else dA.split([member.A.shape[0] for member in members])
     if u is not None:
-        for dy, columns in zip(dys, rank_columns(members, shared_A), strict=True):
-            grads.append(cast(_factor_products(dy, u[:, columns]), sum_dtype(dy)).contiguous())
+        for dy, member, part in zip(dys, members, _parts(u, members, shared_A), strict=True):
+            grads.append(_factor_products(dy, part, member.scaling))
     if want_bias:
         grads += [dy.sum(0, dtype=sum_dtype(dy)) for dy in dys]
     return grads + [_column_dots(dy, z) for dy, z in zip(dys, zs, strict=True) if z is not None]
 
 
-def _factor_products(dy: Tensor, u: Tensor) -> Tensor:
-    """P = dyᵀ u [N, R]. For a thin u the transposed product is twice as fast in MKL, and its transposition is cheap."""
-    return (u.T @ dy).T if u.shape[1] < _THIN else dy.T @ u
+def _factor_products(dy: Tensor, u: Tensor, scaling: float) -> Tensor:
+    """P = scaling · dyᵀ u [N, R]. A thin u makes the transposed product twice as fast in MKL, and transposing is cheap."""
+    P = _product(u.T, dy, scaling).T.contiguous() if u.shape[1] < _THIN else _product(dy.T, u, scaling)
+    return cast(P, sum_dtype(dy))
 
 
 def _column_dots(dy: Tensor, z: Tensor) -> Tensor:

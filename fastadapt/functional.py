@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,13 +54,9 @@ def _autocasts(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-# The tensors of a member among the arguments of AdapterLinearFunction, in Member's order without its numbers.
-_KINDS = ("weight", "A", "B", "mid_scale", "out_scale", "base_scale", "bias")
-
-
-def _by_kind(values: Sequence[Any]) -> dict[str, Sequence[Any]]:
-    """What a flat list says of the tensors of all members, by kind."""
-    return {kind: values[index :: len(_KINDS)] for index, kind in enumerate(_KINDS)}
+# How many tensors of each member are among the arguments of AdapterLinearFunction: weight, A, B, mid_scale, out_scale,
+# base_scale, bias.
+_KINDS = 7
 
 
 def _group(
@@ -69,7 +65,7 @@ def _group(
     """The members of a group from their tensors in a flat list, base weights cast to the dtype of the products."""
     members = []
     for index, (scaling, dropped) in enumerate(zip(scalings, on_base, strict=True)):
-        weight, A, B, mid, out, base, bias = tensors[len(_KINDS) * index : len(_KINDS) * (index + 1)]
+        weight, A, B, mid, out, base, bias = tensors[_KINDS * index : _KINDS * (index + 1)]
         assert weight is not None
         assert A is not None
         assert B is not None
@@ -82,7 +78,7 @@ class AdapterLinearFunction(torch.autograd.Function):
 
     Kept for the backward: x only where an A trains, u [M, ΣR] only where a B, d or h does, z = W0 x only where g does,
     and what makes the dropout mask; x, u and that once for the group. Gradients are once differentiable. Algebra: with
-    t = d ⊙ u, q = (h ⊙ dy) B, P = dyᵀ u,
+    q = (h ⊙ dy) B, P = dyᵀ u,
 
         dx = Σ (g ⊙ dy) W0 + mask ⊙ ((d ⊙ q) A)     dA = (d ⊙ q)ᵀ x̃     dB = h ⊙ P ⊙ d     dβ = Σ dy
         dh = rowsum(B ⊙ P ⊙ d)     dd = colsum(h ⊙ B ⊙ P)     dg = Σ dy ⊙ z
@@ -104,9 +100,9 @@ class AdapterLinearFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         dtype = _compute_dtype(x)
         # needs_input_grad does not know of no_grad, where nothing needs to be kept or prepared.
-        needs_x, needs = _needs(ctx, len(tensors)) if backward else (False, dict.fromkeys(_KINDS, False))
-        needs_u = needs["B"] or needs["mid_scale"] or needs["out_scale"]
-        backward = needs_x or any(needs.values())
+        needs = _needs(ctx, len(tensors)) if backward else _Needs()
+        needs_u = needs.B or needs.mid_scale or needs.out_scale
+        backward = any(needs)
         with _without_autocast(x):
             rows = cast(_rows(x), dtype)
             members = _group(tensors, scalings, on_base, dtype)
@@ -117,21 +113,21 @@ class AdapterLinearFunction(torch.autograd.Function):
                 tuple([member.A.shape[0] for member in members]),
                 dtype,
                 x.device,
-                needs["A"],
-                needs["base_scale"],
+                needs.A,
+                needs.base_scale,
                 drop is not None,
                 backward,
             )
             strategy = choose(problem, strategy, backend)
-            keep_weight = strategy == "recompose" and needs_x and keeps_weight(problem)
+            keep_weight = strategy == "recompose" and needs.x and keeps_weight(problem)
             ys, u, kept = ops.adapter_linear(
-                rows, members, None, drop, p, shared_A, needs_u, needs["base_scale"], keep_weight, strategy
+                rows, members, None, drop, p, shared_A, needs_u, needs.base_scale, keep_weight, strategy
             )
         if backward:
             ctx.save_for_backward(
-                rows if needs["A"] else None,
+                rows if needs.A else None,
                 u,
-                drop if needs_x or needs["A"] else None,
+                drop if needs.x or needs.A else None,
                 *tensors,
                 *kept,  # the z of members with a base_scale, or the recomposed weights
             )
@@ -142,8 +138,8 @@ class AdapterLinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(dys) * len(_KINDS)
-        needs_x, needs = _needs(ctx, count)
+        count = len(dys) * _KINDS
+        needs = _needs(ctx, count)
         rows, u, drop, *saved = ctx.saved_tensors
         with _without_autocast(dys[0]):
             members = _group(saved[:count], ctx.scalings, ctx.on_base, ctx.dtype)
@@ -160,13 +156,13 @@ class AdapterLinearFunction(torch.autograd.Function):
                 drop,
                 ctx.p,
                 ctx.shared_A,
-                needs_x,
-                needs["bias"],
+                needs.x,
+                needs.bias,
                 ctx.strategy,
             )
             grads: list[Tensor | None] = []
             for index, member in enumerate(members):
-                wanted = ctx.needs_input_grad[-count:][index * len(_KINDS) :][2:5]
+                wanted = ctx.needs_input_grad[-count:][index * _KINDS :][2:5]
                 factors = _factor_grads(found.P[index], member, wanted) if found.P else (None, None, None)
                 grads += [
                     None,
@@ -182,31 +178,43 @@ class AdapterLinearFunction(torch.autograd.Function):
         return dx, None, None, None, None, None, None, None, None, *needed
 
 
-def _needs(ctx: Any, count: int) -> tuple[bool, dict[str, bool]]:
-    """Whether x needs a gradient, and of which kinds some member's tensors do, `count` being all of theirs."""
+class _Needs(NamedTuple):
+    """Whether x needs a gradient, and of which kinds some member's tensors do."""
+
+    x: bool = False
+    A: bool = False
+    B: bool = False
+    mid_scale: bool = False
+    out_scale: bool = False
+    base_scale: bool = False
+    bias: bool = False
+
+
+def _needs(ctx: Any, count: int) -> _Needs:
+    """What autograd asks for; `count` is the number of the members' tensors, which come last."""
     needed = ctx.needs_input_grad
-    return needed[0], {kind: any(values) for kind, values in _by_kind(needed[-count:]).items()}
+    tensors = needed[-count:]
+    # Of each member the first is its weight, which is frozen: there stands x.
+    return _Needs(needed[0], *[True in tensors[kind::_KINDS] for kind in range(1, _KINDS)])
 
 
 def _factor_grads(
     P: Tensor, member: Member, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dB, dd and dh from P = dyᵀ u [N, R], those that are needed: nothing larger than B is made."""
+    """dB, dd and dh from P = scaling · dyᵀ u [N, R], those that are needed: nothing larger than B is made."""
     needs_B, needs_mid, needs_out = needs
-    mid_scale, out_scale, scaling = member.mid_scale, member.out_scale, member.scaling
+    mid_scale, out_scale = member.mid_scale, member.out_scale
     dB = dmid = dout = None
-    if needs_B:
-        dB = P if mid_scale is None else P * mid_scale
-        if out_scale is not None:
-            dB = dB * (scaling * out_scale)[:, None]
-        elif scaling != 1.0:
-            dB = dB * scaling
     if needs_mid or needs_out:
         PB = P * member.B
         if needs_mid:
-            dmid = (PB.sum(0) if out_scale is None else cast(out_scale, PB.dtype) @ PB).mul_(scaling)
+            dmid = PB.sum(0) if out_scale is None else cast(out_scale, PB.dtype) @ PB
         if needs_out:
-            dout = (PB.sum(1) if mid_scale is None else PB @ cast(mid_scale, PB.dtype)).mul_(scaling)
+            dout = PB.sum(1) if mid_scale is None else PB @ cast(mid_scale, PB.dtype)
+    if needs_B:
+        dB = P if mid_scale is None else P * mid_scale
+        if out_scale is not None:
+            dB = dB * out_scale[:, None]
     return dB, dmid, dout
 
 
@@ -343,7 +351,8 @@ class WeightNormFunction(torch.autograd.Function):
 def row_squares(weight: Tensor, *, backend: str = "auto") -> Tensor:
     """‖W0‖² by rows in fp32, the constant part of the DoRA norm. Shapes: weight [N, K]; result [N]."""
     backend = resolve_backend(backend, weight)
-    return ops.row_squares(weight, "eager" if backend == "reference" else backend)
+    squares: Tensor = ops.row_squares(weight, "eager" if backend == "reference" else backend)
+    return squares
 
 
 def weight_norm(
@@ -372,4 +381,5 @@ def weight_norm(
         base_squared = ops.row_squares(weight.detach(), backend)
     if not (torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)):
         return ops.weight_norm(weight, lora_A, lora_B, scaling, base_squared, backend)[0]
-    return WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)
+    norm: Tensor = WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)
+    return norm

@@ -104,7 +104,7 @@ def _linear_fake(x: Tensor, *operands: Any) -> list[Tensor]:
     )
     m = x.shape[0]
     ys = [x.new_empty(m, member.weight.shape[0]) for member in members]
-    ranks = eager.rank_columns(members, shared_A)[-1].stop
+    ranks = sum(eager.down_ranks(members, shared_A))
     kept = [x.new_empty(m, ranks)] if keep_u and u is None else []
     if keep_weight:
         return ys + kept + [torch.empty_like(member.weight) for member in members]
@@ -150,7 +150,10 @@ def adapter_linear(
 
 
 class Grads(NamedTuple):
-    """Of each member dA [R, K], P [N, R] = dyᵀ u, dβ [N] = Σ dy and dg [N] = Σ dy ⊙ z in fp32; empty if not wanted."""
+    """Of each member dA [R, K], P [N, R] = scaling · dyᵀ u, dβ [N] = Σ dy and dg [N] = Σ dy ⊙ z in fp32.
+
+    Empty where they are not wanted.
+    """
 
     x: Tensor | None
     A: list[Tensor]

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import the layers before it.
 LAYERS = [
     {"fastadapt_kernels"},
-    {"reference", "eager", "ops", "report"},
+    {"reference", "report", "versions", "eager", "ops"},
     {"checks", "strategies", "cost", "tuner", "functional"},
-    {"layers"},
+    {"groups", "layers"},
     {"methods"},
     {"targets", "inject", "checkpoint"},
     {"serving", "integrations", "doctor", "demo", "demo_assets", "demo_compare", "demo_training", "cli"},

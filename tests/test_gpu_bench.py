@@ -85,6 +85,15 @@ def test_every_provider_computes_the_formula(case: OperatorCase) -> None:
     assert checked >= (1 if case.dropout else 3)
 
 
+@pytest.mark.parametrize("adapter", ["lora_dropout", "dora_dropout", "vera"])
+@pytest.mark.parametrize("strategy", ["split", "fused"])
+def test_what_a_gpu_checks_holds_in_the_interpreter(strategy: str, adapter: str) -> None:
+    device = torch.device("cuda") if torch.cuda.is_available() else CPU
+    smaller = dataclasses.replace(SAVED_CASES[adapter], r=24)
+    verdict = check(OperatorCase("step", smaller, SMALL[0], 37, "bf16"), strategy, device)
+    assert not verdict.failed, verdict.failed
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own
 def test_the_compiled_formula_is_the_formula() -> None:
     case = OperatorCase("step", SAVED_CASES["lora"], SMALL[0], 37, "fp32")

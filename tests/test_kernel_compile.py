@@ -43,44 +43,41 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What the test compiles, by two processes at once; the program compiles every pair by default.
 QUICK = (["sm_80:bf16", "sm_90:fp32"], ["sm_90:bf16", "gfx942:bf16"])
-KERNELS_WITH_DOT = {"_shrink_kernel", "_adapter_linear_kernel", "_adapter_grads_kernel"}
+KERNELS_WITH_DOT = {
+    "_shrink_kernel",
+    "_adapter_linear_kernel",
+    "_adapter_linear_dx_kernel",
+    "_output_grads_kernel",
+    "_input_grads_kernel",
+}
 
 
-def launch_everything(dtype: torch.dtype, M: int, R: int, *, vectors: bool) -> None:
-    """Call the launchers on meta tensors with parameters in fp32: one layer of 4096 features, M tokens and rank R.
+def launch_everything(dtype: torch.dtype, M: int, Ns: tuple[int, ...], R: int, *, vectors: bool, strategy: str) -> None:
+    """Call the launchers on meta tensors with adapters in fp32: a group of 4096 input features, M tokens and rank R.
 
     Without ``vectors`` it is plain LoRA; with them every optional operand is there, dropout included.
     """
-    from fastadapt_kernels.adapter_grads import input_grads, output_grads
-    from fastadapt_kernels.adapter_linear import adapter_linear, adapter_linear_dx
-    from fastadapt_kernels.shrink import shrink, shrink_grad
+    from fastadapt_kernels.adapter_linear import Member, adapter_linear, adapter_linear_backward
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    N = K = 4096
-    x, dy, weight, u = tensor(M, K), tensor(M, N), tensor(N, K), tensor(M, R)
-    A, B = tensor(R, K, dtype=torch.float32), tensor(N, R, dtype=torch.float32)
-    if not vectors:
-        shrink(x, A)
-        adapter_linear(x, weight, u, B)
-        shrink_grad(dy, B)
-        adapter_linear_dx(dy, weight, u, A)
-        output_grads(dy, u)
-        input_grads(x, u)
-        return
-    vector, mid_scale = tensor(N, dtype=torch.float32), tensor(R, dtype=torch.float32)
-    seed, p = tensor(1, dtype=torch.int64), 0.1
-    shrink(x, A, seed=seed, p=p)
-    shrink_grad(dy, B, out_scale=vector)
-    for on_base in (False, True):
-        both: dict[str, Any] = {"mid_scale": mid_scale, "base_scale": vector, "seed": seed, "p": p}
-        both["dropout_on_base"] = on_base
-        adapter_linear(x, weight, u, B, out_scale=vector, bias=vector, keep_base=True, **both)
-        adapter_linear_dx(dy, weight, u, A, **both)
-    output_grads(dy, u, dy, want_bias=True)
-    output_grads(dy, None, dy, want_bias=True)
-    input_grads(x, u, mid_scale=mid_scale, seed=seed, p=p)
+    def vector(size: int) -> Tensor | None:
+        return tensor(size, dtype=torch.float32) if vectors else None
+
+    K = 4096
+    x = tensor(M, K)
+    drop: dict[str, Any] = {"seed": tensor(1, dtype=torch.int64), "p": 0.1} if vectors else {}
+    for on_base in (False, True) if vectors else (False,):
+        members = []
+        for N in Ns:
+            A, B = tensor(R, K, dtype=torch.float32), tensor(N, R, dtype=torch.float32)
+            members.append(Member(tensor(N, K), A, B, vector(R), vector(N), 2.0, vector(N), vector(N), on_base))
+        ys, u, zs = adapter_linear(x, members, keep_base=vectors, strategy=strategy, **drop)
+        adapter_linear_backward(ys, members, x=x, u=u, zs=zs, want_bias=vectors, **drop)
+        adapter_linear_backward(ys, members, x=x, u=u, zs=zs, want_dx=False, want_bias=vectors, **drop)
+    if vectors:
+        adapter_linear_backward(ys, members, zs=zs, want_dx=False, want_bias=True)
 
 
 def launch_the_rest(dtype: torch.dtype, R: int) -> None:
@@ -98,14 +95,15 @@ def recorded(target: Target, dtype: torch.dtype, *, quick: bool) -> list[Any]:
     from fastadapt_kernels import configs
 
     with configs.recorded_launches(target.shared_memory) as launches:
-        launch_everything(dtype, 8192, 16, vectors=True)
+        group = (4096, 1024, 1024)
+        launch_everything(dtype, 8192, group, 16, vectors=True, strategy="split")
+        launch_everything(dtype, 8192, (4096,), 16, vectors=False, strategy="fused")
         if not quick:
-            launch_everything(dtype, 8192, 16, vectors=False)
-            launch_everything(dtype, 8192, 256, vectors=True)
-            launch_everything(dtype, 8192, 256, vectors=False)
-            launch_everything(dtype, 16, 16, vectors=True)
-            launch_everything(dtype, 64, 16, vectors=True)
-            launch_everything(dtype, 512, 64, vectors=True)
+            for M, R in ((8192, 16), (8192, 256), (16, 16), (64, 16), (512, 64)):
+                for Ns in ((4096,), group):
+                    for vectors in (False, True):
+                        for strategy in ("split", "fused") if R <= 64 else ("split",):
+                            launch_everything(dtype, M, Ns, R, vectors=vectors, strategy=strategy)
         launch_the_rest(dtype, 16)
     return launches
 
@@ -125,10 +123,14 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def dots_in_16_bits(launch: Any) -> bool:
-    """Whether a launch has a product that belongs on the matrix unit; _adapter_grads_kernel may have none to make."""
-    if launch.kernel.__name__ not in KERNELS_WITH_DOT or launch.arguments["x"].dtype.itemsize != 2:
+    """Whether a launch has a product that belongs on the matrix unit; _output_grads_kernel may have none to make."""
+    name, arguments = launch.kernel.__name__, launch.arguments
+    if name not in KERNELS_WITH_DOT:
         return False
-    return launch.kernel.__name__ != "_adapter_grads_kernel" or launch.arguments["product"] is not None
+    operand = next(arguments[key] for key in ("x", "xs", "dys") if key in arguments)
+    first = operand[0] if isinstance(operand, tuple) else operand
+    product = name != "_output_grads_kernel" or arguments["u"] is not None or arguments["q"] is not None
+    return product and first.dtype.itemsize == 2
 
 
 def compiled_rows(pairs: list[str], *, quick: bool) -> Iterator[dict[str, Any]]:

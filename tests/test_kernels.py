@@ -9,7 +9,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastadapt_kernels import adapter_grads, adapter_linear, shrink, tiles, weight_norm
+from fastadapt_kernels import configs, tiles, weight_norm
+from fastadapt_kernels.adapter_linear import Member, adapter_linear, adapter_linear_backward
 from helpers import assert_close, guarded, guarded_outputs, margins_intact
 from torch import Tensor
 
@@ -78,10 +79,6 @@ def shrink_formula(x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
     return (x if mask is None else x * mask) @ A.T
 
 
-def shrink_grad_formula(dy: Tensor, B: Tensor, h: Tensor | None) -> Tensor:
-    return (dy if h is None else h * dy) @ B
-
-
 def linear_formula(
     x: Tensor,
     weight: Tensor,
@@ -101,89 +98,192 @@ def linear_formula(
     return y if bias is None else y + bias
 
 
+def q_formula(dy: Tensor, B: Tensor, h: Tensor | None, d: Tensor | None) -> Tensor:
+    """d ⊙ q: what dx and dA contract with A and x̃. It is rounded where a kernel rounds it: before d."""
+    q = ((dy if h is None else h * dy) @ B).to(dy.dtype)
+    return q if d is None else d * q
+
+
 def dx_formula(
     dy: Tensor,
     weight: Tensor,
-    q: Tensor,
     A: Tensor,
+    B: Tensor,
     d: Tensor | None,
+    h: Tensor | None,
     g: Tensor | None,
     mask: Tensor | None,
     mask_on_base: Tensor | None,
 ) -> Tensor:
-    low_rank = (q if d is None else d * q) @ A
+    low_rank = q_formula(dy, B, h, d) @ A
     if mask_on_base is not None and g is not None:
         return dy @ weight + mask_on_base * (((g - 1) * dy) @ weight + low_rank)
     base = (dy if g is None else g * dy) @ weight
     return base + (low_rank if mask is None else mask * low_rank)
 
 
-def input_grads_formula(x: Tensor, q: Tensor, d: Tensor | None, mask: Tensor | None) -> Tensor:
-    return (q if d is None else d * q).T @ (x if mask is None else x * mask)
+def input_grads_formula(
+    x: Tensor, dy: Tensor, B: Tensor, d: Tensor | None, h: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    return q_formula(dy, B, h, d).T @ (x if mask is None else x * mask)
 
 
 def scaled_mask(seed: Tensor, rows: int, cols: int) -> Tensor:
     return tiles.dropout_mask(seed, rows, cols, P).double() / tiles.keep_probability(P)
 
 
-def check_all(layer: Layer, *, scaled: bool, dropout: bool, on_base: bool) -> None:
-    """Every launcher that sees tokens, on one layer: with or without scales, dropout, and dropout on the base path."""
-    x, dy, weight, A, B = layer.x, layer.dy, layer.weight, layer.A, layer.B
-    d, h, g, bias = (layer.mid_scale, layer.out_scale, layer.base_scale, layer.bias) if scaled else (None,) * 4
+class Case(NamedTuple):
+    """A group: what its members share, and for each of them N, R, whether it has scales and drops its base path."""
+
+    M: int
+    K: int
+    members: tuple[tuple[int, int, bool, bool], ...]
+    dropout: bool
+    shared_A: bool = False
+
+
+def make_member(layer: Layer, *, scaled: bool, on_base: bool, scaling: float = 1.0) -> Member:
+    if not scaled:
+        return Member(layer.weight, layer.A, layer.B, None, None, scaling, None, None, on_base)
+    vectors = layer.mid_scale, layer.out_scale, scaling, layer.base_scale, layer.bias
+    return Member(layer.weight, layer.A, layer.B, *vectors, on_base)
+
+
+def make_group(case: Case, dtype: torch.dtype, **options: Any) -> tuple[Tensor, list[Tensor], list[Member]]:
+    """(x, dys, members)."""
+    layers = [make_layer(case.M, case.K, N, R, dtype, **options) for N, R, _, _ in case.members]
+    if case.shared_A:
+        layers = [layer._replace(A=layers[0].A) for layer in layers]
+    members = [
+        make_member(layer, scaled=scaled, on_base=on_base, scaling=1 + 0.5 * i)
+        for i, (layer, (_, _, scaled, on_base)) in enumerate(zip(layers, case.members, strict=True))
+    ]
+    return layers[0].x, [layer.dy for layer in layers], members
+
+
+def by_member(u: Tensor, members: list[Member], *, shared_A: bool) -> list[Tensor]:
+    if shared_A:
+        return [u] * len(members)
+    return list(u.split([member.A.shape[0] for member in members], dim=1))
+
+
+def check_group(
+    x: Tensor, dys: list[Tensor], members: list[Member], *, dropout: bool, shared_A: bool = False, fused: bool = False
+) -> None:
+    """Forward and backward of a group, everything asked for, against the formulas of each member."""
     dtype = x.dtype
     drop: dict[str, Any] = {"seed": seed_tensor(), "p": P} if dropout else {}
     mask = scaled_mask(seed_tensor(), *x.shape) if dropout else None
-    mask_on_base = mask if on_base else None
-
-    u = shrink.shrink(x, A, **drop)
-    check(u, shrink_formula, x, A, mask, dtype=dtype)
-    both: dict[str, Any] = {"mid_scale": d, "base_scale": g, "dropout_on_base": on_base, **drop}
-    result = adapter_linear.adapter_linear(x, weight, u, B, out_scale=h, bias=bias, keep_base=True, **both)
-    assert isinstance(result, tuple)
-    y, z = result
-    check(y, linear_formula, x, weight, u, B, d, h, g, bias, mask_on_base, dtype=dtype)
-    check(z, shrink_formula, x, weight, mask_on_base if g is not None else None, dtype=dtype)
-
-    q = shrink.shrink_grad(dy, B, out_scale=h)
-    check(q, shrink_grad_formula, dy, B, h, dtype=dtype)
-    dx = adapter_linear.adapter_linear_dx(dy, weight, q, A, **both)
-    check(dx, dx_formula, dy, weight, q, A, d, g, mask, mask_on_base, dtype=dtype)
-
-    # Sums over tokens are in fp32, whatever the dtype of what is summed: they are judged in fp32.
-    P_, dbias, dscale = adapter_grads.output_grads(dy, u, z, want_bias=True)
-    assert P_ is not None
-    assert dbias is not None
-    assert dscale is not None
-    check(P_, lambda dy, u: dy.T @ u, dy, u, dtype=torch.float32)
-    check(dbias, lambda dy: dy.sum(0), dy, dtype=torch.float32)
-    check(dscale, lambda dy, z: (dy * z).sum(0), dy, z, dtype=torch.float32)
-    dA = adapter_grads.input_grads(x, q, mid_scale=d, **drop)
-    assert dA.is_contiguous()
-    check(dA, input_grads_formula, x, q, d, mask, dtype=torch.float32)
+    strategy = "fused" if fused else "split"
+    ys, u, zs = adapter_linear(x, members, keep_base=True, shared_A=shared_A, strategy=strategy, **drop)
+    us = by_member(u, members, shared_A=shared_A)
+    grads = adapter_linear_backward(dys, members, x=x, u=u, zs=zs, shared_A=shared_A, want_bias=True, **drop)
+    assert grads.dx is not None
+    assert grads.dA is not None
+    assert grads.P is not None
+    assert grads.dbias is not None
+    exact_dx, expected_dx = (torch.zeros_like(x, dtype=kind) for kind in (torch.float64, dtype))
+    for i, (member, dy) in enumerate(zip(members, dys, strict=True)):
+        weight, A, B, d, h, scaling, g, bias, on_base = member
+        h = torch.full_like(B[:, 0], scaling) if B.shape[1] > 0 and h is None else None if h is None else scaling * h
+        mask_on_base = mask if on_base and g is not None else None
+        check(us[i], shrink_formula, x, A, mask, dtype=dtype)
+        check(ys[i], linear_formula, x, weight, us[i], B, d, h, g, bias, mask_on_base, dtype=dtype)
+        z = zs[i]
+        assert (z is None) == (g is None)
+        # Sums over tokens are in fp32, whatever the dtype of what is summed: they are judged in fp32.
+        if z is None:
+            assert grads.dbase[i] is None
+        else:
+            check(z, shrink_formula, x, weight, mask_on_base, dtype=dtype)
+            check(grads.dbase[i], lambda dy, z: (dy * z).sum(0), dy, z, dtype=torch.float32)
+        check(grads.P[i], lambda dy, u: dy.T @ u, dy, us[i], dtype=torch.float32)
+        check(grads.dbias[i], lambda dy: dy.sum(0), dy, dtype=torch.float32)
+        # q is kept in the activation's dtype, which is what dA, a sum over tokens, inherits.
+        check(grads.dA[i], input_grads_formula, x, dy, B, d, h, mask, dtype=dtype)
+        assert grads.dA[i].dtype == torch.float32
+        operands = dy, weight, A, B, d, h, g, mask, mask_on_base
+        exact_dx += in_dtype(torch.float64, dx_formula, *operands)
+        expected_dx += in_dtype(dtype, dx_formula, *operands)
+    assert_close(grads.dx, exact_dx, expected_dx)
 
 
 # Pairs of conditions rather than all of them at once: each value of each axis is met in some case and some dtype.
 CASES = [
-    # M, K, N, R, scaled, dropout, on_base
-    (1, 100, 72, 1, True, True, False),
-    (7, 33, 100, 3, True, True, True),
-    (37, 72, 33, 8, False, True, False),
-    (70, 100, 33, 24, True, True, True),
-    (37, 130, 72, 16, True, False, False),
-    (7, 100, 40, 64, False, False, False),
-    (37, 40, 72, 100, True, True, False),
-    (7, 72, 33, 256, True, True, True),
-    (0, 100, 72, 8, True, True, True),
-    (37, 72, 100, 0, True, True, True),
-    (37, 33, 72, 0, False, False, False),
+    Case(1, 100, ((72, 1, True, False),), dropout=True),
+    Case(7, 33, ((100, 3, True, True),), dropout=True),
+    Case(37, 72, ((33, 8, False, False),), dropout=True),
+    Case(70, 100, ((33, 24, True, True),), dropout=True),
+    Case(37, 130, ((72, 16, True, False),), dropout=False),
+    Case(7, 100, ((40, 64, False, False),), dropout=False),
+    Case(37, 40, ((72, 100, True, False),), dropout=True),
+    Case(7, 72, ((33, 256, True, True),), dropout=True),
+    Case(0, 100, ((72, 8, True, True), (33, 8, False, False)), dropout=True),
+    Case(37, 72, ((100, 0, True, True),), dropout=True),
+    Case(37, 33, ((72, 0, False, False), (40, 0, True, False)), dropout=False),
+    # Groups: as q/k/v are, with mixed ranks and forms, without an adapter on one of them, and with one A for all.
+    Case(37, 72, ((100, 8, False, False), (33, 8, False, False), (40, 8, False, False)), dropout=True),
+    Case(37, 100, ((72, 3, False, False), (130, 16, True, False), (33, 0, True, False)), dropout=False),
+    Case(37, 72, ((33, 0, False, False), (100, 24, True, True), (40, 5, True, False)), dropout=True),
+    Case(37, 72, ((100, 40, True, False), (33, 40, True, False)), dropout=True, shared_A=True),
+    Case(7, 100, ((72, 8, True, True), (33, 100, False, False)), dropout=True),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_launchers_match_their_formulas(case: tuple[Any, ...], dtype: torch.dtype) -> None:
-    M, K, N, R, scaled, dropout, on_base = case
-    check_all(make_layer(M, K, N, R, dtype), scaled=scaled, dropout=dropout, on_base=on_base)
+def test_launchers_match_their_formulas(case: Case, dtype: torch.dtype) -> None:
+    check_group(*make_group(case, dtype), dropout=case.dropout, shared_A=case.shared_A)
+
+
+FUSED_CASES = [CASES[i] for i in (0, 1, 2, 3, 4, 5, 8, 9, 11, 12, 13, 14)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", FUSED_CASES, ids=str)
+def test_fused_matches_the_formulas(case: Case, dtype: torch.dtype) -> None:
+    check_group(*make_group(case, dtype), dropout=case.dropout, shared_A=case.shared_A, fused=True)
+
+
+def test_fused_refuses_wide_ranks() -> None:
+    x, _, members = make_group(CASES[6], torch.float32)
+    with pytest.raises(ValueError, match="ranks up to 64, got 100"):
+        adapter_linear(x, members, strategy="fused")
+
+
+def test_a_group_equals_its_members_alone() -> None:
+    x, dys, members = make_group(CASES[13], torch.float32)
+    drop: dict[str, Any] = {"seed": seed_tensor(), "p": P}
+    ys, u, zs = adapter_linear(x, members, keep_base=True, **drop)
+    grads = adapter_linear_backward(dys, members, x=x, u=u, zs=zs, want_bias=True, **drop)
+    dx = torch.zeros_like(x)
+    for i, member in enumerate(members):
+        (y,), alone, (z,) = adapter_linear(x, [member], keep_base=True, **drop)
+        assert torch.equal(ys[i], y)
+        assert torch.equal(by_member(u, members, shared_A=False)[i], alone)
+        assert zs[i] is z is None or torch.equal(zs[i], z)
+        single = adapter_linear_backward([dys[i]], [member], x=x, u=alone, zs=[z], want_bias=True, **drop)
+        for name in ("dA", "P", "dbias", "dbase"):
+            both, one = getattr(grads, name)[i], getattr(single, name)[0]
+            assert both is one is None or torch.equal(both, one)
+        dx += single.dx
+    torch.testing.assert_close(grads.dx, dx)
+
+
+def test_a_given_u_is_used_and_not_computed_again() -> None:
+    x, _, members = make_group(CASES[13], torch.float32)
+    u = torch.randn(x.shape[0], 29, device=DEVICE)
+    for strategy in ("split", "fused"):
+        with configs.recorded_launches(LARGE) as launches:
+            adapter_linear(x, members, u=u, strategy=strategy)
+        assert len(launches) == 1
+        ys, same, zs = adapter_linear(x, members, u=u, strategy=strategy)
+        assert same is u
+        assert zs == [None] * 3
+        for member, part, y in zip(members, by_member(u, members, shared_A=False), ys, strict=True):
+            weight, _, B, d, h, scaling, g, bias, _ = member
+            h = None if h is None else scaling * h
+            check(y, linear_formula, x, weight, part, B, d, h, g, bias, None, dtype=torch.float32)
 
 
 def transposed(tensor: Tensor) -> Tensor:
@@ -196,11 +296,15 @@ def every_other(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [transposed, every_other], ids=lambda layout: layout.__name__)
-def test_any_strides_and_sliced_projections(layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_any_strides_and_sliced_projections(
+    layout: Callable[[Tensor], Tensor], dtype: torch.dtype, fused: bool
+) -> None:
     # VeRA shares one A [r, largest in] and one B [largest out, r]: a layer sees a corner of each. And parameters here
-    # have the activation's dtype.
+    # have the activation's dtype in one member, fp32 in the other, which has other strides as well.
     largest = make_layer(37, 100, 72, 16, dtype, parameter_dtype=dtype)
     layer = make_layer(37, 72, 33, 8, dtype, parameter_dtype=dtype)
+    other = make_layer(37, 72, 40, 8, dtype)
     layer = layer._replace(
         x=layout(layer.x),
         dy=layout(layer.dy),
@@ -208,24 +312,17 @@ def test_any_strides_and_sliced_projections(layout: Callable[[Tensor], Tensor], 
         A=largest.A[:8, :72],
         B=layout(largest.B)[:33, :8],
     )
-    check_all(layer, scaled=True, dropout=True, on_base=True)
+    one = make_member(layer, scaled=True, on_base=True)
+    two = make_member(other, scaled=True, on_base=False)
+    check_group(layer.x, [layer.dy], [one], dropout=True, fused=fused)
+    check_group(layer.x, [layer.dy, other.dy], [one, two], dropout=True, fused=fused)
+    check_group(layer.x, [other.dy, layer.dy], [two, one._replace(A=layout(one.A))], dropout=False, fused=fused)
 
 
 def test_gradient_expanded_from_a_sum() -> None:
     layer = make_layer(37, 72, 33, 8, torch.float32)
-    layer = layer._replace(dy=torch.ones(1, 1, device=DEVICE).expand(37, 33))
-    check_all(layer, scaled=True, dropout=False, on_base=False)
-
-
-def test_scaling_multiplies_out_scale() -> None:
-    layer = make_layer(7, 40, 33, 8, torch.float32)
-    u = shrink.shrink(layer.x, layer.A)
-    y = adapter_linear.adapter_linear(layer.x, layer.weight, u, layer.B, out_scale=layer.out_scale, scaling=2.5)
-    assert isinstance(y, Tensor)
-    scaled = 2.5 * layer.out_scale
-    check(y, linear_formula, layer.x, layer.weight, u, layer.B, None, scaled, None, None, None, dtype=torch.float32)
-    q = shrink.shrink_grad(layer.dy, layer.B, out_scale=layer.out_scale, scaling=2.5)
-    check(q, shrink_grad_formula, layer.dy, layer.B, scaled, dtype=torch.float32)
+    dy = torch.ones(1, 1, device=DEVICE).expand(37, 33)
+    check_group(layer.x, [dy], [make_member(layer, scaled=True, on_base=False)], dropout=False)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -236,39 +333,100 @@ def test_a_base_scale_next_to_one_is_not_lost_in_bfloat16(dropout: bool) -> None
     generator = torch.Generator().manual_seed(0)
     g = 1 + 1.5e-3 * torch.randn(64, generator=generator).to(DEVICE)
     one = torch.ones_like(g)
-    u = torch.zeros(64, 8, dtype=torch.bfloat16, device=DEVICE)
-    drop: dict[str, Any] = {"seed": seed_tensor(), "p": P, "dropout_on_base": True} if dropout else {}
+    member = Member(layer.weight, layer.A, torch.zeros_like(layer.B), None, None, 1.0, g, None, dropout_on_base=True)
+    drop: dict[str, Any] = {"seed": seed_tensor(), "p": P} if dropout else {}
     mask = scaled_mask(seed_tensor(), 64, 64) if dropout else None
 
-    def survives(actual: Tensor, formula: Callable[..., Tensor], *operands: Tensor | None) -> float:
-        without = in_dtype(torch.float64, formula, *operands[:-2], one, None, operands[-1])
-        effect = in_dtype(torch.float64, formula, *operands[:-2], g, None, operands[-1]) - without
+    def survives(actual: Tensor, formula: Callable[..., Tensor], operands: list[Any], after: list[Any]) -> float:
+        without = in_dtype(torch.float64, formula, *operands, one, *after)
+        effect = in_dtype(torch.float64, formula, *operands, g, *after) - without
         return (((actual.double() - without) * effect).sum() / effect.square().sum()).item()
 
-    y = adapter_linear.adapter_linear(layer.x, layer.weight, u, layer.B, base_scale=g, **drop)
-    assert isinstance(y, Tensor)
-    share = survives(y, linear_formula, layer.x, layer.weight, u, layer.B, None, None, None, mask)
+    (y,), u, _ = adapter_linear(layer.x, [member], **drop)
+    share = survives(y, linear_formula, [layer.x, layer.weight, u, member.B, None, None], [None, mask])
     assert share == pytest.approx(1, abs=0.1)
     if dropout:
-        dx = adapter_linear.adapter_linear_dx(layer.dy, layer.weight, u, layer.A, base_scale=g, **drop)
-        share = survives(dx, dx_formula, layer.dy, layer.weight, u, layer.A, None, None, mask)
+        dx = adapter_linear_backward([layer.dy], [member], **drop).dx
+        assert dx is not None
+        share = survives(dx, dx_formula, [layer.dy, layer.weight, layer.A, member.B, None, None], [None, mask])
         assert share == pytest.approx(1, abs=0.1)
 
 
-def test_output_grads_gives_only_what_is_asked_for() -> None:
-    layer = make_layer(37, 72, 33, 8, torch.float32)
-    dy, u = layer.dy, shrink.shrink(layer.x, layer.A)
-    assert adapter_grads.output_grads(dy) == (None, None, None)
-    product, dbias, dscale = adapter_grads.output_grads(dy, u)
-    assert dbias is None
-    assert dscale is None
-    assert product is not None
-    check(product, lambda dy, u: dy.T @ u, dy, u, dtype=torch.float32)
-    product, dbias, dscale = adapter_grads.output_grads(dy, None, dy)
-    assert product is None
-    assert dbias is None
-    assert dscale is not None
-    check(dscale, lambda dy: (dy * dy).sum(0), dy, dtype=torch.float32)
+@pytest.mark.parametrize("R", [8, 100])
+def test_backward_gives_only_what_is_asked_for(R: int) -> None:
+    case = Case(37, 72, ((33, R, True, False), (100, R, False, False)), dropout=False)
+    x, dys, members = make_group(case, torch.float32)
+    _, u, zs = adapter_linear(x, members, keep_base=True)
+    full = adapter_linear_backward(dys, members, x=x, u=u, zs=zs, want_bias=True)
+    wanted: dict[str, dict[str, Any]] = {
+        "dx": {},
+        "dA": {"x": x, "want_dx": False},
+        "P": {"u": u, "want_dx": False},
+        "dbias": {"want_bias": True, "want_dx": False},
+        "dbase": {"zs": zs, "want_dx": False},
+    }
+    for name, asked in wanted.items():
+        grads = adapter_linear_backward(dys, members, **asked)._asdict()
+        for other, value in grads.items():
+            if other == name:
+                values, expected = (value, getattr(full, name)) if name != "dx" else ([value], [full.dx])
+                for one, same in zip(values, expected, strict=True):
+                    assert one is same is None or torch.allclose(one, same, rtol=1e-4, atol=1e-4)
+            else:
+                assert value is None or value == [None, None]
+    assert adapter_linear_backward(dys, members, want_dx=False) == (None, None, None, None, [None, None])
+
+
+# A GPU to record launches for: what a block of sm_80 may take.
+LARGE = 166_912
+
+
+def meta_member(N: int, K: int, R: int, dtype: torch.dtype = torch.bfloat16) -> Member:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    A, B = empty(R, K, dtype=torch.float32), empty(N, R, dtype=torch.float32)
+    return Member(empty(N, K), A, B, None, None, 2.0, None, None)
+
+
+def recorded_bytes(launches: list[Any]) -> int:
+    """Bytes written to and read from the buffers of split sums."""
+    buffers: dict[int, Tensor] = {}
+    for launch in launches:
+        for name in ("u", "q", "sums", "dA", "partials"):
+            value = launch.arguments.get(name)
+            if isinstance(value, Tensor) and value.dim() >= 2 and value.dtype == torch.float32:
+                buffers[id(value)] = value
+    return 2 * sum(buffer.numel() * 4 for buffer in buffers.values() if buffer.shape[0] > 1)
+
+
+def launches_of(
+    members: list[Member], M: int, *, dropout: bool, strategy: str = "split"
+) -> tuple[list[Any], list[Any]]:
+    """What the training step of a group launches, forward and backward, with LoRA's gradients."""
+    x = torch.empty(M, members[0].weight.shape[1], dtype=members[0].weight.dtype, device="meta")
+    drop: dict[str, Any] = {"seed": torch.empty(1, dtype=torch.int64, device="meta"), "p": P} if dropout else {}
+    with configs.recorded_launches(LARGE) as forward:
+        ys, u, _ = adapter_linear(x, members, strategy=strategy, **drop)
+    with configs.recorded_launches(LARGE) as backward:
+        adapter_linear_backward(ys, members, x=x, u=u, **drop)
+    return forward, backward
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize(("strategy", "forward_launches"), [("split", 2), ("fused", 1)])
+@pytest.mark.parametrize("M", [512, 8192])
+@pytest.mark.parametrize("Ns", [(4096,), (4096, 1024, 1024)], ids=str)
+def test_launches(Ns: tuple[int, ...], M: int, strategy: str, forward_launches: int, dropout: bool) -> None:
+    members = [meta_member(N, 4096, 16) for N in Ns]
+    forward, backward = launches_of(members, M, dropout=dropout, strategy=strategy)
+    assert len(forward) == forward_launches
+    assert len(backward) == 3
+
+
+def test_partial_buffers_stay_small() -> None:
+    forward, backward = launches_of([meta_member(4096, 4096, 16)], 8192, dropout=True)
+    assert recorded_bytes(forward + backward) <= 24 * 2**20
 
 
 def norm_formula(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -346,21 +504,21 @@ def test_drop_probability_next_to_one_keeps_a_finite_scale() -> None:
 def run_all(layer: Layer, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Tensor]:
     """Every launcher once, with everything on; ``place`` sees each operand first. Returns all outputs."""
     seed = place(seed_tensor())
-    x, dy, weight, A, B, mid_scale, out_scale, base_scale, bias = map(place, layer)
+    layer = Layer(*map(place, layer))
+    x, dy, weight = layer.x, layer.dy, layer.weight
+    drop: dict[str, Any] = {"seed": seed, "p": P}
+    rich = make_member(layer, scaled=True, on_base=True, scaling=0.5)
+    group = [rich, rich._replace(dropout_on_base=False), make_member(layer, scaled=False, on_base=False)]
     outputs: list[Tensor] = []
-    u = place(shrink.shrink(x, A, seed=seed, p=P))
-    q = place(shrink.shrink_grad(dy, B, out_scale=out_scale, scaling=0.5))
-    outputs += [u, q]
-    for on_base in (False, True):
-        drop: dict[str, Any] = {"seed": seed, "p": P, "dropout_on_base": on_base, "base_scale": base_scale}
-        scales = {"mid_scale": mid_scale, "out_scale": out_scale, "bias": bias}
-        outputs += adapter_linear.adapter_linear(x, weight, u, B, keep_base=True, **scales, **drop)
-        outputs.append(adapter_linear.adapter_linear_dx(dy, weight, q, A, mid_scale=mid_scale, **drop))
-    outputs += [grad for grad in adapter_grads.output_grads(dy, u, dy, want_bias=True) if grad is not None]
-    outputs.append(adapter_grads.input_grads(x, q, mid_scale=mid_scale, seed=seed, p=P))
+    for members in ([rich], group):
+        for strategy in ("split", "fused"):
+            ys, u, zs = adapter_linear(x, members, keep_base=True, strategy=strategy, **drop)
+            grads = adapter_linear_backward([dy] * len(members), members, x=x, u=u, zs=zs, want_bias=True, **drop)
+            for value in (ys, [u], zs, [grads.dx], grads.dA, grads.P, grads.dbias, grads.dbase):
+                outputs += [tensor for tensor in value or [] if tensor is not None]
     squares = place(weight_norm.row_squares(weight))
-    outputs += [squares, *weight_norm.weight_norm(weight, A, B, 1.5, squares), tiles.dropout_mask(seed, 7, 33, P)]
-    return outputs
+    outputs += [squares, *weight_norm.weight_norm(weight, layer.A, layer.B, 1.5, squares)]
+    return [*outputs, tiles.dropout_mask(seed, 7, 33, P)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -375,7 +533,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(dtype: torch.dtype) -> N
 
     with guarded_outputs() as written:
         outputs = run_all(layer, place)
-    assert len(written) >= len(outputs)
+    assert written
     # Bit for bit: a NaN that was read from a margin would show, and strides do not change the order of any sum.
     for actual, plain in zip(outputs, expected, strict=True):
         assert torch.equal(actual, plain)

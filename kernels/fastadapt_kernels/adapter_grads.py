@@ -1,4 +1,9 @@
-"""Every sum over tokens of the backward pass: one pass over dy, one over x."""
+"""Every sum over tokens of the backward pass: one pass over the dy of a group, one over its x."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -6,184 +11,343 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .group import Member, matrices, offsets, strides, uniform, vectors
 from .tiles import (
     drop_threshold,
     keep_probability,
     kept_elements,
-    load_scale,
+    load_member_scale,
     load_tile,
+    locate,
     partial_buffer,
+    pick,
     store_tile,
+    sum_block,
     sum_partials,
 )
 
 
-@triton.jit(do_not_specialize=["threshold"])
-def _adapter_grads_kernel(
-    x,  # [M, N]
-    u,  # [M, R] or None
-    z,  # [M, N] or None
-    product,  # [splits, N, R] or None: x̃ᵀ u ⊙ mid_scale
-    column_sum,  # [splits, N] or None: Σ_m x
-    dot_sum,  # [splits, N] or None: Σ_m x ⊙ z
-    mid_scale,  # [R] or None
-    seed,  # [1] or None
+@triton.jit
+def _output_grads_kernel(
+    dys,  # [M, N]; this and what follows in the plural: by member
+    u,  # [M, u_width] or None
+    zs,  # [M, N] or None
+    Bs,  # [N, R] where q is wanted, or None
+    q,  # [tiles, M, q_width] or None: a tile's part of (h ⊙ dy) B
+    sums,  # [splits, total]
+    out_scales,  # [N] or None
     M,
-    N,
-    R,
-    stride_xm,
-    stride_xn,
-    stride_um,
-    stride_ur,
-    stride_zm,
-    stride_zn,
-    stride_ps,
-    stride_pn,
-    stride_pr,
-    threshold,
-    inverse_keep,
+    Ns,
+    Rs,
+    u_offsets,
+    q_offsets,
+    z_rows,
+    P_offsets,
+    bias_offsets,
+    base_offsets,
+    u_width,
+    q_width,
+    total,
+    tiles_r,
+    strides_dm,
+    strides_dn,
+    strides_zm,
+    strides_zn,
+    strides_bn,
+    strides_br,
+    scalings,
     steps_per_split,
+    WANT_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # Tiles along r are neighbours: those that share columns of x find them in L2.
-    tiles_r = tl.maximum(tl.cdiv(R, BLOCK_R), 1)
+    # A program owns columns of one dy and walks down some of its rows. Tiles along r are neighbours: those that share
+    # columns of dy find them in L2.
     program = tl.program_id(0)
     split = tl.program_id(1)
-    tile_n = program // tiles_r
+    member, tile_n = locate(program // tiles_r, Ns, BLOCK_N)
     tile_r = program % tiles_r
+    dy = pick(dys, member)
+    N = pick(Ns, member)
+    R = pick(Rs, member)
+    stride_dm = pick(strides_dm, member)
+    stride_dn = pick(strides_dn, member)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    sums += split.to(tl.int64) * total
 
-    product_acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    if Bs is not None:
+        stride_bn = pick(strides_bn, member)
+        stride_br = pick(strides_br, member)
+        B_tile = load_tile(pick(Bs, member), columns, ranks, N, R, stride_bn, stride_br).to(tl.float32)
+        B_tile *= pick(scalings, member)
+        if out_scales is not None:
+            # On the small operand and in fp32: one rounding, and dy goes to the dot as it was loaded.
+            B_tile *= load_member_scale(out_scales, member, columns, N, BLOCK_N)[:, None]
+        hB = B_tile.to(dy.dtype.element_ty)  # [BLOCK_N, BLOCK_R]
+        q += tile_n.to(tl.int64) * M * q_width + pick(q_offsets, member)
+    if u is not None:
+        u += pick(u_offsets, member)
+    if zs is not None:
+        z = pick(zs, member)
+        z_M = pick(z_rows, member)
+        stride_zm = pick(strides_zm, member)
+        stride_zn = pick(strides_zn, member)
+
+    P = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     # Two-dimensional until the loop is over: a reduction across threads in every step would cost more than it saves.
-    sum_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    dot_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    bias_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    base_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     first = split * steps_per_split * BLOCK_M
     last = tl.minimum(first + steps_per_split * BLOCK_M, M)
     for start in range(first, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        x_tile = load_tile(x, rows, columns, M, N, stride_xm, stride_xn)  # [BLOCK_M, BLOCK_N]
-        if column_sum is not None:
-            sum_acc += x_tile.to(tl.float32)
-        if dot_sum is not None:
-            z_tile = load_tile(z, rows, columns, M, N, stride_zm, stride_zn)
-            dot_acc += x_tile.to(tl.float32) * z_tile.to(tl.float32)
-        if product is not None:
-            if seed is not None:
-                x_tile = tl.where(kept_elements(seed, rows, tile_n * BLOCK_N, threshold, BLOCK_N), x_tile, 0.0)
-            u_tile = load_tile(u, rows, ranks, M, R, stride_um, stride_ur)  # [BLOCK_M, BLOCK_R]
-            product_acc = tl.dot(tl.trans(x_tile), u_tile, product_acc, input_precision="ieee")
+        dy_tile = load_tile(dy, rows, columns, M, N, stride_dm, stride_dn)  # [BLOCK_M, BLOCK_N]
+        if WANT_BIAS:
+            bias_acc += dy_tile.to(tl.float32)
+        if zs is not None:
+            z_tile = load_tile(z, rows, columns, z_M, N, stride_zm, stride_zn)
+            base_acc += dy_tile.to(tl.float32) * z_tile.to(tl.float32)
+        if Bs is not None:
+            q_tile = tl.dot(dy_tile, hB, input_precision="ieee")  # [BLOCK_M, BLOCK_R]
+            store_tile(q, q_tile, rows, ranks, M, R, q_width, 1)
+        if u is not None:
+            u_tile = load_tile(u, rows, ranks, M, R, u_width, 1)  # [BLOCK_M, BLOCK_R]
+            P = tl.dot(tl.trans(dy_tile), u_tile, P, input_precision="ieee")
 
-    if product is not None:
-        product_acc *= inverse_keep
-        if mid_scale is not None:
-            product_acc *= load_scale(mid_scale, ranks, R)[None, :]
-        split_product = product + split.to(tl.int64) * stride_ps
-        store_tile(split_product, product_acc, columns, ranks, N, R, stride_pn, stride_pr)
+    if u is not None:
+        store_tile(sums + pick(P_offsets, member), P, columns, ranks, N, R, R, 1)
     # The vectors do not depend on r: the first tile along r writes them.
-    if tile_r == 0:
-        if column_sum is not None:
-            tl.store(column_sum + split.to(tl.int64) * N + columns, tl.sum(sum_acc, axis=0), mask=columns < N)
-        if dot_sum is not None:
-            tl.store(dot_sum + split.to(tl.int64) * N + columns, tl.sum(dot_acc, axis=0), mask=columns < N)
+    if WANT_BIAS:
+        own = tl.where(tile_r == 0, N, 0)
+        tl.store(sums + pick(bias_offsets, member) + columns, tl.sum(bias_acc, axis=0), mask=columns < own)
+    if zs is not None:
+        own = tl.where((tile_r == 0) & (z_M > 0), N, 0)
+        tl.store(sums + pick(base_offsets, member) + columns, tl.sum(base_acc, axis=0), mask=columns < own)
 
 
-def _reduce_tokens(
-    x: Tensor,
-    u: Tensor | None,
-    z: Tensor | None,
-    product: Tensor | None,
-    column_sum: Tensor | None,
-    dot_sum: Tensor | None,
-    *,
-    transposed: bool = False,
-    mid_scale: Tensor | None = None,
-    seed: Tensor | None = None,
-    p: float = 0.0,
-) -> None:
-    """Fill product = (x̃ᵀ u) ⊙ mid_scale, column_sum = Σ_m x and dot_sum = Σ_m x ⊙ z, those that are given.
+class OutputGrads(NamedTuple):
+    """What one pass over dy gives: views by member of the flat fp32 ``total``, and q or what adds up to it.
 
-    Shapes: x and z [M, N]; u [M, R]; product [N, R], or [R, N] if transposed; column_sum and dot_sum [N]; mid_scale
-    [R]; seed [1] int64. The three outputs are contiguous.
+    Where ``partials`` [splits, total] is there, total is still empty. Where ``q_partials`` is there, q [M, width] is:
+    its member i is the sum of the first q_splits[i] parts.
     """
-    totals = [total for total in (product, column_sum, dot_sum) if total is not None and total.numel() > 0]
-    if not totals:
-        return
-    M, N = x.shape
-    if M == 0:
-        for total in totals:
-            total.zero_()
-        return
-    if product is None or product.numel() == 0 or u is None:
-        u = product = None
-    R = 0 if u is None else u.shape[1]
-    config, splits, steps_per_split = configs.adapter_grads(x, R)
-    product_partials = None if product is None else partial_buffer(product, splits)
-    sum_partial = None if column_sum is None else partial_buffer(column_sum, splits)
-    dot_partial = None if dot_sum is None else partial_buffer(dot_sum, splits)
-    stride_um, stride_ur = (0, 0) if u is None else u.stride()
-    stride_zm, stride_zn = (0, 0) if z is None else z.stride()
-    stride_ps, stride_pn, stride_pr = (0, 0, 0) if product_partials is None else product_partials.stride()
-    if transposed:
-        stride_pn, stride_pr = stride_pr, stride_pn
-    arguments = {
-        "x": x,
-        "u": u,
-        "z": z,
-        "product": product_partials,
-        "column_sum": sum_partial,
-        "dot_sum": dot_partial,
-        "mid_scale": None if mid_scale is None else mid_scale.contiguous(),
-        "seed": seed,
-        "M": M,
-        "N": N,
-        "R": R,
-        "stride_xm": x.stride(0),
-        "stride_xn": x.stride(1),
-        "stride_um": stride_um,
-        "stride_ur": stride_ur,
-        "stride_zm": stride_zm,
-        "stride_zn": stride_zn,
-        "stride_ps": stride_ps,
-        "stride_pn": stride_pn,
-        "stride_pr": stride_pr,
-        "threshold": drop_threshold(p),
-        "inverse_keep": 1.0 if seed is None else 1.0 / keep_probability(p),
-        "steps_per_split": steps_per_split,
-    }
-    tiles = triton.cdiv(N, config["BLOCK_N"]) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
-    configs.launch(_adapter_grads_kernel, (tiles, splits), arguments, config)
-    for partials, output in ((product_partials, product), (sum_partial, column_sum), (dot_partial, dot_sum)):
-        if partials is not None and output is not None:
-            sum_partials(partials, output)
+
+    P: list[Tensor] | None
+    dbias: list[Tensor] | None
+    dbase: list[Tensor | None]
+    total: Tensor
+    partials: Tensor | None
+    q: Tensor | None
+    q_partials: Tensor | None
+    q_splits: list[int]
 
 
 def output_grads(
-    dy: Tensor, u: Tensor | None = None, z: Tensor | None = None, *, want_bias: bool = False
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(P, dbias, dscale) = (dyᵀ u, Σ_m dy, Σ_m dy ⊙ z) in one pass over dy; None for what was not asked for.
+    dys: Sequence[Tensor],
+    members: Sequence[Member],
+    u: Tensor | None,
+    u_offsets: Sequence[int],
+    zs: Sequence[Tensor | None] | None,
+    *,
+    want_bias: bool,
+    want_q: bool,
+) -> OutputGrads:
+    """P_i = dy_iᵀ u_i where u is given, Σ dy_i, Σ dy_i ⊙ z_i where z_i is given, and with want_q (h ⊙ dy_i) B_i.
 
-    P holds the gradients of the form's B, h and d: dB = h ⊙ P ⊙ d, dh = rowsum(B ⊙ P ⊙ d), dd = colsum(h ⊙ B ⊙ P).
-    Sums are in fp32 and in a fixed order.
-    Shapes: dy and z [M, N]; u [M, R]; P [N, R]; dbias and dscale [N]. Any strides.
+    want_q is a wish: without any of the sums, q is left out.
     """
-    N = dy.shape[1]
-    P = None if u is None else torch.empty(N, u.shape[1], dtype=torch.float32, device=dy.device)
-    dbias = torch.empty(N, dtype=torch.float32, device=dy.device) if want_bias else None
-    dscale = None if z is None else torch.empty(N, dtype=torch.float32, device=dy.device)
-    _reduce_tokens(dy, u, z, P, dbias, dscale)
-    return P, dbias, dscale
+    M, device = dys[0].shape[0], dys[0].device
+    Ns = [dy.shape[1] for dy in dys]
+    ranks = [member.B.shape[1] for member in members]
+    zs = [None] * len(dys) if zs is None else zs
+    sizes = [N * R if u is not None else 0 for N, R in zip(Ns, ranks, strict=True)]
+    sizes += [N if want_bias else 0 for N in Ns]
+    sizes += [0 if z is None else z.shape[1] for z in zs]
+    starts = offsets(sizes)
+    P_offsets, bias_offsets, base_offsets = (starts[i : i + len(dys)] for i in range(0, len(starts), len(dys)))
+    total = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+    P = dbias = None
+    if u is not None:
+        P = [total.narrow(0, start, N * R).view(N, R) for start, N, R in zip(P_offsets, Ns, ranks, strict=True)]
+    if want_bias:
+        dbias = [total.narrow(0, start, N) for start, N in zip(bias_offsets, Ns, strict=True)]
+    dbase = [None if z is None else total.narrow(0, start, N) for start, N, z in zip(base_offsets, Ns, zs, strict=True)]
+    nothing = OutputGrads(P, dbias, dbase, total, None, None, None, [1] * len(dys))
+    if total.numel() == 0 or M == 0:
+        total.zero_()
+        return nothing
+
+    u = u if u is None or max(ranks) == 0 else u.contiguous()
+    given_zs = [z for z in zs if z is not None]
+    # A member without z has no rows of it.
+    known_zs = [given_zs[0] if z is None else z for z in zs] if given_zs else []
+    Bs = matrices([member.B for member in members])
+    vector_sums = want_bias or bool(given_zs)
+    config, splits, steps_per_split = configs.output_grads(
+        dys, max(ranks) if u is not None or want_q else 0, want_q=want_q, vector_sums=vector_sums
+    )
+    partials = partial_buffer(total, splits)
+    q = q_parts = None
+    q_splits = [triton.cdiv(N, config["BLOCK_N"]) for N in Ns]
+    if want_q:
+        q = torch.empty(M, sum(ranks), dtype=dys[0].dtype, device=device)
+        q_parts = partial_buffer(q, max(q_splits))
+    tiles_r = max(triton.cdiv(max(ranks), config["BLOCK_R"]), 1) if u is not None else 1
+    arguments = {
+        "dys": tuple(dys),
+        "u": u,
+        "zs": tuple(known_zs) or None,
+        "Bs": Bs if want_q else None,
+        "q": q_parts,
+        "sums": partials,
+        "out_scales": vectors([member.out_scale for member in members]) if want_q else None,
+        "M": M,
+        "Ns": tuple(Ns),
+        "Rs": uniform(ranks),
+        "u_offsets": uniform(u_offsets),
+        "q_offsets": uniform(offsets(ranks)),
+        "z_rows": uniform([0 if z is None else M for z in zs]),
+        "P_offsets": tuple(P_offsets),
+        "bias_offsets": tuple(bias_offsets),
+        "base_offsets": tuple(base_offsets),
+        "u_width": 0 if u is None else u.shape[1],
+        "q_width": sum(ranks),
+        "total": total.numel(),
+        "tiles_r": tiles_r,
+        "strides_dm": strides(dys, 0),
+        "strides_dn": strides(dys, 1),
+        "strides_zm": strides(known_zs, 0),
+        "strides_zn": strides(known_zs, 1),
+        "strides_bn": strides(Bs, 0),
+        "strides_br": strides(Bs, 1),
+        "scalings": tuple(float(member.scaling) for member in members),
+        "steps_per_split": steps_per_split,
+        "WANT_BIAS": want_bias,
+    }
+    tiles = sum(triton.cdiv(N, config["BLOCK_N"]) for N in Ns) * tiles_r
+    configs.launch(_output_grads_kernel, (tiles, splits), arguments, config)
+    return nothing._replace(
+        partials=partials if splits > 1 else None,
+        q=q,
+        q_partials=q_parts if max(q_splits) > 1 else None,
+        q_splits=q_splits,
+    )
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _input_grads_kernel(
+    x,  # [M, K]
+    q,  # [M, width]
+    dA,  # [splits, width, K]
+    mid_scales,  # [R] by member or None
+    partials,  # [sum_splits, total] or None: sums over dy to complete
+    sums,  # [total] or None
+    seed,  # [1] or None
+    M,
+    K,
+    width,
+    q_offsets,
+    Rs,
+    stride_xm,
+    stride_xk,
+    threshold,
+    inverse_keep,
+    splits,
+    steps_per_split,
+    sum_splits,
+    total,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Tiles along r are neighbours: those that share columns of x find them in L2.
+    tiles_r = tl.cdiv(width, BLOCK_R)
+    tiles = tl.cdiv(K, BLOCK_K) * tiles_r
+    program = tl.program_id(0)
+    if program < tiles * splits:
+        split = program // tiles
+        tile_k = program % tiles // tiles_r
+        columns = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        ranks = program % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
+        acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
+        first = split * steps_per_split * BLOCK_M
+        last = tl.minimum(first + steps_per_split * BLOCK_M, M)
+        for start in range(first, last, BLOCK_M):
+            rows = start + tl.arange(0, BLOCK_M)
+            x_tile = load_tile(x, rows, columns, M, K, stride_xm, stride_xk)  # [BLOCK_M, BLOCK_K]
+            if seed is not None:
+                x_tile = tl.where(kept_elements(seed, rows, tile_k * BLOCK_K, threshold, BLOCK_K), x_tile, 0.0)
+            q_tile = load_tile(q, rows, ranks, M, width, width, 1)  # [BLOCK_M, BLOCK_R]
+            acc = tl.dot(tl.trans(x_tile), q_tile, acc, input_precision="ieee")
+        acc *= inverse_keep
+        if mid_scales is not None:
+            for i in tl.static_range(len(mid_scales)):
+                if mid_scales[i] is not None:
+                    own = ranks - q_offsets[i]
+                    inside = (own >= 0) & (own < Rs[i])
+                    scale = tl.load(mid_scales[i] + own, mask=inside, other=0.0).to(tl.float32)
+                    acc *= tl.where(inside, scale, 1.0)[None, :]
+        store_tile(dA + split.to(tl.int64) * width * K, acc, columns, ranks, K, width, 1, K)
+    else:
+        if partials is not None:
+            sum_block(partials, sums, program - tiles * splits, sum_splits, total, BLOCK)
 
 
 def input_grads(
-    x: Tensor, q: Tensor, *, mid_scale: Tensor | None = None, seed: Tensor | None = None, p: float = 0.0
-) -> Tensor:
-    """dA = (d ⊙ q)ᵀ x̃, with the dropout mask that shrink used. Sums are in fp32 and in a fixed order.
+    x: Tensor,
+    q: Tensor | None,
+    members: Sequence[Member],
+    q_offsets: Sequence[int],
+    sums: OutputGrads,
+    *,
+    seed: Tensor | None,
+    p: float,
+) -> list[Tensor]:
+    """dA_i = (d_i ⊙ q_i)ᵀ x̃ [R_i, K] in fp32, with the dropout mask that made u; the same launch completes ``sums``.
 
-    Shapes: x [M, K]; q [M, R]; mid_scale d [R]; seed [1] int64; dA [R, K] fp32. Any strides.
+    Shapes: x [M, K], any strides; q [M, Σ R_i], None without ranks; seed [1] int64.
     """
-    dA = torch.empty(q.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-    _reduce_tokens(x, q, None, dA, None, None, transposed=True, mid_scale=mid_scale, seed=seed, p=p)
-    return dA
+    M, K = x.shape
+    ranks = [member.A.shape[0] for member in members]
+    width = sum(ranks)
+    dA = torch.empty(width, K, dtype=torch.float32, device=x.device)
+    by_member = list(dA.split(ranks))
+    if q is None or q.numel() == 0 or K == 0:
+        dA.zero_()
+        if sums.partials is not None:
+            sum_partials(sums.partials, sums.total)
+        return by_member
+    config, splits, steps_per_split = configs.input_grads(x, width)
+    dA_partials = partial_buffer(dA, splits)
+    total = 0 if sums.partials is None else sums.total.numel()
+    arguments = {
+        "x": x,
+        "q": q,
+        "dA": dA_partials,
+        "mid_scales": vectors([member.mid_scale for member in members]),
+        "partials": sums.partials,
+        "sums": None if sums.partials is None else sums.total,
+        "seed": seed,
+        "M": M,
+        "K": K,
+        "width": width,
+        "q_offsets": tuple(q_offsets),
+        "Rs": tuple(ranks),
+        "stride_xm": x.stride(0),
+        "stride_xk": x.stride(1),
+        "threshold": drop_threshold(p),
+        "inverse_keep": 1.0 if seed is None else 1.0 / keep_probability(p),
+        "splits": splits,
+        "steps_per_split": steps_per_split,
+        "sum_splits": 1 if sums.partials is None else sums.partials.shape[0],
+        "total": total,
+    }
+    tiles = triton.cdiv(K, config["BLOCK_K"]) * triton.cdiv(width, config["BLOCK_R"])
+    grid = tiles * splits + triton.cdiv(total, config["BLOCK"])
+    configs.launch(_input_grads_kernel, (grid,), arguments, config)
+    if splits > 1:
+        sum_partials(dA_partials, dA)
+    return by_member

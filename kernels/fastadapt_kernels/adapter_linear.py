@@ -1,4 +1,9 @@
-"""The adapter form on one accumulator: base product, low-rank product, scales and bias; dx is the same kernel."""
+"""The adapter form on one accumulator, forward and dx, for a group of layers that read the same x."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -6,75 +11,124 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .tiles import drop_threshold, grouped_tile, keep_probability, kept_elements, load_scale, load_tile, store_tile
+from .adapter_grads import input_grads, output_grads
+from .group import Member, matrices, offsets, strides, uniform, vectors
+from .shrink import shrink
+from .tiles import (
+    count_tiles,
+    drop_threshold,
+    grouped_tile,
+    keep_probability,
+    kept_elements,
+    load_low_rank,
+    load_member_scale,
+    load_scale,
+    load_tile,
+    locate,
+    pick,
+    store_tile,
+    sum_partials,
+)
+
+__all__ = ["Grads", "Member", "adapter_linear", "adapter_linear_backward"]
+
+
+@triton.jit
+def _scaled_factor(
+    factor,  # [R, N]: Bᵀ or A
+    mid_scales,  # [R] by member or None
+    column_scale,  # [BLOCK_N] or None
+    member,
+    ranks,
+    columns,
+    R,
+    N,
+    stride_r,
+    stride_n,
+    BLOCK_R: tl.constexpr,
+):
+    """Tile [BLOCK_R, BLOCK_N] of d ⊙ factor ⊙ column_scale in fp32: the small operand is scaled, then rounded."""
+    tile = load_tile(factor, ranks, columns, R, N, stride_r, stride_n).to(tl.float32)
+    if mid_scales is not None:
+        tile *= load_member_scale(mid_scales, member, ranks, R, BLOCK_R)[:, None]
+    if column_scale is not None:
+        tile *= column_scale[None, :]
+    return tile
 
 
 @triton.jit
 def _add_low_rank(
     acc,  # [BLOCK_M, BLOCK_N]
-    u,  # [M, R]
-    B,  # [N, R]
-    mid_scale,  # [R] or None
-    out_scale,  # [N] or None
-    scaling,
-    rows,  # [BLOCK_M]
-    columns,  # [BLOCK_N]
+    u,  # [M, width]
+    partials,  # [splits, M, width] or None
+    factor,  # [R, N]
+    mid_scales,
+    column_scale,
+    member,
+    offset,
+    writes_u,
+    rows,
+    columns,
     M,
     N,
     R,
-    stride_um,
-    stride_ur,
-    stride_bn,
-    stride_br,
+    splits,
+    width,
+    stride_r,
+    stride_n,
     BLOCK_R: tl.constexpr,
 ):
-    """acc + u (scaling · out_scale ⊙ B ⊙ mid_scale)ᵀ, walking r in steps, so that no tile is r wide."""
+    """acc + u[:, offset : offset + R] (d ⊙ factor ⊙ column_scale), walking r in steps, so that no tile is r wide.
+
+    Where u is still in parts, the programs with writes_u also write it.
+    """
     for start in range(0, R, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
-        u_tile = load_tile(u, rows, ranks, M, R, stride_um, stride_ur)  # [BLOCK_M, BLOCK_R]
-        # All scales go to the small operand in fp32, before its one rounding to the dtype of the dot.
-        B_tile = load_tile(B, ranks, columns, R, N, stride_br, stride_bn).to(tl.float32) * scaling  # [BLOCK_R, BLOCK_N]
-        if mid_scale is not None:
-            B_tile *= load_scale(mid_scale, ranks, R)[:, None]
-        if out_scale is not None:
-            B_tile *= load_scale(out_scale, columns, N)[None, :]
-        acc = tl.dot(u_tile, B_tile.to(u_tile.dtype), acc, input_precision="ieee")
+        u_tile = load_low_rank(u, partials, offset, rows, ranks, M, R, splits, width)  # [BLOCK_M, BLOCK_R]
+        if partials is not None:
+            store_tile(u + offset, u_tile, rows, ranks, tl.where(writes_u, M, 0), R, width, 1)
+        factor_tile = _scaled_factor(
+            factor, mid_scales, column_scale, member, ranks, columns, R, N, stride_r, stride_n, BLOCK_R
+        )
+        acc = tl.dot(u_tile, factor_tile.to(u_tile.dtype), acc, input_precision="ieee")
     return acc
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def _adapter_linear_kernel(
     x,  # [M, K]
-    weight,  # [N, K]
-    u,  # [M, R] or None
-    B,  # [N, R] or None
-    y,  # [M, N]
-    z,  # [M, N] or None
-    mid_scale,  # [R] or None
-    out_scale,  # [N] or None
-    base_scale,  # [N], or [K] in BACKWARD, or None
-    bias,  # [N] or None
+    weights,  # [N, K]; this and what follows in the plural: by member
+    As,  # [R, K] where u is computed here, or None
+    Bs,  # [N, R], or None where no member has a rank
+    u,  # [M, width]
+    partials,  # [splits, M, width] or None
+    ys,  # [M, N], contiguous
+    zs,  # [M, N], contiguous, or None
+    mid_scales,  # [R] or None
+    out_scales,  # [N] or None
+    base_scales,  # [N] or None
+    biases,  # [N] or None
     seed,  # [1] or None
     M,
-    N,
+    Ns,
     K,
-    R,
+    Rs,
+    u_offsets,
+    width,
+    splits,
+    z_rows,
     stride_xm,
     stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_um,
-    stride_ur,
-    stride_bn,
-    stride_br,
-    stride_ym,
-    stride_yn,
-    stride_zm,
-    stride_zn,
-    scaling,
+    strides_wn,
+    strides_wk,
+    strides_ar,
+    strides_ak,
+    strides_bn,
+    strides_br,
+    scalings,
     threshold,
     inverse_keep,
-    BACKWARD: tl.constexpr,
+    SHARED_U: tl.constexpr,
     DROPOUT_ON_BASE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -82,220 +136,416 @@ def _adapter_linear_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # In BACKWARD x is dy, weight is W0ᵀ, u is q, B is Aᵀ, y is dx: N and K are the layer's in and out features. The
-    # mask then belongs to the output tile, and base_scale to the contraction.
-    tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    # The column tiles of all members stand side by side, so that those that share rows of x find them in L2.
+    tiles_n = count_tiles(Ns, BLOCK_N)
+    tile_m, tile = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
+    member, tile_n = locate(tile, Ns, BLOCK_N)
+    N = pick(Ns, member)
+    weight = pick(weights, member)
+    stride_wn = pick(strides_wn, member)
+    stride_wk = pick(strides_wk, member)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-
+    if Bs is not None:
+        R = pick(Rs, member)
+        offset = pick(u_offsets, member)
+        writes_u = tile_n == 0
+        if SHARED_U:
+            writes_u = tile == 0
+    if As is not None:
+        A = pick(As, member)
+        stride_ar = pick(strides_ar, member)
+        stride_ak = pick(strides_ak, member)
+        ranks = tl.arange(0, BLOCK_R)
+        low_rank = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     dropped = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-
-    # The output mask hits the low-rank product but not dy W0: the low-rank product goes first.
-    if BACKWARD and u is not None:
-        low_rank = _add_low_rank(
-            tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
-            u, B, mid_scale, out_scale, scaling, rows, columns, M, N, R,
-            stride_um, stride_ur, stride_bn, stride_br, BLOCK_R,
-        )  # fmt: skip
-        if DROPOUT_ON_BASE:
-            dropped = low_rank
-        elif seed is not None:
-            kept = kept_elements(seed, rows, tile_n * BLOCK_N, threshold, BLOCK_N)
-            acc = tl.where(kept, low_rank * inverse_keep, 0.0)
-        else:
-            acc = low_rank
 
     for start in range(0, K, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         x_tile = load_tile(x, rows, inner, M, K, stride_xm, stride_xk)  # [BLOCK_M, BLOCK_K]
         w_tile = load_tile(weight, inner, columns, K, N, stride_wk, stride_wn)  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
+        if seed is not None:
+            x_tile = tl.where(kept_elements(seed, rows, start, threshold, BLOCK_K), x_tile, 0.0)
         if DROPOUT_ON_BASE:
-            acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
-            if BACKWARD:
-                # g - 1 in fp32: in 16 bits it would be lost beside 1.
-                offset = load_scale(base_scale, inner, K) - 1.0
-                x_tile = (x_tile.to(tl.float32) * offset[None, :]).to(x_tile.dtype)
-            else:
-                x_tile = tl.where(kept_elements(seed, rows, start, threshold, BLOCK_K), x_tile, 0.0)
             dropped = tl.dot(x_tile, w_tile, dropped, input_precision="ieee")
-        else:
-            if BACKWARD and base_scale is not None:
-                # On the left operand: Hopper's matrix unit takes that one from registers, the right one it does not.
-                x_tile = (x_tile.to(tl.float32) * load_scale(base_scale, inner, K)[None, :]).to(x_tile.dtype)
-            acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
+        if As is not None:
+            A_tile = load_tile(A, inner, ranks, K, R, stride_ak, stride_ar)  # [BLOCK_K, BLOCK_R]
+            low_rank = tl.dot(x_tile, A_tile.to(x_tile.dtype), low_rank, input_precision="ieee")
 
-    if BACKWARD:
+    z = acc
+    if DROPOUT_ON_BASE:
+        z = dropped * inverse_keep
+    if zs is not None:
+        store_tile(pick(zs, member), z, rows, columns, pick(z_rows, member), N, N, 1)
+    if base_scales is not None:
+        base_scale = load_member_scale(base_scales, member, columns, N, BLOCK_N)
         if DROPOUT_ON_BASE:
-            kept = kept_elements(seed, rows, tile_n * BLOCK_N, threshold, BLOCK_N)
-            acc += tl.where(kept, dropped * inverse_keep, 0.0)
-    else:
-        if DROPOUT_ON_BASE:
-            dropped *= inverse_keep
-            if z is not None:
-                store_tile(z, dropped, rows, columns, M, N, stride_zm, stride_zn)
-            acc += (load_scale(base_scale, columns, N) - 1.0)[None, :] * dropped
+            acc += (base_scale - 1.0)[None, :] * z
         else:
-            if z is not None:
-                store_tile(z, acc, rows, columns, M, N, stride_zm, stride_zn)
-            if base_scale is not None:
-                acc *= load_scale(base_scale, columns, N)[None, :]
-        if u is not None:
+            acc *= base_scale[None, :]
+    if Bs is not None:
+        B = pick(Bs, member)
+        stride_bn = pick(strides_bn, member)
+        stride_br = pick(strides_br, member)
+        column_scale = tl.zeros((BLOCK_N,), dtype=tl.float32) + pick(scalings, member)
+        if out_scales is not None:
+            column_scale *= load_member_scale(out_scales, member, columns, N, BLOCK_N)
+        if As is not None:
+            u_tile = (low_rank * inverse_keep).to(x.dtype.element_ty)
+            store_tile(u + offset, u_tile, rows, ranks, tl.where(writes_u, M, 0), R, width, 1)
+            B_tile = _scaled_factor(
+                B, mid_scales, column_scale, member, ranks, columns, R, N, stride_br, stride_bn, BLOCK_R
+            )
+            acc = tl.dot(u_tile, B_tile.to(u_tile.dtype), acc, input_precision="ieee")
+        else:
             acc = _add_low_rank(
-                acc, u, B, mid_scale, out_scale, scaling, rows, columns, M, N, R,
-                stride_um, stride_ur, stride_bn, stride_br, BLOCK_R,
+                acc, u, partials, B, mid_scales, column_scale, member, offset, writes_u, rows, columns,
+                M, N, R, splits, width, stride_br, stride_bn, BLOCK_R,
             )  # fmt: skip
-        if bias is not None:
-            acc += load_scale(bias, columns, N)[None, :]
+    if biases is not None:
+        # A member without a bias has 0, not 1.
+        for i in tl.static_range(len(biases)):
+            if biases[i] is not None:
+                acc += load_scale(biases[i], columns, tl.where(member == i, N, 0))[None, :]
+    store_tile(pick(ys, member), acc, rows, columns, M, N, N, 1)
 
-    store_tile(y, acc, rows, columns, M, N, stride_ym, stride_yn)
+
+@triton.jit(do_not_specialize=["threshold"])
+def _adapter_linear_dx_kernel(
+    dys,  # [M, N]; this and what follows in the plural: by member
+    weights,  # [N, K]
+    As,  # [R, K], or None where no member has a rank
+    q,  # [M, width]
+    partials,  # [splits, M, width] or None
+    dx,  # [M, K], contiguous
+    mid_scales,  # [R] or None
+    base_scales,  # [N] or None each
+    seed,  # [1] or None
+    M,
+    Ns,
+    K,
+    Rs,
+    q_offsets,
+    width,
+    splits,
+    strides_dm,
+    strides_dn,
+    strides_wn,
+    strides_wk,
+    strides_ar,
+    strides_ak,
+    threshold,
+    inverse_keep,
+    DROPOUT_ON_BASE: tl.constexpr,
+    ANY_ON_BASE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # A tile of dx is BLOCK_M x BLOCK_N, and each step contracts BLOCK_K output features of a member.
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+
+    # The mask hits the low-rank product but not dy W0: the low-rank product goes first.
+    if As is not None:
+        for i in tl.static_range(len(As)):
+            acc = _add_low_rank(
+                acc, q, partials, As[i], mid_scales, None, i, q_offsets[i], tile_n == 0, rows, columns,
+                M, K, Rs[i], splits[i], width, pick(strides_ar, i), pick(strides_ak, i), BLOCK_R,
+            )  # fmt: skip
+    dropped = acc
+    if ANY_ON_BASE:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    elif seed is not None:
+        kept = kept_elements(seed, rows, tile_n * BLOCK_N, threshold, BLOCK_N)
+        acc = tl.where(kept, acc * inverse_keep, 0.0)
+
+    for i in tl.static_range(len(dys)):
+        stride_dm = pick(strides_dm, i)
+        stride_dn = pick(strides_dn, i)
+        stride_wn = pick(strides_wn, i)
+        stride_wk = pick(strides_wk, i)
+        for start in range(0, Ns[i], BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K)
+            dy_tile = load_tile(dys[i], rows, inner, M, Ns[i], stride_dm, stride_dn)  # [BLOCK_M, BLOCK_K]
+            w_tile = load_tile(weights[i], inner, columns, Ns[i], K, stride_wn, stride_wk)  # [BLOCK_K, BLOCK_N]
+            if DROPOUT_ON_BASE[i]:
+                acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
+                # g - 1 in fp32: in 16 bits it would be lost beside 1.
+                offset = load_scale(base_scales[i], inner, Ns[i]) - 1.0
+                dy_tile = (dy_tile.to(tl.float32) * offset[None, :]).to(dy_tile.dtype)
+                dropped = tl.dot(dy_tile, w_tile, dropped, input_precision="ieee")
+            else:
+                if base_scales[i] is not None:
+                    # On the left operand: Hopper's matrix unit takes that one from registers, not the right one.
+                    scale = load_scale(base_scales[i], inner, Ns[i])
+                    dy_tile = (dy_tile.to(tl.float32) * scale[None, :]).to(dy_tile.dtype)
+                acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
+
+    if ANY_ON_BASE:
+        kept = kept_elements(seed, rows, tile_n * BLOCK_N, threshold, BLOCK_N)
+        acc += tl.where(kept, dropped * inverse_keep, 0.0)
+    store_tile(dx, acc, rows, columns, M, K, K, 1)
 
 
-def _launch(
+def _launch_members(
     x: Tensor,
-    weight: Tensor,
+    members: Sequence[Member],
+    ys: Sequence[Tensor],
+    zs: Sequence[Tensor | None],
     u: Tensor,
-    B: Tensor,
+    partials: Tensor | None,
+    u_offsets: Sequence[int],
     *,
-    backward: bool,
-    mid_scale: Tensor | None,
-    out_scale: Tensor | None,
-    scaling: float,
-    base_scale: Tensor | None,
-    bias: Tensor | None,
+    fused: bool,
+    shared_A: bool,
     seed: Tensor | None,
     p: float,
     dropout_on_base: bool,
-    keep_base: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> None:
     M, K = x.shape
-    N = weight.shape[0]
-    R = u.shape[1]
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    z = torch.empty_like(y) if keep_base else None
-    if y.numel() == 0:
-        return y, z
-    two_products = dropout_on_base and seed is not None and base_scale is not None
-    # In the forward pass the mask is already in u, unless the base path is dropped as well.
-    seed = seed if backward or two_products else None
-    plain = all(operand is None for operand in (mid_scale, out_scale, base_scale, bias, z, seed))
-    config = configs.adapter_linear(x, weight, R, two_products=two_products, plain=plain)
-    mid_scale, out_scale, base_scale, bias = (
-        None if vector is None else vector.contiguous() for vector in (mid_scale, out_scale, base_scale, bias)
+    weights = [member.weight for member in members]
+    Ns = [weight.shape[0] for weight in weights]
+    Rs = [member.B.shape[1] for member in members]
+    As = matrices([member.A for member in members])
+    Bs = matrices([member.B for member in members])
+    # Otherwise the mask is already in u.
+    seed = seed if fused or dropout_on_base else None
+    kept_base = [z for z in zs if z is not None]
+    mid_scales, out_scales, base_scales, biases = (
+        vectors([getattr(member, name) for member in members])
+        for name in ("mid_scale", "out_scale", "base_scale", "bias")
     )
+    plain = not kept_base and seed is None and mid_scales is out_scales is base_scales is biases is None
+    config = configs.adapter_linear(x, Ns, max(Rs), fused=fused, two_products=dropout_on_base, plain=plain)
     arguments = {
         "x": x,
-        "weight": weight,
-        "u": u if R > 0 else None,
-        "B": B if R > 0 else None,
-        "y": y,
-        "z": z,
-        "mid_scale": mid_scale,
-        "out_scale": out_scale,
-        "base_scale": base_scale,
-        "bias": bias,
+        "weights": tuple(weights),
+        "As": As if fused and max(Rs) > 0 else None,
+        "Bs": Bs if max(Rs) > 0 else None,
+        "u": u,
+        "partials": partials,
+        "ys": tuple(ys),
+        # A member whose z is not wanted has no rows of it.
+        "zs": tuple(kept_base[0] if z is None else z for z in zs) if kept_base else None,
+        "mid_scales": mid_scales,
+        "out_scales": out_scales,
+        "base_scales": base_scales,
+        "biases": biases,
         "seed": seed,
         "M": M,
-        "N": N,
+        "Ns": tuple(Ns),
         "K": K,
-        "R": R,
+        "Rs": uniform(Rs),
+        "u_offsets": uniform(u_offsets),
+        "width": u.shape[1],
+        "splits": 1 if partials is None else partials.shape[0],
+        "z_rows": uniform([0 if z is None else M for z in zs]),
         "stride_xm": x.stride(0),
         "stride_xk": x.stride(1),
-        "stride_wn": weight.stride(0),
-        "stride_wk": weight.stride(1),
-        "stride_um": u.stride(0),
-        "stride_ur": u.stride(1),
-        "stride_bn": B.stride(0),
-        "stride_br": B.stride(1),
-        "stride_ym": y.stride(0),
-        "stride_yn": y.stride(1),
-        "stride_zm": y.stride(0),
-        "stride_zn": y.stride(1),
-        "scaling": scaling,
+        "strides_wn": strides(weights, 0),
+        "strides_wk": strides(weights, 1),
+        "strides_ar": strides(As, 0),
+        "strides_ak": strides(As, 1),
+        "strides_bn": strides(Bs, 0),
+        "strides_br": strides(Bs, 1),
+        "scalings": tuple(float(member.scaling) for member in members),
         "threshold": drop_threshold(p),
-        "inverse_keep": 1.0 / keep_probability(p),
-        "BACKWARD": backward,
-        "DROPOUT_ON_BASE": two_products,
+        "inverse_keep": 1.0 if seed is None else 1.0 / keep_probability(p),
+        "SHARED_U": shared_A,
+        "DROPOUT_ON_BASE": dropout_on_base,
     }
-    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    tiles = triton.cdiv(M, config["BLOCK_M"]) * sum(triton.cdiv(N, config["BLOCK_N"]) for N in Ns)
     configs.launch(_adapter_linear_kernel, (tiles,), arguments, config)
-    return y, z
+
+
+def _drops_base(member: Member, seed: Tensor | None) -> bool:
+    return member.dropout_on_base and seed is not None and member.base_scale is not None
 
 
 def adapter_linear(
     x: Tensor,
-    weight: Tensor,
-    u: Tensor,
-    B: Tensor,
+    members: Sequence[Member],
     *,
-    mid_scale: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    scaling: float = 1.0,
-    base_scale: Tensor | None = None,
-    bias: Tensor | None = None,
+    u: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
-    dropout_on_base: bool = False,
+    shared_A: bool = False,
     keep_base: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """y = g ⊙ z + h ⊙ ((d ⊙ u) Bᵀ) + β with z = x W0ᵀ, h = scaling · out_scale, d = mid_scale, g = base_scale.
+    strategy: str = "split",
+) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
+    """(ys, u, zs): y_i of every member as Member states it, u = x̃ Aᵀ, and with keep_base what base_scale multiplies.
 
-    With dropout_on_base, a seed and a base_scale, z = x̃ W0ᵀ and y = x W0ᵀ + (g - 1) ⊙ z + h ⊙ ((d ⊙ u) Bᵀ) + β, where
-    x̃ is x under the dropout that made u. With keep_base the result is (y, z).
-    Shapes: x [M, K]; weight [N, K]; u [M, R]; B [N, R]; mid_scale [R]; out_scale, base_scale, bias [N]; seed [1] int64;
-    y and z [M, N] in x's dtype. weight and u have x's dtype; B and the vectors that or fp32. Any strides; R may be 0.
+    x̃ is x under dropout with probability p, or x itself without a seed. u holds the members' columns one behind the
+    other, or with shared_A, where all members have the same A, once; a given u is not computed again. z_i = x W0ᵀ, and
+    x̃ W0ᵀ where the base path is dropped; None without keep_base or without base_scale. strategy "split" computes u in a
+    launch of its own, "fused" (R up to configs.MOST_FUSED_RANKS) from the tiles of x that the base product has loaded.
+    Shapes: x [M, K], any strides; seed [1] int64; u [M, Σ R_i], or [M, R]; ys and zs [M, N_i]; all in x's dtype.
     """
-    y, z = _launch(
-        x,
-        weight,
-        u,
-        B,
-        backward=False,
-        mid_scale=mid_scale,
-        out_scale=out_scale,
-        scaling=scaling,
-        base_scale=base_scale,
-        bias=bias,
-        seed=seed,
-        p=p,
-        dropout_on_base=dropout_on_base,
-        keep_base=keep_base,
-    )
-    return y if z is None else (y, z)
+    M = x.shape[0]
+    ranks = [member.A.shape[0] for member in members]
+    u_offsets = [0] * len(members) if shared_A else offsets(ranks)
+    As = [member.A for member in (members[:1] if shared_A else members)]
+    on_base = [_drops_base(member, seed) for member in members]
+    fused = u is None and strategy == "fused"
+    if fused and max(ranks) > configs.MOST_FUSED_RANKS:
+        raise ValueError(f'strategy "fused" takes ranks up to {configs.MOST_FUSED_RANKS}, got {max(ranks)}')
+    partials = None
+    if fused:
+        u = torch.empty(M, sum(A.shape[0] for A in As), dtype=x.dtype, device=x.device)
+    elif u is None:
+        u, partials = shrink([x], As, out_dtype=x.dtype, seed=seed, p=p)
+    else:
+        u = u.contiguous()
+    ys = [torch.empty(M, member.weight.shape[0], dtype=x.dtype, device=x.device) for member in members]
+    zs = [
+        torch.empty_like(y) if keep_base and member.base_scale is not None else None
+        for y, member in zip(ys, members, strict=True)
+    ]
+    if M > 0:
+        # Two products of x and W0 want two accumulators: those members run by themselves.
+        for both in (False, True):
+            chosen = [i for i, drops in enumerate(on_base) if drops == both]
+            if chosen:
+                _launch_members(
+                    x,
+                    [members[i] for i in chosen],
+                    [ys[i] for i in chosen],
+                    [zs[i] for i in chosen],
+                    u,
+                    partials,
+                    [u_offsets[i] for i in chosen],
+                    fused=fused,
+                    shared_A=shared_A,
+                    seed=seed,
+                    p=p,
+                    dropout_on_base=both,
+                )
+    return ys, u, zs
 
 
-def adapter_linear_dx(
-    dy: Tensor,
-    weight: Tensor,
-    q: Tensor,
-    A: Tensor,
+class Grads(NamedTuple):
+    """What adapter_linear_backward was asked for; lists go by member. All but dx are in fp32."""
+
+    dx: Tensor | None
+    dA: list[Tensor] | None
+    P: list[Tensor] | None
+    dbias: list[Tensor] | None
+    dbase: list[Tensor | None]
+
+
+def _launch_dx(
+    dys: Sequence[Tensor],
+    members: Sequence[Member],
+    q: Tensor | None,
+    partials: Tensor | None,
+    splits: Sequence[int],
+    q_offsets: Sequence[int],
+    seed: Tensor | None,
+    p: float,
+) -> Tensor:
+    M, K = dys[0].shape[0], members[0].weight.shape[1]
+    dx = torch.empty(M, K, dtype=dys[0].dtype, device=dys[0].device)
+    if dx.numel() == 0:
+        return dx
+    weights = [member.weight for member in members]
+    Ns = [weight.shape[0] for weight in weights]
+    # A member without an adapter has no part in the low-rank sum.
+    adapted = [i for i, member in enumerate(members) if member.A.shape[0] > 0]
+    As = [members[i].A for i in adapted]
+    Rs = [A.shape[0] for A in As]
+    on_base = tuple(_drops_base(member, seed) for member in members)
+    mid_scales = vectors([members[i].mid_scale for i in adapted])
+    base_scales = vectors([member.base_scale for member in members]) or (None,) * len(members)
+    seed = seed if adapted or any(on_base) else None
+    plain = seed is None and mid_scales is None and base_scales == (None,) * len(members)
+    config = configs.adapter_linear_dx(dx, max(Rs, default=0), two_products=any(on_base), plain=plain)
+    arguments = {
+        "dys": tuple(dys),
+        "weights": tuple(weights),
+        "As": tuple(As) or None,
+        "q": q,
+        "partials": partials,
+        "dx": dx,
+        "mid_scales": mid_scales,
+        "base_scales": base_scales,
+        "seed": seed,
+        "M": M,
+        "Ns": tuple(Ns),
+        "K": K,
+        "Rs": tuple(Rs),
+        "q_offsets": tuple(q_offsets[i] for i in adapted),
+        "width": sum(Rs),
+        "splits": tuple(splits[i] for i in adapted),
+        "strides_dm": strides(dys, 0),
+        "strides_dn": strides(dys, 1),
+        "strides_wn": strides(weights, 0),
+        "strides_wk": strides(weights, 1),
+        "strides_ar": strides(As, 0),
+        "strides_ak": strides(As, 1),
+        "threshold": drop_threshold(p),
+        "inverse_keep": 1.0 / keep_probability(p),
+        "DROPOUT_ON_BASE": on_base,
+        "ANY_ON_BASE": any(on_base),
+    }
+    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(K, config["BLOCK_N"])
+    configs.launch(_adapter_linear_dx_kernel, (tiles,), arguments, config)
+    return dx
+
+
+def adapter_linear_backward(
+    dys: Sequence[Tensor],
+    members: Sequence[Member],
     *,
-    mid_scale: Tensor | None = None,
-    base_scale: Tensor | None = None,
+    x: Tensor | None = None,
+    u: Tensor | None = None,
+    zs: Sequence[Tensor | None] | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
-    dropout_on_base: bool = False,
-) -> Tensor:
-    """dx = (g ⊙ dy) W0 + mask ⊙ ((d ⊙ q) A) / (1 - p), with q = (h ⊙ dy) B from shrink_grad.
+    shared_A: bool = False,
+    want_dx: bool = True,
+    want_bias: bool = False,
+) -> Grads:
+    """The gradients of adapter_linear, those that are asked for, from dy_i of every member.
 
-    With dropout_on_base, a seed and a base_scale: dx = dy W0 + mask ⊙ (((g - 1) ⊙ dy) W0 + (d ⊙ q) A) / (1 - p).
-    Shapes: dy [M, N]; weight [N, K]; q [M, R]; A [R, K]; mid_scale [R]; base_scale [N]; seed [1] int64; dx [M, K] in
-    dy's dtype. weight and q have dy's dtype; A and the vectors that or fp32. Any strides; R may be 0.
+    With q_i = (h ⊙ dy_i) B_i: dx = Σ_i (g_i ⊙ dy_i) W_i + mask ⊙ Σ_i ((d_i ⊙ q_i) A_i) / (1 - p) with want_dx; a member
+    that drops its base path adds dy_i W_i + mask ⊙ (((g_i - 1) ⊙ dy_i) W_i) / (1 - p) instead. Given x:
+    dA_i = (d_i ⊙ q_i)ᵀ x̃. Given u: P_i = dy_iᵀ u_i, of which dB_i = h ⊙ P_i ⊙ d, dh = rowsum(B ⊙ P ⊙ d),
+    dd = colsum(h ⊙ B ⊙ P). With want_bias: dbias_i = Σ_m dy_i. Given z_i: dbase_i = Σ_m dy_i ⊙ z_i. Every sum is in
+    fp32 and in a fixed order. All but dx are views of one tensor or two.
+    Shapes: dys and zs [M, N_i], any strides; x [M, K]; u as adapter_linear gave it; dx [M, K] in dy's dtype;
+    dA [R_i, K], P [N_i, R_i], dbias and dbase [N_i] in fp32.
     """
-    dx, _ = _launch(
-        dy,
-        weight.T,
-        q,
-        A.T,
-        backward=True,
-        mid_scale=mid_scale,
-        out_scale=None,
-        scaling=1.0,
-        base_scale=base_scale,
-        bias=None,
-        seed=seed,
-        p=p,
-        dropout_on_base=dropout_on_base,
-        keep_base=False,
-    )
-    return dx
+    ranks = [member.A.shape[0] for member in members]
+    q_offsets = offsets(ranks)
+    u_offsets = [0] * len(members) if shared_A else q_offsets
+    want_q = (want_dx or x is not None) and sum(ranks) > 0
+    # Partials of a wide q would outweigh a second reading of dy; and where dx does not finish them, nothing would.
+    one_pass = want_q and want_dx and max(ranks) <= configs.MOST_ONE_PASS_RANKS
+    sums = output_grads(dys, members, u, u_offsets, zs, want_bias=want_bias, want_q=one_pass)
+    q, q_partials, splits = sums.q, sums.q_partials, sums.q_splits
+    if want_q and q is None:
+        q, q_partials = shrink(
+            dys,
+            [member.B.T for member in members],
+            out_dtype=dys[0].dtype,
+            in_scales=[member.out_scale for member in members],
+            scalings=[float(member.scaling) for member in members],
+        )
+        if q_partials is not None:
+            splits = [q_partials.shape[0]] * len(members)
+            if not want_dx:
+                sum_partials(q_partials, q)
+    dx = _launch_dx(dys, members, q, q_partials, splits, q_offsets, seed, p) if want_dx else None
+    dA = None
+    if x is not None:
+        dA = input_grads(x, q, members, q_offsets, sums, seed=seed, p=p)
+    elif sums.partials is not None:
+        sum_partials(sums.partials, sums.total)
+    return Grads(dx, dA, sums.P, sums.dbias, sums.dbase)

@@ -8,7 +8,7 @@ launchers run under ``recorded_launches`` on meta tensors, and what they would h
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -22,6 +22,10 @@ Config = dict[str, int]
 
 # Enough programs to fill every GPU twice (an H100 has 132 multiprocessors, an MI300X 304 compute units).
 _WANTED_PROGRAMS = 512
+
+# The widest rank whose u is computed inside the base product's loop, and whose q shares one pass over dy.
+MOST_FUSED_RANKS = 64
+MOST_ONE_PASS_RANKS = 32
 
 # Shared memory of a block, in bytes. At least: sm_90 and sm_100; those and sm_80; sm_86, sm_89 and sm_120.
 _HOPPER = 227 * 1024
@@ -37,22 +41,28 @@ class Launch(NamedTuple):
     arguments: Mapping[str, Any]
     config: Config
 
-    def source(self) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-        """(signature, constexprs, attrs) for triton.compiler.ASTSource, specialised as the just-in-time path would."""
-        signature: dict[str, str] = {}
+    def source(self) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+        """(signature, constexprs, attrs) for triton.compiler.ASTSource, specialised as the just-in-time path would.
+
+        The signature of a tuple is a tuple; its entries are known to constexprs and attrs by their path.
+        """
         constexprs: dict[tuple[int, ...], Any] = {}
         attrs: dict[tuple[int, ...], Any] = {}
-        values = {**self.arguments, **self.config}
-        for position, parameter in enumerate(self.kernel.params):
-            value = values[parameter.name]
+
+        def specialise(value: Any, path: tuple[int, ...], parameter: Any) -> Any:
+            if isinstance(value, tuple) and not parameter.is_constexpr:
+                return tuple(specialise(entry, (*path, i), parameter) for i, entry in enumerate(value))
             specialised_integer = isinstance(value, int) and not parameter.do_not_specialize
             if parameter.is_constexpr or value is None or (specialised_integer and value == 1):
-                signature[parameter.name] = "constexpr"
-                constexprs[(position,)] = value
-                continue
-            signature[parameter.name] = mangle_type(value)
+                constexprs[path] = value
+                return "constexpr"
             if isinstance(value, Tensor) or (specialised_integer and value % 16 == 0):
-                attrs[(position,)] = [["tt.divisibility", 16]]
+                attrs[path] = [["tt.divisibility", 16]]
+            return mangle_type(value)
+
+        values = {**self.arguments, **self.config}
+        parameters = enumerate(self.kernel.params)
+        signature = {item.name: specialise(values[item.name], (position,), item) for position, item in parameters}
         return signature, constexprs, attrs
 
 
@@ -85,14 +95,15 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], con
     if recorder is not None:
         recorder.launches.append(Launch(kernel, grid, arguments, config))
         return
-    tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
+    flat = (entry for value in arguments.values() for entry in (value if isinstance(value, tuple) else (value,)))
+    tensor = next(entry for entry in flat if isinstance(entry, Tensor))
     # Triton launches on the current device, which need not be the one that holds the tensors.
     with torch.cuda.device_of(tensor):
         kernel[grid](**arguments, **config)
 
 
 def _interpreted() -> bool:
-    return bool(triton.knobs.runtime.interpret)
+    return _recorder.get() is None and bool(triton.knobs.runtime.interpret)
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -123,37 +134,56 @@ def _splits(programs: int, steps: int, least_steps: int) -> tuple[int, int]:
     return triton.cdiv(steps, steps_per_split), steps_per_split
 
 
-def shrink(x: Tensor, A: Tensor) -> tuple[Config, int, int]:
-    """Tiles of _shrink_kernel for x [M, K] and A [R, K], and (splits, steps_per_split) of the loop over K."""
-    M, K = x.shape
-    R = A.shape[0]
+def shrink(xs: Sequence[Tensor], sizes: Sequence[int], A_dtype: torch.dtype) -> tuple[Config, int]:
+    """Tiles of _shrink_kernel for segments of sizes[i] ranks, of one x [M, K] or of one each, and its splits of K."""
+    M, K = xs[0].shape[0], max(x.shape[1] for x in xs)
+    dtype, widest = xs[0].dtype, max(sizes)
     if _interpreted():
-        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 32}, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(K, 64), 1)
-    shared_memory = _shared_memory(x.device)
-    if x.dtype == torch.float32:
-        block_r = _block(R, 16, 64)
-        block_m = _block(M // 128, 16, 64)
+        splits, _ = _splits(_WANTED_PROGRAMS // 2, triton.cdiv(K, 64), 1)
+        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 32}, splits
+    shared_memory = _shared_memory(xs[0].device)
+    # Fewer tokens: smaller tiles, so that more programs stream x.
+    block_m = _block(M // 256, 16, 64)
+    if dtype == torch.float32:
+        block_r = _block(widest, 16, 64)
         block_k, warps = (16, 8) if block_r == 64 else (32, 4)
         config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
     else:
-        block_r = _block(R, 16, 128)
-        # Few tokens: smaller tiles, so that more programs stream x.
-        block_m = _block(M // 128, 16, 64)
+        block_r = _block(widest, 16, 128)
         block_k = {16: 128, 32: 128, 64: 64, 128: 32}[block_r]
         stages = 3 if shared_memory >= _LARGE else 2
         config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
-    programs = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(R, config["BLOCK_R"])
-    return config, *_splits(programs, triton.cdiv(K, config["BLOCK_K"]), 4)
+    programs = triton.cdiv(M, block_m) * sum(triton.cdiv(size, block_r) for size in sizes)
+    splits, _ = _splits(programs, triton.cdiv(K, config["BLOCK_K"]), 4)
+    return config, splits
 
 
-def adapter_linear(x: Tensor, weight: Tensor, R: int, *, two_products: bool, plain: bool) -> Config:
-    """Tiles of _adapter_linear_kernel for x [M, K] and weight [N, K].
+def adapter_linear(x: Tensor, Ns: Sequence[int], R: int, *, fused: bool, two_products: bool, plain: bool) -> Config:
+    """Tiles of _adapter_linear_kernel for x [M, K], weights [N_i, K] and ranks up to R.
 
-    plain: no operand beside x, weight, u and B, so that registers are left for the widest tile.
+    plain: no operand beside x, weights, u and Bs, so that registers are left for the widest tile.
     """
-    M, N = x.shape[0], weight.shape[0]
+    config = _product(x, Ns, two_products=two_products, plain=plain and not fused)
+    if fused:
+        # The whole rank at once.
+        return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
+    return {"BLOCK_R": _block(R, 16, 32), **config}
+
+
+def adapter_linear_dx(dx: Tensor, R: int, *, two_products: bool, plain: bool) -> Config:
+    """Tiles of _adapter_linear_dx_kernel for dx [M, K] and ranks up to R."""
+    return {"BLOCK_R": _block(R, 16, 32), **_product(dx, [dx.shape[1]], two_products=two_products, plain=plain)}
+
+
+def _product(x: Tensor, Ns: Sequence[int], *, two_products: bool, plain: bool) -> Config:
+    """Tiles of a product of M rows and N_i columns, in x's dtype."""
+    M = x.shape[0]
     if _interpreted():
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 32, "GROUP_M": 2}
+
+    def programs(block_n: int) -> int:
+        return triton.cdiv(M, 128) * sum(triton.cdiv(N, block_n) for N in Ns)
+
     shared_memory = _shared_memory(x.device)
     tiles: Config
     if x.dtype == torch.float32:
@@ -161,29 +191,61 @@ def adapter_linear(x: Tensor, weight: Tensor, R: int, *, two_products: bool, pla
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 8, "num_warps": 8, "num_stages": 3}
     elif M <= 32:
         tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-    elif triton.cdiv(M, 128) * triton.cdiv(N, 128) < _WANTED_PROGRAMS // 4:
+    elif programs(128) < _WANTED_PROGRAMS // 4:
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    elif plain and shared_memory >= _LARGE and triton.cdiv(M, 128) * triton.cdiv(N, 256) >= _WANTED_PROGRAMS // 2:
+    elif plain and shared_memory >= _LARGE and programs(256) >= _WANTED_PROGRAMS // 2:
         tiles = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     else:
         # Two accumulators and the left operand in registers: only Hopper's matrix unit leaves room for the wider tile.
         block_n = 64 if two_products and shared_memory < _HOPPER else 128
         block_k = 64 if shared_memory >= _LARGE else 32
         tiles = {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_R": _block(R, 16, 32), **tiles, "GROUP_M": 8}
+    return {**tiles, "GROUP_M": 8}
 
 
-def adapter_grads(x: Tensor, R: int) -> tuple[Config, int, int]:
-    """Tiles of _adapter_grads_kernel for x [M, N], and (splits, steps_per_split) of the loop over tokens."""
-    M, N = x.shape
+def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bool) -> tuple[Config, int, int]:
+    """Tiles of _output_grads_kernel for dys [M, N_i], and (splits, steps_per_split) of the loop over tokens.
+
+    With want_q one tile holds all R ranks. Wide tiles keep the parts of q few, long walks those of the other sums.
+    """
+    M, Ns = dys[0].shape[0], [dy.shape[1] for dy in dys]
     if _interpreted():
-        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 32}, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(M, 16), 1)
-    if x.dtype == torch.float32:
+        config = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 32}
+        return config, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(M, 16), 1)
+    if dys[0].dtype == torch.float32:
         config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 64), "num_warps": 4, "num_stages": 2}
+    elif want_q:
+        config = {
+            "BLOCK_M": 16 if vector_sums else 32,
+            "BLOCK_N": 512,
+            "BLOCK_R": _block(R, 16, 32),
+            "num_warps": 8,
+            "num_stages": 2,
+        }
     else:
         config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 128), "num_warps": 4, "num_stages": 2}
-    programs = triton.cdiv(N, config["BLOCK_N"]) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
-    return config, *_splits(programs, triton.cdiv(M, config["BLOCK_M"]), 4)
+    programs = sum(triton.cdiv(N, config["BLOCK_N"]) for N in Ns) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
+    return config, *_splits(4 * programs, triton.cdiv(M, config["BLOCK_M"]), 4)
+
+
+def input_grads(x: Tensor, R: int) -> tuple[Config, int, int]:
+    """Tiles of _input_grads_kernel for x [M, K] and R ranks, and (splits, steps_per_split) of the loop over tokens."""
+    M, K = x.shape
+    if _interpreted():
+        config = {"BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": 32, "BLOCK": 256}
+        return config, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(M, 16), 1)
+    block_r = _block(R, 16, 64)
+    if x.dtype == torch.float32:
+        config = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
+    else:
+        config = {"BLOCK_M": 128, "BLOCK_K": 32, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
+    config["BLOCK"] = 512
+    programs = triton.cdiv(K, config["BLOCK_K"]) * triton.cdiv(R, block_r)
+    # Narrow tiles leave enough programs without a split, whose second stage would be one more launch.
+    splits = (1, triton.cdiv(M, config["BLOCK_M"]))
+    if programs < _WANTED_PROGRAMS // 4:
+        splits = _splits(programs, triton.cdiv(M, config["BLOCK_M"]), 4)
+    return config, *splits
 
 
 def weight_norm(R: int) -> Config:

@@ -1,56 +1,82 @@
 """Down to rank r: u = x̃ Aᵀ in the forward pass and its twin q = (h ⊙ dy) B in the backward pass."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .group import matrices, offsets, strides, vectors
 from .tiles import (
+    count_tiles,
     drop_threshold,
     keep_probability,
     kept_elements,
-    load_scale,
+    load_member_scale,
     load_tile,
+    locate,
     partial_buffer,
-    store_tile,
+    pick,
     sum_partials,
 )
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def _shrink_kernel(
-    x,  # [M, K]
-    A,  # [R, K]
-    u,  # [splits, M, R]
-    in_scale,  # [K] or None
+    xs,  # one x [M, K] for all A, or one for each
+    As,  # [R_i, K_i]
+    u,  # [splits, M, width]
+    in_scales,  # [K_i] or None
     seed,  # [1] or None
     M,
-    K,
-    R,
-    stride_xm,
-    stride_xk,
-    stride_ar,
-    stride_ak,
-    stride_us,
-    stride_um,
-    stride_ur,
-    scaling,
+    Ks,
+    sizes,
+    starts,
+    A_starts,
+    width,
+    strides_xm,
+    strides_xk,
+    strides_ar,
+    strides_ak,
+    scalings,
     threshold,
-    steps_per_split,
+    splits,
     EXACT_A: tl.constexpr,
+    ALIGNED_A: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # Tiles along r are neighbours: those that share rows of x find them in L2.
-    tiles_r = tl.cdiv(R, BLOCK_R)
+    # u's columns are cut into segments, each of one x, and those into tiles. Tiles along r are neighbours: those that
+    # share rows of x find them in L2.
+    tiles_r = count_tiles(sizes, BLOCK_R)
     program = tl.program_id(0)
     split = tl.program_id(1)
+    segment, tile_r = locate(program % tiles_r, sizes, BLOCK_R)
+    x = pick(xs, segment)
+    K = pick(Ks, segment)
+    stride_xm = pick(strides_xm, segment)
+    stride_xk = pick(strides_xk, segment)
     rows = program // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = program % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    ranks = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = ranks < pick(sizes, segment)
+    ranks += pick(starts, segment)
+
+    # A tile may hold rows of several A: each lane points to its own.
+    owner = ranks * 0
+    for i in tl.static_range(1, len(A_starts)):
+        owner = tl.where(ranks >= A_starts[i], i, owner)
+    A_rows = pick(As, owner) + (ranks - pick(A_starts, owner)).to(tl.int64) * pick(strides_ar, owner)
+    stride_ak = pick(strides_ak, owner)
+    if ALIGNED_A:
+        A_rows = tl.multiple_of(A_rows, 16)
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    steps_per_split = tl.cdiv(tl.cdiv(K, BLOCK_K), splits)
     first = split * steps_per_split * BLOCK_K
     last = tl.minimum(first + steps_per_split * BLOCK_K, K)
     for start in range(first, last, BLOCK_K):
@@ -58,82 +84,90 @@ def _shrink_kernel(
         x_tile = load_tile(x, rows, columns, M, K, stride_xm, stride_xk)  # [BLOCK_M, BLOCK_K]
         if seed is not None:
             x_tile = tl.where(kept_elements(seed, rows, start, threshold, BLOCK_K), x_tile, 0.0)
-        A_tile = load_tile(A, columns, ranks, K, R, stride_ak, stride_ar)  # [BLOCK_K, BLOCK_R]
-        if in_scale is not None:
+        if len(strides_ak) == 1:
+            A_pointers = A_rows[None, :] + columns.to(tl.int64)[:, None] * stride_ak
+        else:
+            A_pointers = A_rows[None, :] + columns.to(tl.int64)[:, None] * stride_ak[None, :]
+        A_tile = tl.load(A_pointers, mask=(columns < K)[:, None] & inside[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
+        if in_scales is not None:
             # On the small operand and in fp32: one rounding, and x goes to the dot as it was loaded.
-            A_tile = A_tile.to(tl.float32) * load_scale(in_scale, columns, K)[:, None]
+            A_tile = A_tile.to(tl.float32) * load_member_scale(in_scales, segment, columns, K, BLOCK_K)[:, None]
         A_rounded = A_tile.to(x_tile.dtype)
         acc = tl.dot(x_tile, A_rounded, acc, input_precision="ieee")
         if EXACT_A:
             A_rest = (A_tile - A_rounded.to(tl.float32)).to(x_tile.dtype)
             acc = tl.dot(x_tile, A_rest, acc, input_precision="ieee")
 
-    store_tile(u + split.to(tl.int64) * stride_us, acc * scaling, rows, ranks, M, R, stride_um, stride_ur)
+    pointers = u + split.to(tl.int64) * M * width + rows.to(tl.int64)[:, None] * width + ranks[None, :]
+    acc *= pick(scalings, segment)
+    tl.store(pointers, acc.to(u.dtype.element_ty), mask=(rows < M)[:, None] & inside[None, :])
 
 
-def contract(
-    x: Tensor,
-    A: Tensor,
+def shrink(
+    xs: Sequence[Tensor],
+    As: Sequence[Tensor],
     *,
     out_dtype: torch.dtype,
-    in_scale: Tensor | None = None,
-    scaling: float = 1.0,
+    in_scales: Sequence[Tensor | None] = (None,),
+    scalings: Sequence[float] = (1.0,),
     seed: Tensor | None = None,
     p: float = 0.0,
     exact_A: bool = False,
-) -> Tensor:
-    """scaling · x̃ (in_scale ⊙ A)ᵀ: what shrink, shrink_grad and weight_norm have in common.
+) -> tuple[Tensor, Tensor | None]:
+    """(u, partials): column block i of u is scalings_i · x̃_i (in_scales_i ⊙ A_i)ᵀ, in one launch.
 
-    exact_A keeps an fp32 A whole beside a 16-bit x, as two 16-bit parts and two dots.
-    Shapes: x [M, K]; A [R, K]; in_scale [K]; seed [1] int64; result [M, R].
+    One x serves every A, then with one scale, or each A has its own. Where the sum over K was split, u is still empty
+    and partials [splits, M, width] in fp32 add up to it: load_low_rank does that where u is read first. exact_A keeps
+    an fp32 A whole beside a 16-bit x, as two 16-bit parts and two dots.
+    Shapes: xs_i [M, K_i]; As_i [R_i, K_i]; in_scales_i [K_i]; seed [1] int64; u [M, width = Σ R_i]. Any strides.
     """
-    M, K = x.shape
-    R = A.shape[0]
-    u = torch.empty(M, R, dtype=out_dtype, device=x.device)
+    M = xs[0].shape[0]
+    ranks = [A.shape[0] for A in As]
+    width = sum(ranks)
+    u = torch.empty(M, width, dtype=out_dtype, device=xs[0].device)
     if u.numel() == 0:
-        return u
-    if K == 0:
-        return u.zero_()
-    config, splits, steps_per_split = configs.shrink(x, A)
+        return u, None
+    # Without rows there is nothing to point to.
+    kept = [i for i, R in enumerate(ranks) if R > 0]
+    As, ranks = matrices([As[i] for i in kept]), [ranks[i] for i in kept]
+    if len(xs) == 1:
+        sizes = [width]
+    else:
+        xs, in_scales, scalings = [xs[i] for i in kept], [in_scales[i] for i in kept], [scalings[i] for i in kept]
+        sizes = ranks
+    config, splits = configs.shrink(xs, sizes, As[0].dtype)
     partials = partial_buffer(u, splits)
-    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(R, config["BLOCK_R"])
+    tiles = triton.cdiv(M, config["BLOCK_M"]) * sum(triton.cdiv(size, config["BLOCK_R"]) for size in sizes)
+    keep = 1.0 if seed is None else keep_probability(p)
     arguments = {
-        "x": x,
-        "A": A,
+        "xs": tuple(xs),
+        "As": As,
         "u": partials,
-        "in_scale": None if in_scale is None else in_scale.contiguous(),
+        "in_scales": vectors(in_scales),
         "seed": seed,
         "M": M,
-        "K": K,
-        "R": R,
-        "stride_xm": x.stride(0),
-        "stride_xk": x.stride(1),
-        "stride_ar": A.stride(0),
-        "stride_ak": A.stride(1),
-        "stride_us": partials.stride(0),
-        "stride_um": partials.stride(1),
-        "stride_ur": partials.stride(2),
-        "scaling": scaling if seed is None else scaling / keep_probability(p),
+        "Ks": tuple(x.shape[1] for x in xs),
+        "sizes": tuple(sizes),
+        "starts": tuple(offsets(sizes)),
+        "A_starts": tuple(offsets(ranks)),
+        "width": width,
+        "strides_xm": strides(xs, 0),
+        "strides_xk": strides(xs, 1),
+        "strides_ar": strides(As, 0),
+        "strides_ak": strides(As, 1),
+        "scalings": tuple(scaling / keep for scaling in scalings),
         "threshold": drop_threshold(p),
-        "steps_per_split": steps_per_split,
-        "EXACT_A": exact_A and A.dtype == torch.float32 and x.dtype != torch.float32,
+        "splits": splits,
+        "EXACT_A": exact_A and As[0].dtype == torch.float32 and xs[0].dtype != torch.float32,
+        "ALIGNED_A": all(A.data_ptr() % 16 == 0 and A.stride(0) * A.element_size() % 16 == 0 for A in As),
     }
     configs.launch(_shrink_kernel, (tiles, splits), arguments, config)
-    sum_partials(partials, u)
-    return u
+    return u, partials if splits > 1 else None
 
 
-def shrink(x: Tensor, A: Tensor, *, seed: Tensor | None = None, p: float = 0.0) -> Tensor:
-    """u = x̃ Aᵀ, where x̃ is x under dropout with probability p, or x itself without a seed.
-
-    Shapes: x [M, K]; A [R, K], fp32 or x's dtype; seed [1] int64; u [M, R] in x's dtype. Any strides.
-    """
-    return contract(x, A, out_dtype=x.dtype, seed=seed, p=p)
-
-
-def shrink_grad(dy: Tensor, B: Tensor, *, out_scale: Tensor | None = None, scaling: float = 1.0) -> Tensor:
-    """q = (h ⊙ dy) B with h = scaling · out_scale.
-
-    Shapes: dy [M, N]; B [N, R], fp32 or dy's dtype; out_scale [N]; q [M, R] in dy's dtype. Any strides.
-    """
-    return contract(dy, B.T, out_dtype=dy.dtype, in_scale=out_scale, scaling=scaling)
+def contract(x: Tensor, A: Tensor, *, out_dtype: torch.dtype, exact_A: bool = False) -> Tensor:
+    """x Aᵀ, complete. Shapes: x [M, K]; A [R, K]; result [M, R]."""
+    product, partials = shrink([x], [A], out_dtype=out_dtype, exact_A=exact_A)
+    if partials is not None:
+        sum_partials(partials, product)
+    return product

@@ -26,15 +26,45 @@ def keep_probability(p: float) -> float:
 
 
 @triton.jit
-def grouped_tile(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def grouped_tile(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """(row tile, column tile) of a program: GROUP_M row tiles walk the columns together, so that L2 serves them."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
     group = program // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
     group_rows = tl.minimum(tiles_m - first_m, GROUP_M)
     within = program - group * GROUP_M * tiles_n
     return first_m + within % group_rows, within // group_rows
+
+
+@triton.jit
+def pick(values, index):
+    """values[index] for an index known only at run time: a scalar, or a tensor of them. One value stands for all."""
+    chosen = values[0]
+    for i in tl.static_range(1, len(values)):
+        chosen = tl.where(index == i, values[i], chosen)
+    return chosen
+
+
+@triton.jit
+def count_tiles(sizes, BLOCK: tl.constexpr):
+    """Tiles of all members, of which member i has cdiv(sizes[i], BLOCK)."""
+    count = tl.cdiv(sizes[0], BLOCK)
+    for i in tl.static_range(1, len(sizes)):
+        count += tl.cdiv(sizes[i], BLOCK)
+    return count
+
+
+@triton.jit
+def locate(tile, sizes, BLOCK: tl.constexpr):
+    """(member, tile within it) of one of count_tiles' tiles."""
+    member = tile * 0
+    first = tile * 0
+    end = tl.cdiv(sizes[0], BLOCK)
+    for i in tl.static_range(1, len(sizes)):
+        beyond = tile >= end
+        member = tl.where(beyond, i, member)
+        first = tl.where(beyond, end, first)
+        end += tl.cdiv(sizes[i], BLOCK)
+    return member, tile - first
 
 
 @triton.jit
@@ -65,6 +95,41 @@ def load_scale(base, index, count):
 
 
 @triton.jit
+def load_member_scale(vectors, member, index, count, SIZE: tl.constexpr):
+    """[SIZE] entries of the member's vector in fp32: 1 where the member has none, 0 outside it."""
+    scale = tl.full((SIZE,), 1.0, dtype=tl.float32)
+    for i in tl.static_range(len(vectors)):
+        if vectors[i] is not None:
+            # Only the member's own vector is read.
+            scale = tl.where(member == i, load_scale(vectors[i], index, tl.where(member == i, count, 0)), scale)
+    return scale
+
+
+@triton.jit
+def load_low_rank(
+    u,  # [M, width]
+    partials,  # [splits, M, width] or None
+    offset,
+    rows,
+    ranks,
+    M,
+    R,
+    splits,
+    width,
+):
+    """Tile of columns offset + ranks of u; where its sum over K is still in parts, adds them up in a fixed order."""
+    if partials is None:
+        return load_tile(u + offset, rows, ranks, M, R, width, 1)
+    else:
+        part = partials + offset
+        tile = load_tile(part, rows, ranks, M, R, width, 1)
+        for _ in range(1, splits):
+            part += tl.cast(M, tl.int64) * width
+            tile += load_tile(part, rows, ranks, M, R, width, 1)
+        return tile.to(u.dtype.element_ty)
+
+
+@triton.jit
 def kept_elements(seed, rows, first_column, threshold, COLUMNS: tl.constexpr):
     """Dropout mask [len(rows), COLUMNS], true where kept: a pure function of (seed, row, column).
 
@@ -91,7 +156,7 @@ def _dropout_mask_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tile_m, tile_k = grouped_tile(tl.program_id(0), M, K, BLOCK_M, BLOCK_K, 1)
+    tile_m, tile_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), 1)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     kept = kept_elements(seed, rows, tile_k * BLOCK_K, threshold, BLOCK_K)  # [BLOCK_M, BLOCK_K]
@@ -114,14 +179,16 @@ def dropout_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
 
 
 @triton.jit
-def _sum_partials_kernel(
+def sum_block(
     partials,  # [splits, count], contiguous
     total,  # [count], contiguous
+    block,
     splits,
     count,
     BLOCK: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """Second stage of a split sum, for one block of its results; always in the same order, so that they repeat."""
+    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     offset = index
@@ -129,6 +196,17 @@ def _sum_partials_kernel(
         acc += tl.load(partials + offset, mask=inside, other=0.0)
         offset += count
     tl.store(total + index, acc.to(total.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partials,  # [splits, count], contiguous
+    total,  # [count], contiguous
+    splits,
+    count,
+    BLOCK: tl.constexpr,
+):
+    sum_block(partials, total, tl.program_id(0), splits, count, BLOCK)
 
 
 def partial_buffer(total: Tensor, splits: int) -> Tensor:
@@ -139,7 +217,7 @@ def partial_buffer(total: Tensor, splits: int) -> Tensor:
 
 
 def sum_partials(partials: Tensor, total: Tensor) -> None:
-    """Second stage: total = Σ_split partials[split], always in the same order, so that results repeat bit for bit."""
+    """total = Σ_split partials[split], in a launch of its own."""
     splits = partials.shape[0]
     if splits == 1:
         return
