@@ -342,7 +342,7 @@ def adapter_linear_backward(
 
 
 def _factor_products(dy: Tensor, u: Tensor, scaling: float) -> Tensor:
-    """P = scaling · dyᵀ u [N, R]. A thin u makes the transposed product twice as fast in MKL, and transposing is cheap."""
+    """P = scaling · dyᵀ u [N, R]. For a thin u MKL is twice as fast with the transposed product."""
     P = _product(u.T, dy, scaling).T.contiguous() if u.shape[1] < _THIN else _product(dy.T, u, scaling)
     return cast(P, sum_dtype(dy))
 

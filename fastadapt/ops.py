@@ -57,10 +57,21 @@ def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Ca
     return operator
 
 
-def _runs_directly(runs_on: str) -> bool:
-    """Whether the eager implementation is called itself: the dispatcher would add ten microseconds to each operator of
-    a layer's step. Compiled code sees the operators."""
-    return STRATEGIES.get(runs_on, runs_on) == "eager" and not torch.compiler.is_compiling()
+def _runs_directly(x: Tensor) -> bool:
+    """Whether the implementation is called itself: the dispatcher would add ten microseconds to each operator of a
+    layer's step. Compiled code and subclasses of Tensor, such as those without data, see the operators."""
+    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def _apart(results: Sequence[Tensor]) -> list[Tensor]:
+    """The results with memory of their own each: compiled code takes that for granted of what an operator returns."""
+    seen: set[int] = set()
+    found = []
+    for result in results:
+        storage = result.untyped_storage().data_ptr()
+        found.append(result.clone() if storage in seen else result)
+        seen.add(storage)
+    return found
 
 
 _FORM_SCHEMA = (
@@ -78,14 +89,13 @@ def _members(fields: Sequence[Sequence[Any]]) -> list[Member]:
     return [Member(*values) for values in zip(*fields, strict=True)]
 
 
-def _linear(x: Tensor, *operands: Any) -> list[Tensor]:
-    members, (u, drop, p, shared_A, keep_u, keep_base, _, strategy) = _members(operands[:_FIELDS]), operands[_FIELDS:]
+def _run_linear(x: Tensor, members: Sequence[Member], *rest: Any) -> list[Tensor]:
+    u, drop, p, shared_A, keep_u, keep_base, _, strategy = rest
     if STRATEGIES[strategy] == "eager":
-        return eager.adapter_linear(x, members, *operands[_FIELDS:])
-    kernels = _kernels("adapter_linear")
-    ys, made, zs = kernels.adapter_linear(
+        return eager.adapter_linear(x, members, *rest)
+    ys, made, zs = _kernels("adapter_linear").adapter_linear(
         x,
-        [kernels.Member(*member) for member in members],
+        [_kernels("group").Member(*member) for member in members],
         u=u,
         seed=drop,
         p=p,
@@ -95,6 +105,10 @@ def _linear(x: Tensor, *operands: Any) -> list[Tensor]:
     )
     results: list[Tensor] = ys + ([made] if keep_u and u is None else []) + [z for z in zs if z is not None]
     return results
+
+
+def _linear(x: Tensor, *operands: Any) -> list[Tensor]:
+    return _apart(_run_linear(x, _members(operands[:_FIELDS]), *operands[_FIELDS:]))
 
 
 def _linear_fake(x: Tensor, *operands: Any) -> list[Tensor]:
@@ -139,10 +153,8 @@ def adapter_linear(
     where keep_weight, which only the strategy "recompose" makes.
     """
     rest = (u, drop, p, shared_A, keep_u, keep_base, keep_weight, strategy)
-    if _runs_directly(strategy):
-        results = eager.adapter_linear(x, members, *rest)
-    else:
-        results = _adapter_linear(x, *_fields(members), *rest)
+    direct = _runs_directly(x)
+    results = _run_linear(x, members, *rest) if direct else _adapter_linear(x, *_fields(members), *rest)
     count = len(members)
     if keep_u and u is None:
         return results[:count], results[count], results[count + 1 :]
@@ -162,15 +174,13 @@ class Grads(NamedTuple):
     base_scale: list[Tensor]
 
 
-def _linear_backward(dys: list[Tensor], *operands: Any) -> list[Tensor]:
-    members, rest = _members(operands[:_FIELDS]), operands[_FIELDS:]
+def _run_backward(dys: Sequence[Tensor], members: Sequence[Member], *rest: Any) -> list[Tensor]:
     x, u, zs, _, drop, p, shared_A, want_dx, want_bias, strategy = rest
     if STRATEGIES[strategy] == "eager":
         return eager.adapter_linear_backward(dys, members, *rest)
-    linear, grads = _kernels("adapter_linear"), _kernels("adapter_grads")
-    found = grads.adapter_linear_backward(
+    found = _kernels("adapter_linear").adapter_linear_backward(
         dys,
-        [linear.Member(*member) for member in members],
+        [_kernels("group").Member(*member) for member in members],
         x=x,
         u=u,
         zs=zs,
@@ -182,6 +192,10 @@ def _linear_backward(dys: list[Tensor], *operands: Any) -> list[Tensor]:
     )
     parts = [[found.dx], found.dA or [], found.P or [], found.dbias or [], found.dbase]
     return [grad for part in parts for grad in part if grad is not None]
+
+
+def _linear_backward(dys: list[Tensor], *operands: Any) -> list[Tensor]:
+    return _apart(_run_backward(dys, _members(operands[:_FIELDS]), *operands[_FIELDS:]))
 
 
 def _linear_backward_fake(dys: list[Tensor], *operands: Any) -> list[Tensor]:
@@ -222,8 +236,8 @@ def adapter_linear_backward(
 ) -> Grads:
     """dx where want_dx, dA where x is given, P where u is, dβ where want_bias, dg of the members whose z is given."""
     rest = (x, u, zs, weights, drop, p, shared_A, want_dx, want_bias, strategy)
-    if _runs_directly(strategy):
-        results = eager.adapter_linear_backward(dys, members, *rest)
+    if _runs_directly(dys[0]):
+        results = _run_backward(dys, members, *rest)
     else:
         results = _adapter_linear_backward(list(dys), *_fields(members), *rest)
     ends = [int(want_dx)]
@@ -261,7 +275,7 @@ def weight_norm(
     weight: Tensor, A: Tensor, B: Tensor, scaling: float, base_squared: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(n [N], W0 Aᵀ [N, R]) in fp32; base_squared [N] = ‖W0‖² by rows, a constant that its caller keeps."""
-    call = _weight_norm if _runs_directly(backend) else _weight_norm_operator
+    call = _weight_norm if _runs_directly(weight) else _weight_norm_operator
     result: tuple[Tensor, Tensor] = call(weight, A, B, scaling, base_squared, backend)
     return result
 
@@ -281,5 +295,5 @@ _row_squares_operator = _define(
 
 def row_squares(weight: Tensor, backend: str) -> Tensor:
     """‖W0‖² by rows: [N] in fp32."""
-    result: Tensor = (_row_squares if _runs_directly(backend) else _row_squares_operator)(weight, backend)
+    result: Tensor = (_row_squares if _runs_directly(weight) else _row_squares_operator)(weight, backend)
     return result

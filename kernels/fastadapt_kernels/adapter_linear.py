@@ -516,9 +516,9 @@ def adapter_linear_backward(
 
     With q_i = (h ⊙ dy_i) B_i: dx = Σ_i (g_i ⊙ dy_i) W_i + mask ⊙ Σ_i ((d_i ⊙ q_i) A_i) / (1 - p) with want_dx; a member
     that drops its base path adds dy_i W_i + mask ⊙ (((g_i - 1) ⊙ dy_i) W_i) / (1 - p) instead. Given x:
-    dA_i = (d_i ⊙ q_i)ᵀ x̃. Given u: P_i = dy_iᵀ u_i, of which dB_i = h ⊙ P_i ⊙ d, dh = rowsum(B ⊙ P ⊙ d),
-    dd = colsum(h ⊙ B ⊙ P). With want_bias: dbias_i = Σ_m dy_i. Given z_i: dbase_i = Σ_m dy_i ⊙ z_i. Every sum is in
-    fp32 and in a fixed order. All but dx are views of one tensor or two.
+    dA_i = (d_i ⊙ q_i)ᵀ x̃. Given u: P_i = scaling · dy_iᵀ u_i, of which dB_i = out_scale ⊙ P_i ⊙ d,
+    dout_scale = rowsum(B ⊙ P ⊙ d), dd = colsum(out_scale ⊙ B ⊙ P). With want_bias: dbias_i = Σ_m dy_i. Given z_i:
+    dbase_i = Σ_m dy_i ⊙ z_i. Every sum is in fp32 and in a fixed order. All but dx are views of one tensor or two.
     Shapes: dys and zs [M, N_i], any strides; x [M, K]; u as adapter_linear gave it; dx [M, K] in dy's dtype;
     dA [R_i, K], P [N_i, R_i], dbias and dbase [N_i] in fp32.
     """

@@ -182,7 +182,7 @@ def _product(x: Tensor, Ns: Sequence[int], *, two_products: bool, plain: bool) -
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 32, "GROUP_M": 2}
 
     def programs(block_n: int) -> int:
-        return triton.cdiv(M, 128) * sum(triton.cdiv(N, block_n) for N in Ns)
+        return int(triton.cdiv(M, 128)) * sum(int(triton.cdiv(N, block_n)) for N in Ns)
 
     shared_memory = _shared_memory(x.device)
     tiles: Config
