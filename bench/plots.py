@@ -29,7 +29,12 @@ COLORS = {
     "linear": "#222222",
 }
 MARKERS = ("o", "s", "^", "D", "v")
-LABELS = {**{name: f"ours: {name}" for name in STRATEGIES}, **OTHERS, "ours": "ours: automatic choice"}
+LABELS = {
+    **OTHERS,
+    **{name: f"ours: {name}" for name in STRATEGIES},
+    "ours": "ours: automatic choice",
+    "fastest": "ours: fastest strategy",
+}
 
 
 def read(path: Path) -> Document:
@@ -78,7 +83,7 @@ def _grouped_bars(
     for index, (name, series) in enumerate(values.items()):
         places = [group - 0.42 + (index + 0.5) * width for group in range(len(groups))]
         heights = [min(value or 0.0, top) for value in series]
-        axes.bar(places, heights, width * 0.94, color=COLORS[name], label=LABELS.get(name, "ours: fastest strategy"))
+        axes.bar(places, heights, width * 0.94, color=COLORS[name])
         for group, (place, value) in enumerate(zip(places, series, strict=True)):
             note = notes[name][group] if notes and name in notes else ""
             text = "none" if value is None else f"{value:.2f} {note}".strip()
@@ -86,9 +91,17 @@ def _grouped_bars(
             axes.text(place, height, text, ha="center", va="bottom", rotation=90, fontsize=7, clip_on=True)
     axes.set_xticks(range(len(groups)), groups, fontsize=9)
     axes.set_xlim(-0.6, len(groups) - 0.4)
-    axes.set_ylim(0, top * (1.36 if notes else 1.25))
+    axes.set_ylim(0, top * (1.3 if notes else 1.16))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
+
+
+def _legend(figure: Any, providers: Sequence[str]) -> None:
+    """One legend for all bars, below them."""
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=COLORS[name], label=LABELS[name]) for name in providers]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
 
 
 def _best(rows: Sequence[Row]) -> Row | None:
@@ -133,8 +146,7 @@ def draw_gpu(document: Document, path: Path) -> None:
         _case_bars(axes, panels[count, kind], shown)
         axes.set_title(f"{kind}, {count} tokens", fontsize=10)
         axes.set_ylabel("time, x of F.linear on the same layers")
-        if index == 0:
-            axes.legend(fontsize=8, loc="upper left", ncols=3, framealpha=0.9)
+    _legend(figure, shown)
     _save(figure, path)
 
 
@@ -214,7 +226,7 @@ def _roofline(axes: Any, ceilings: Mapping[str, float], rows: Sequence[Row], dty
     axes.set_title("Roofline between the ceilings measured on this device", fontsize=10)
     axes.grid(which="both", alpha=0.2)
     entries = [
-        Line2D([], [], color=COLORS[name], marker="o", linestyle="", label=LABELS.get(name, "ours: fastest strategy"))
+        Line2D([], [], color=COLORS[name], marker="o", linestyle="", label=LABELS[name])
         for name in providers
         if any(key[0] == name for key in points)
     ]
@@ -250,7 +262,6 @@ def draw_microbench(document: Document, path: Path) -> None:
         shape = f"M {group[0]['M']}, K {group[0]['K']}, N {group[0]['N']}"
         axes.set_title(f"{title}, {layers} ({shape})", fontsize=10)
         axes.set_ylabel("time, x of F.linear on the same layers")
-        axes.legend(fontsize=7, loc="upper right", ncols=2, framealpha=0.9)
     if norms:
         axes = figure.add_subplot(grid[len(panels) // 2, len(panels) % 2])
         cases = _cases(norms, "layers")
@@ -261,8 +272,8 @@ def draw_microbench(document: Document, path: Path) -> None:
         }
         _grouped_bars(axes, [layers for (layers,) in cases], times)
         axes.set_title("DoRA's row norms", fontsize=10)
-        axes.set_ylabel("ms (lower is better)")
-        axes.legend(fontsize=7, loc="upper right", framealpha=0.9)
+        axes.set_ylabel("ms")
+    _legend(figure, [name for name in order if any(row["provider"] == name for row in rows)])
     _save(figure, path)
 
 
