@@ -14,6 +14,8 @@ BENCHES = {
     "audit": "bench.audit",
     "traffic": "bench.traffic",
     "predictions": "bench.predictions",
+    "gpu": "bench.gpu",
+    "microbench": "bench.microbench",
 }
 
 
