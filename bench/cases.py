@@ -27,6 +27,7 @@ class AdapterCase:
     method: Literal["lora", "dora", "vera"]
     r: int
     dropout: float = 0.0
+    longer: int = 1  # times as many tokens as the other cases of its bench
 
     def config(self, target_modules: str | list[str]) -> Any:
         """The fastadapt config."""
@@ -59,6 +60,7 @@ STEP_CASES = {
         AdapterCase("dora", "dora", 16),
         AdapterCase("vera", "vera", 256),
         AdapterCase("dora_dropout", "dora", 16, dropout=0.05),
+        AdapterCase("vera_4096", "vera", 256, longer=8),
     )
 }
 
