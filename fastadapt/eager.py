@@ -24,9 +24,6 @@ _BLOCK_ROWS = 512
 
 _DROPOUT_LEVELS = 1 << 16
 
-# The rank below which a factor is so thin that the products with it are bound by memory.
-_THIN = 64
-
 # The p up to which positions, 4·p bytes an element, take no more memory than a mask of one byte.
 _POSITIONS_UP_TO = 0.25
 
@@ -342,9 +339,10 @@ def adapter_linear_backward(
 
 
 def _factor_products(dy: Tensor, u: Tensor, scaling: float) -> Tensor:
-    """P = scaling · dyᵀ u [N, R]. For a thin u MKL is twice as fast with the transposed product."""
-    P = _product(u.T, dy, scaling).T.contiguous() if u.shape[1] < _THIN else _product(dy.T, u, scaling)
-    return cast(P, sum_dtype(dy))
+    """P = scaling · dyᵀ u [N, R]. With many more rows than columns of u, MKL is faster with the transposed product."""
+    if 8 * u.shape[1] < dy.shape[0]:
+        return cast(_product(u.T, dy, scaling).T.contiguous(), sum_dtype(dy))
+    return cast(_product(dy.T, u, scaling), sum_dtype(dy))
 
 
 def _column_dots(dy: Tensor, z: Tensor) -> Tensor:
