@@ -242,7 +242,7 @@ def output_grads(
 def _input_grads_kernel(
     x,  # [M, K]
     q,  # [M, width]
-    dA,  # [splits, width, K]
+    dA,  # [width, K]
     mid_scales,  # [R] by member or None
     partials,  # [sum_splits, total] or None: sums over dy to complete
     sums,  # [total] or None
@@ -257,27 +257,23 @@ def _input_grads_kernel(
     threshold,
     inverse_keep,
     splits,
-    steps_per_split,
-    sum_splits,
     total,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Tiles along r are neighbours: those that share columns of x find them in L2.
+    # A program walks down all rows for a few columns of x, so that dA needs no second stage. Tiles along r are
+    # neighbours: those that share columns of x find them in L2.
     tiles_r = tl.cdiv(width, BLOCK_R)
     tiles = tl.cdiv(K, BLOCK_K) * tiles_r
     program = tl.program_id(0)
-    if program < tiles * splits:
-        split = program // tiles
-        tile_k = program % tiles // tiles_r
+    if program < tiles:
+        tile_k = program // tiles_r
         columns = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
         ranks = program % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
         acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-        first = split * steps_per_split * BLOCK_M
-        last = tl.minimum(first + steps_per_split * BLOCK_M, M)
-        for start in range(first, last, BLOCK_M):
+        for start in range(0, M, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
             x_tile = load_tile(x, rows, columns, M, K, stride_xm, stride_xk)  # [BLOCK_M, BLOCK_K]
             if seed is not None:
@@ -292,10 +288,10 @@ def _input_grads_kernel(
                     inside = (own >= 0) & (own < Rs[i])
                     scale = tl.load(mid_scales[i] + own, mask=inside, other=0.0).to(tl.float32)
                     acc *= tl.where(inside, scale, 1.0)[:, None]
-        store_tile(dA + split.to(tl.int64) * width * K, acc, ranks, columns, width, K, K, 1)
+        store_tile(dA, acc, ranks, columns, width, K, K, 1)
     else:
         if partials is not None:
-            sum_block(partials, sums, program - tiles * splits, sum_splits, total, BLOCK)
+            sum_block(partials, sums, program - tiles, splits, total, BLOCK)
 
 
 def input_grads(
@@ -322,13 +318,12 @@ def input_grads(
         if sums.partials is not None:
             sum_partials(sums.partials, sums.total)
         return by_member
-    config, splits, steps_per_split = configs.input_grads(x, width)
-    dA_partials = partial_buffer(dA, splits)
+    config = configs.input_grads(x, width)
     total = 0 if sums.partials is None else sums.total.numel()
     arguments = {
         "x": x,
         "q": q,
-        "dA": dA_partials,
+        "dA": dA,
         "mid_scales": vectors([member.mid_scale for member in members]),
         "partials": sums.partials,
         "sums": None if sums.partials is None else sums.total,
@@ -342,14 +337,9 @@ def input_grads(
         "stride_xk": x.stride(1),
         "threshold": drop_threshold(p),
         "inverse_keep": 1.0 if seed is None else 1.0 / keep_probability(p),
-        "splits": splits,
-        "steps_per_split": steps_per_split,
-        "sum_splits": 1 if sums.partials is None else sums.partials.shape[0],
+        "splits": 1 if sums.partials is None else sums.partials.shape[0],
         "total": total,
     }
     tiles = triton.cdiv(K, config["BLOCK_K"]) * triton.cdiv(width, config["BLOCK_R"])
-    grid = tiles * splits + triton.cdiv(total, config["BLOCK"])
-    configs.launch(_input_grads_kernel, (grid,), arguments, config)
-    if splits > 1:
-        sum_partials(dA_partials, dA)
+    configs.launch(_input_grads_kernel, (tiles + triton.cdiv(total, config["BLOCK"]),), arguments, config)
     return by_member

@@ -235,24 +235,16 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
     return config, *_splits(programs, steps, 4, wanted=_WANTED_PROGRAMS // 4)
 
 
-def input_grads(x: Tensor, R: int) -> tuple[Config, int, int]:
-    """Tiles of _input_grads_kernel for x [M, K] and R ranks, and (splits, steps_per_split) of the loop over tokens."""
-    M, K = x.shape
+def input_grads(x: Tensor, R: int) -> Config:
+    """Tiles of _input_grads_kernel for x [M, K] and R ranks, and the elements of a block of sums that it completes."""
     if _interpreted():
-        config = {"BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": 32, "BLOCK": 256}
-        return config, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(M, 16), 1)
-    block_r = _block(R, 16, 64)
-    if x.dtype == torch.float32:
-        config = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
-    else:
-        config = {"BLOCK_M": 128, "BLOCK_K": 32, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
-    config["BLOCK"] = 512
-    programs = triton.cdiv(K, config["BLOCK_K"]) * triton.cdiv(R, block_r)
-    # Narrow tiles leave enough programs without a split, whose second stage would be one more launch.
-    splits = (1, triton.cdiv(M, config["BLOCK_M"]))
-    if programs < _WANTED_PROGRAMS // 4:
-        splits = _splits(programs, triton.cdiv(M, config["BLOCK_M"]), 4)
-    return config, *splits
+        return {"BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": 32, "BLOCK": 256}
+    rank = _block(R, 16, 64)
+    # Narrow, so that there are enough programs without a split of the tokens and its second stage.
+    block_k = 32 if triton.cdiv(x.shape[1], 32) * triton.cdiv(R, rank) >= _WANTED_PROGRAMS // 8 else 16
+    block_m, stages = (32, 2) if x.dtype == torch.float32 else (128, 3)
+    tiles = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": rank}
+    return {**tiles, "BLOCK": 512, "num_warps": 4, "num_stages": stages}
 
 
 def weight_norm(R: int) -> Config:
