@@ -304,7 +304,7 @@ def main(
     facts = device_facts(device)
     console = Console()
     for name, value in {**facts, **versions()}.items():
-        console.print(f"{name:<12} {value or 'not installed'}", highlight=False)
+        console.print(f"{name:<12} {value or 'not installed'}", highlight=False, markup=False)
 
     left_out = ["compile"] if quick or not compiled else []
     to_check = [(case, name) for case in checked_cases(plan) for name in check_providers(case, device)]

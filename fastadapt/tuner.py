@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -30,6 +31,8 @@ from .reference import AdapterForm
 from .report import processor, versions
 
 FORMAT = 1
+
+NVIDIA_RELEASE = Path("/proc/driver/nvidia/version")
 
 # A call takes less than an hour: larger numbers in a file are damage.
 _LONGEST = 3600.0
@@ -72,9 +75,15 @@ def row_bucket(rows: int) -> int:
 
 
 def key_of(
-    x: Tensor, weights: Sequence[Tensor], forms: Sequence[AdapterForm], *, dropout: float, backward: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    forms: Sequence[AdapterForm],
+    *,
+    dtype: torch.dtype,
+    dropout: float,
+    backward: bool,
 ) -> Key:
-    """The key of a group of linear layers that read x. `dropout` is the active probability.
+    """The key of a group of linear layers that read x, with products in `dtype` and dropout of an active probability.
 
     Shapes: x [..., K]; weights [N_i, K]; a single layer is a group of one.
     """
@@ -97,7 +106,7 @@ def key_of(
         k,
         tuple(weight.shape[0] for weight in weights),
         tuple(form.A.shape[0] for form in forms),
-        x.dtype,
+        dtype,
         tuple(sorted(features)),
         backward,
     )
@@ -128,9 +137,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def driver() -> str:
     """The version of the GPU driver as far as it can be told: NVIDIA's release, else what the runtime reports."""
-    with contextlib.suppress(OSError, IndexError):
-        release = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-        return release.splitlines()[0].strip()
+    with contextlib.suppress(OSError):
+        if release := re.search(r"\d{3,}\.[\d.]+", NVIDIA_RELEASE.read_text(encoding="utf-8")):
+            return release[0]
     if torch.version.hip is not None:
         return f"hip {torch.version.hip}"
     return f"cuda {getattr(torch._C, '_cuda_getDriverVersion', lambda: 'unknown')()}"

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,10 +33,14 @@ PLAN = gpu.PLANS["cpu", True]._replace(layers=SMALL[:1], check_layers=SMALL[1:],
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_cache_and_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Threads of several test processes would wait for each other in products this small."""
     monkeypatch.setenv("FASTADAPT_CACHE", str(tmp_path / "cache"))
     tuner.forget()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     tuner.forget()
 
 
@@ -278,7 +283,10 @@ def test_microbenchmarks_become_rows_and_a_picture(tmp_path: Path) -> None:
     quick = ("--benchmark-max-time=0.001", "--benchmark-min-rounds=1")
     chosen = ("-k", "forward and lora and qkv or norm and o")
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", f"--benchmark-json={raw}", *quick, *chosen]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    # Whatever runs this test: pytest-benchmark does not measure under xdist.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "benchmark 'forward lora qkv M" in done.stdout
     main(["microbench", str(raw), "--json", str(tmp_path / "micro.json")])
