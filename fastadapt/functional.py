@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from . import eager, ops
 from .checks import check_adapter_linear, check_weight_norm
+from .cost import Workload, keeps_recomposed
 from .eager import Member, cast
 from .ops import STRATEGIES
 from .reference import (
@@ -20,7 +21,7 @@ from .reference import (
     merged_weight_reference,
     weight_norm_reference,
 )
-from .strategies import Problem, check_strategy, choose, keeps_weight, resolve_backend
+from .strategies import check_strategy, choose, resolve_backend
 
 
 def merged_weight(weight: Tensor, form: AdapterForm) -> Tensor:
@@ -94,7 +95,7 @@ class AdapterLinearFunction(torch.autograd.Function):
         on_base: tuple[bool, ...],
         shared_A: bool,
         strategy: str,
-        backend: str,
+        keep_weight: bool,
         backward: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -106,20 +107,6 @@ class AdapterLinearFunction(torch.autograd.Function):
         with _without_autocast(x):
             rows = cast(_rows(x), dtype)
             members = _group(tensors, scalings, on_base, dtype)
-            problem = Problem(
-                rows.shape[0],
-                rows.shape[1],
-                tuple([member.weight.shape[0] for member in members]),
-                tuple([member.A.shape[0] for member in members]),
-                dtype,
-                x.device,
-                needs.A,
-                needs.base_scale,
-                drop is not None,
-                backward,
-            )
-            strategy = choose(problem, strategy, backend)
-            keep_weight = strategy == "recompose" and needs.x and keeps_weight(problem)
             ys, u, kept = ops.adapter_linear(
                 rows, members, None, drop, p, shared_A, needs_u, needs.base_scale, keep_weight, strategy
             )
@@ -275,17 +262,21 @@ def adapter_linear_group(
                 f"weight must have x's dtype {x.dtype}, got {weight.dtype}: cast one of them or use torch.autocast"
             )
     check_strategy(strategy, backend)
-    backend = resolve_backend(backend if strategy == "auto" else STRATEGIES[strategy], x, *weights)
     p = dropout if training else 0.0
+    if backend == "reference":
+        mask = None
+        if p > 0.0:
+            mask = eager.dropout_mask(ops.draw_dropout(_rows(x), p, "eager"), x.shape)
+        p = 1.0 - ops.keep_probability(p, "eager")
+        pairs = zip(weights, forms, strict=True)
+        return tuple([adapter_linear_reference(x, weight, form, mask=mask, p=p) for weight, form in pairs])
+    shared_A = len(forms) > 1 and all(_same_tensor(form.A, forms[0].A) for form in forms[1:])
+    workload = _workload(x, weights, forms, dtype, p > 0.0, shared_A)
+    strategy = choose(workload, strategy, backend, x, *weights)
     drop = None
     if p > 0.0:
         with torch.no_grad():
-            drop = ops.draw_dropout(_rows(x), p, "eager" if backend == "reference" else backend)
-    if backend == "reference":
-        keep = ops.keep_probability(p, "eager")
-        mask = None if drop is None else eager.dropout_mask(drop, x.shape)
-        pairs = zip(weights, forms, strict=True)
-        return tuple([adapter_linear_reference(x, weight, form, mask=mask, p=1.0 - keep) for weight, form in pairs])
+            drop = ops.draw_dropout(_rows(x), p, STRATEGIES[strategy])
     scalings: list[float] = []
     tensors: list[Tensor | None] = []
     for weight, form in zip(weights, forms, strict=True):
@@ -302,13 +293,52 @@ def adapter_linear_group(
         p,
         tuple(scalings),
         tuple([form.dropout_on_base for form in forms]),
-        len(forms) > 1 and all(_same_tensor(form.A, forms[0].A) for form in forms[1:]),
+        shared_A,
         strategy,
-        backend,
-        torch.is_grad_enabled(),
+        strategy == "recompose" and keeps_recomposed(workload),
+        workload.backward,
         *tensors,
     )
     return ys
+
+
+def _workload(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    forms: Sequence[AdapterForm],
+    dtype: torch.dtype,
+    dropout: bool,
+    shared_A: bool,
+) -> Workload:
+    """What the cost model has to know of a call."""
+    grad = torch.is_grad_enabled()
+    trains_A = grad and any([form.A.requires_grad for form in forms])
+    trains_base = grad and any([_requires_grad(form.base_scale) for form in forms])
+    trains_up = grad and any(
+        [form.B.requires_grad or _requires_grad(form.mid_scale) or _requires_grad(form.out_scale) for form in forms]
+    )
+    trains_bias = grad and any([_requires_grad(form.bias) for form in forms])
+    wants_dx = grad and x.requires_grad
+    return Workload(
+        M=x.numel() // max(1, x.shape[-1]),
+        K=x.shape[-1],
+        outputs=tuple([weight.shape[0] for weight in weights]),
+        ranks=tuple([form.A.shape[0] for form in forms]),
+        dtype=str(dtype).removeprefix("torch."),
+        shared_A=shared_A,
+        base_scale=any([form.base_scale is not None for form in forms]),
+        trains_base=trains_base,
+        trains_A=trains_A,
+        trains_up=trains_up,
+        dropout=dropout,
+        dropout_on_base=any([form.dropout_on_base for form in forms]),
+        backward=wants_dx or trains_A or trains_base or trains_up or trains_bias,
+        wants_dx=wants_dx,
+    )
+
+
+def _requires_grad(value: Tensor | float | None) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:

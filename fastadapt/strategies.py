@@ -8,41 +8,21 @@ recompose   W0 + diag(h) B diag(d) A made once, then PyTorch's GEMM: where that 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import cost
+from .cost import Workload
 from .ops import STRATEGIES
 
 BACKENDS = ("auto", "triton", "eager", "reference")
 
 # Finding out does not import it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-# Share of the frozen pass above which the recomposed weight is kept for the backward instead of remade there:
-# remaking costs 2·K·N·r FLOPs against 4·M·K·N, so r / (2 M).
-_KEEP_RECOMPOSED_ABOVE = 0.1
-
-
-class Problem(NamedTuple):
-    """What the choice of a strategy depends on: a group of linear layers on the same M rows of x.
-
-    trains_A, trains_scale: whether A and base_scale get gradients. backward: whether there will be one.
-    """
-
-    rows: int
-    in_features: int
-    out_features: tuple[int, ...]
-    ranks: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    trains_A: bool
-    trains_scale: bool
-    dropout: bool
-    backward: bool
 
 
 def check_backend(backend: str) -> None:
@@ -89,47 +69,24 @@ def resolve_backend(backend: str, *tensors: Tensor) -> str:
     return backend
 
 
-def _refusal(problem: Problem) -> str | None:
-    """Why the weight cannot be recomposed, or None where it can."""
-    if problem.dtype not in (torch.float32, torch.float64):
-        return f"in {problem.dtype} a recomposed weight would round away deltas below its half-ulp"
-    if problem.dropout:
-        return "under dropout the low-rank path does not read x itself"
-    if problem.trains_scale:
-        return "the gradient of base_scale needs the base product by itself"
-    return None
+_cached_cheapest = functools.lru_cache(maxsize=4096)(cost.cheapest)
 
 
-def keeps_weight(problem: Problem) -> bool:
-    """Whether a recomposed weight is kept for the backward: [N, K], where remaking it would cost over a tenth of it."""
-    return problem.backward and max(problem.ranks) > 2 * problem.rows * _KEEP_RECOMPOSED_ABOVE
+def choose(workload: Workload, strategy: str, backend: str, x: Tensor, *tensors: Tensor) -> str:
+    """The strategy that runs a workload on these tensors: an explicit one, or the cheapest that the backend has.
 
-
-def _recomposing_is_cheaper(problem: Problem) -> bool:
-    """Whether W' costs fewer FLOPs than the products that it saves.
-
-    Per 2·r FLOPs it saves M·N (expand) and, in the backward, M·K (q A) and M·N (q, unless dA needs it); it takes K·N,
-    twice where the backward makes it again. u and P = dyᵀu are needed either way.
+    Backend "auto" has all of them on a GPU that Triton supports, the eager ones elsewhere. Raises ValueError or
+    TypeError where an explicit choice cannot run.
     """
-    m, k = problem.rows, problem.in_features
-    times = 2 if problem.backward and not keeps_weight(problem) else 1
-    gain = 0
-    for n, r in zip(problem.out_features, problem.ranks, strict=True):
-        saved = m * n + (m * (k + (0 if problem.trains_A else n)) if problem.backward else m * k)
-        gain += r * (saved - times * k * n)
-    return gain > 0
-
-
-def choose(problem: Problem, strategy: str, backend: str) -> str:
-    """The strategy for a problem on a resolved backend ("triton" or "eager").
-
-    An explicit strategy is returned as it is, or refused with ValueError where it cannot run.
-    """
-    refusal = _refusal(problem)
-    if strategy == "recompose" and refusal is not None:
-        raise ValueError(f'strategy "recompose" cannot run here: {refusal}; leave strategy="auto"')
+    if strategy == "recompose":
+        refusal = cost.cannot_recompose(workload)
+        if refusal is not None:
+            raise ValueError(f'strategy "recompose" cannot run here: {refusal}; leave strategy="auto"')
+    resolved = resolve_backend(backend if strategy == "auto" else STRATEGIES[strategy], x, *tensors)
     if strategy != "auto":
         return strategy
-    if backend == "triton":
-        return "split"
-    return "recompose" if refusal is None and _recomposing_is_cheaper(problem) else "library"
+    everything = backend == "auto" and resolved == "triton"
+    candidates = tuple([name for name, runs_on in STRATEGIES.items() if everything or runs_on == resolved])
+    if torch.compiler.is_compiling():  # sizes may be symbols, which no cache can hold
+        return candidates[0] if resolved == "triton" else cost.cheapest(candidates, workload, cost.DEVICES["CPU"])
+    return _cached_cheapest(candidates, workload, cost.device_of(x.device))

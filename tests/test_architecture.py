@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import the layers before it.
 LAYERS = [
     {"fastadapt_kernels"},
-    {"reference", "report", "versions", "eager", "ops"},
-    {"checks", "strategies", "cost", "tuner", "functional"},
+    {"reference", "report", "versions", "eager", "ops", "cost"},
+    {"checks", "strategies", "tuner", "functional"},
     {"groups", "layers"},
     {"methods"},
     {"targets", "inject", "checkpoint"},

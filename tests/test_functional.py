@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastadapt import AdapterForm, eager, functional, ops, strategies
+from fastadapt.cost import Workload, keeps_recomposed
 from fastadapt.functional import adapter_linear, adapter_linear_group, weight_norm
 from fastadapt.reference import adapter_linear_reference, merged_weight_reference, weight_norm_reference
 
@@ -182,9 +183,8 @@ def test_near_unity_scales_of_dora(dtype: torch.dtype, backend: str) -> None:
 def test_high_rank_with_frozen_factors(m: int) -> None:
     """Every way to compute VeRA: the low-rank path, and the recomposed weight kept or remade."""
     values, weight = operands(m, 24, 20, 100, torch.float32)
-    device = values["x"].device
-    problem = strategies.Problem(m, 24, (20,), (100,), torch.float32, device, False, False, False, True)
-    way = strategies.choose(problem, "auto", "eager"), strategies.keeps_weight(problem)
+    workload = Workload(m, 24, (20,), (100,), "float32", trains_A=False)
+    way = strategies.choose(workload, "auto", "eager", values["x"]), keeps_recomposed(workload)
     dy = torch.randn(m, 20)
 
     def run(leaves: dict[str, Tensor], to: torch.dtype, fused: bool) -> dict[str, Tensor]:

@@ -95,7 +95,8 @@ def _output_grads_kernel(
         stride_zm = pick(strides_zm, member)
         stride_zn = pick(strides_zn, member)
 
-    P = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    # Transposed: the large tile then goes to the dot as it was loaded.
+    P = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
     # Two-dimensional until the loop is over: a reduction across threads in every step would cost more than it saves.
     bias_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     base_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -114,11 +115,11 @@ def _output_grads_kernel(
             store_tile(q, q_tile, rows, ranks, M, R, q_width, 1)
         if u is not None:
             u_tile = load_tile(u, rows, ranks, M, R, u_width, 1)  # [BLOCK_M, BLOCK_R]
-            P = tl.dot(tl.trans(dy_tile), u_tile, P, input_precision="ieee")
+            P = tl.dot(tl.trans(u_tile), dy_tile, P, input_precision="ieee")
 
     if u is not None:
         scaled = P * pick(scalings, member)
-        store_tile(sums + pick(P_offsets, member), scaled, columns, ranks, N, R, R, 1)
+        store_tile(sums + pick(P_offsets, member), scaled, ranks, columns, R, N, 1, R)
     # The vectors do not depend on r: the first tile along r writes them.
     if WANT_BIAS:
         own = tl.where(tile_r == 0, N, 0)
@@ -273,7 +274,7 @@ def _input_grads_kernel(
         tile_k = program % tiles // tiles_r
         columns = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
         ranks = program % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
-        acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
         first = split * steps_per_split * BLOCK_M
         last = tl.minimum(first + steps_per_split * BLOCK_M, M)
         for start in range(first, last, BLOCK_M):
@@ -282,7 +283,7 @@ def _input_grads_kernel(
             if seed is not None:
                 x_tile = tl.where(kept_elements(seed, rows, tile_k * BLOCK_K, threshold, BLOCK_K), x_tile, 0.0)
             q_tile = load_tile(q, rows, ranks, M, width, width, 1)  # [BLOCK_M, BLOCK_R]
-            acc = tl.dot(tl.trans(x_tile), q_tile, acc, input_precision="ieee")
+            acc = tl.dot(tl.trans(q_tile), x_tile, acc, input_precision="ieee")
         acc *= inverse_keep
         if mid_scales is not None:
             for i in tl.static_range(len(mid_scales)):
@@ -290,8 +291,8 @@ def _input_grads_kernel(
                     own = ranks - q_offsets[i]
                     inside = (own >= 0) & (own < Rs[i])
                     scale = tl.load(mid_scales[i] + own, mask=inside, other=0.0).to(tl.float32)
-                    acc *= tl.where(inside, scale, 1.0)[None, :]
-        store_tile(dA + split.to(tl.int64) * width * K, acc, columns, ranks, K, width, 1, K)
+                    acc *= tl.where(inside, scale, 1.0)[:, None]
+        store_tile(dA + split.to(tl.int64) * width * K, acc, ranks, columns, width, K, K, 1)
     else:
         if partials is not None:
             sum_block(partials, sums, program - tiles * splits, sum_splits, total, BLOCK)

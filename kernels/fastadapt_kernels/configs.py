@@ -8,6 +8,7 @@ launchers run under ``recorded_launches`` on meta tensors, and what they would h
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -103,7 +104,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], con
 
 
 def _interpreted() -> bool:
-    return _recorder.get() is None and bool(triton.knobs.runtime.interpret)
+    return _recorder.get() is None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -127,9 +128,9 @@ def _block(size: int, least: int, most: int) -> int:
     return max(least, min(most, 1 << max(size - 1, 0).bit_length()))
 
 
-def _splits(programs: int, steps: int, least_steps: int) -> tuple[int, int]:
+def _splits(programs: int, steps: int, least_steps: int, wanted: int = _WANTED_PROGRAMS) -> tuple[int, int]:
     """(splits, steps_per_split) of a loop: enough to fill the GPU, none empty or far shorter than least_steps."""
-    splits = max(1, min(_WANTED_PROGRAMS // programs, steps // least_steps))
+    splits = max(1, min(wanted // programs, steps // least_steps))
     steps_per_split = triton.cdiv(steps, splits)
     return triton.cdiv(steps, steps_per_split), steps_per_split
 
@@ -154,7 +155,7 @@ def shrink(xs: Sequence[Tensor], sizes: Sequence[int], A_dtype: torch.dtype) -> 
         stages = 3 if shared_memory >= _LARGE else 2
         config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
     programs = triton.cdiv(M, block_m) * sum(triton.cdiv(size, block_r) for size in sizes)
-    splits, _ = _splits(programs, triton.cdiv(K, config["BLOCK_K"]), 4)
+    splits, _ = _splits(programs, triton.cdiv(K, config["BLOCK_K"]), 4, wanted=_WANTED_PROGRAMS // 2)
     return config, splits
 
 
@@ -163,7 +164,9 @@ def adapter_linear(x: Tensor, Ns: Sequence[int], R: int, *, fused: bool, two_pro
 
     plain: no operand beside x, weights, u and Bs, so that registers are left for the widest tile.
     """
-    config = _product(x, Ns, two_products=two_products, plain=plain and not fused)
+    # A third operand in the loop: only Hopper's matrix unit leaves registers for the widest tile.
+    plain = plain and (not fused or _shared_memory(x.device) >= _HOPPER)
+    config = _product(x, Ns, two_products=two_products, plain=plain)
     if fused:
         # The whole rank at once.
         return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
@@ -182,7 +185,8 @@ def _product(x: Tensor, Ns: Sequence[int], *, two_products: bool, plain: bool) -
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 32, "GROUP_M": 2}
 
     def programs(block_n: int) -> int:
-        return int(triton.cdiv(M, 128)) * sum(int(triton.cdiv(N, block_n)) for N in Ns)
+        count: int = triton.cdiv(M, 128) * sum(triton.cdiv(N, block_n) for N in Ns)
+        return count
 
     shared_memory = _shared_memory(x.device)
     tiles: Config
@@ -190,7 +194,9 @@ def _product(x: Tensor, Ns: Sequence[int], *, two_products: bool, plain: bool) -
         # IEEE fp32 has no matrix unit on NVIDIA: the tile is bound by registers.
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 8, "num_warps": 8, "num_stages": 3}
     elif M <= 32:
-        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+        # A few tokens: as many programs as it takes to stream the weight.
+        block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
+        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
     elif programs(128) < _WANTED_PROGRAMS // 4:
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
     elif plain and shared_memory >= _LARGE and programs(256) >= _WANTED_PROGRAMS // 2:
@@ -212,20 +218,21 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
     if _interpreted():
         config = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 32}
         return config, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(M, 16), 1)
-    if dys[0].dtype == torch.float32:
-        config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 64), "num_warps": 4, "num_stages": 2}
+    rank = _block(R, 16, 128)
+    if dys[0].dtype == torch.float32 and want_q:
+        config = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_R": rank, "num_warps": 8, "num_stages": 2}
+    elif dys[0].dtype == torch.float32:
+        config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(rank, 64), "num_warps": 4, "num_stages": 2}
     elif want_q:
-        config = {
-            "BLOCK_M": 16 if vector_sums else 32,
-            "BLOCK_N": 512,
-            "BLOCK_R": _block(R, 16, 32),
-            "num_warps": 8,
-            "num_stages": 2,
-        }
+        # The sums of vectors are as large as the tile.
+        block_m = 16 if vector_sums else 32
+        stages = 3 if _shared_memory(dys[0].device) >= _LARGE else 2
+        config = {"BLOCK_M": block_m, "BLOCK_N": 512, "BLOCK_R": rank, "num_warps": 8, "num_stages": stages}
     else:
-        config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 128), "num_warps": 4, "num_stages": 2}
+        config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": rank, "num_warps": 4, "num_stages": 3}
     programs = sum(triton.cdiv(N, config["BLOCK_N"]) for N in Ns) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
-    return config, *_splits(4 * programs, triton.cdiv(M, config["BLOCK_M"]), 4)
+    steps = triton.cdiv(M, config["BLOCK_M"])
+    return config, *_splits(programs, steps, 4, wanted=_WANTED_PROGRAMS // 4)
 
 
 def input_grads(x: Tensor, R: int) -> tuple[Config, int, int]:

@@ -21,6 +21,7 @@ from .tiles import (
     locate,
     partial_buffer,
     pick,
+    store_tile,
     sum_partials,
 )
 
@@ -64,14 +65,16 @@ def _shrink_kernel(
     rows = program // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = ranks < pick(sizes, segment)
-    ranks += pick(starts, segment)
-
-    # A tile may hold rows of several A: each lane points to its own.
-    owner = ranks * 0
-    for i in tl.static_range(1, len(A_starts)):
-        owner = tl.where(ranks >= A_starts[i], i, owner)
-    A_rows = pick(As, owner) + (ranks - pick(A_starts, owner)).to(tl.int64) * pick(strides_ar, owner)
-    stride_ak = pick(strides_ak, owner)
+    if len(xs) == 1:
+        # A tile may hold rows of several A: each lane points to its own.
+        owner = ranks * 0
+        for i in tl.static_range(1, len(A_starts)):
+            owner = tl.where(ranks >= A_starts[i], i, owner)
+        A_rows = pick(As, owner) + (ranks - pick(A_starts, owner)).to(tl.int64) * pick(strides_ar, owner)
+        stride_ak = pick(strides_ak, owner[None, :])
+    else:
+        A_rows = pick(As, segment) + ranks.to(tl.int64) * pick(strides_ar, segment)
+        stride_ak = pick(strides_ak, segment)
     if ALIGNED_A:
         A_rows = tl.multiple_of(A_rows, 16)
 
@@ -84,10 +87,7 @@ def _shrink_kernel(
         x_tile = load_tile(x, rows, columns, M, K, stride_xm, stride_xk)  # [BLOCK_M, BLOCK_K]
         if seed is not None:
             x_tile = tl.where(kept_elements(seed, rows, start, threshold, BLOCK_K), x_tile, 0.0)
-        if len(strides_ak) == 1:
-            A_pointers = A_rows[None, :] + columns.to(tl.int64)[:, None] * stride_ak
-        else:
-            A_pointers = A_rows[None, :] + columns.to(tl.int64)[:, None] * stride_ak[None, :]
+        A_pointers = A_rows[None, :] + columns.to(tl.int64)[:, None] * stride_ak
         A_tile = tl.load(A_pointers, mask=(columns < K)[:, None] & inside[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
         if in_scales is not None:
             # On the small operand and in fp32: one rounding, and x goes to the dot as it was loaded.
@@ -98,9 +98,8 @@ def _shrink_kernel(
             A_rest = (A_tile - A_rounded.to(tl.float32)).to(x_tile.dtype)
             acc = tl.dot(x_tile, A_rest, acc, input_precision="ieee")
 
-    pointers = u + split.to(tl.int64) * M * width + rows.to(tl.int64)[:, None] * width + ranks[None, :]
-    acc *= pick(scalings, segment)
-    tl.store(pointers, acc.to(u.dtype.element_ty), mask=(rows < M)[:, None] & inside[None, :])
+    u += split.to(tl.int64) * M * width + pick(starts, segment)
+    store_tile(u, acc * pick(scalings, segment), rows, ranks, M, pick(sizes, segment), width, 1)
 
 
 def shrink(
