@@ -175,6 +175,19 @@ def test_gpu_runs_start_to_end_on_a_cpu(tmp_path: Path) -> None:
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_gpu_is_asked_for_every_method_group_dtype_and_size() -> None:
+    plan = gpu.PLANS["cuda", False]
+    checked, timed = list(gpu.checked_cases(plan)), list(gpu.timed_cases(plan))
+    for cases in (checked, timed):
+        assert {case.adapter.name for case in cases} == set(SAVED_CASES)
+        assert {case.operator for case in cases} == {"forward", "step", "weight_norm"}
+        assert {case.dtype for case in cases} == {"fp32", "fp16", "bf16"}
+        assert {len(case.layers.out_features) for case in cases} == {1, 2, 3}
+        assert len(set(cases)) == len(cases)
+    assert {case.tokens for case in timed if case.operator == "forward"} == {64, 2048, 8192}
+    assert {case.layers for case in timed} == set(LLAMA_8B) <= {case.layers for case in checked}
+
+
 @pytest.mark.usefixtures("tiny")
 def test_a_wrong_result_is_a_row_and_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def off(case: OperatorCase, provider: str, operands: Any) -> Any:
