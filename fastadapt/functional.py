@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import eager, ops
+from . import eager, ops, tuner
 from .checks import check_adapter_linear, check_weight_norm
 from .cost import Workload, keeps_recomposed
 from .eager import Member, cast
@@ -21,7 +21,7 @@ from .reference import (
     merged_weight_reference,
     weight_norm_reference,
 )
-from .strategies import check_strategy, choose, resolve_backend
+from .strategies import candidates, cheapest, check_explicit, check_strategy, resolve_backend
 
 
 def merged_weight(weight: Tensor, form: AdapterForm) -> Tensor:
@@ -223,7 +223,7 @@ def adapter_linear(
     Shapes: x [..., K]; weight [N, K]; form as AdapterForm states, r may be 0; y [..., N].
     Dtypes: weight has x's dtype, or autocast's takes the place of both; the form's tensors may be fp32 beside 16-bit x.
     Gradients flow to x and to every tensor of the form; weight is frozen. Once differentiable.
-    strategy: one of strategies.STRATEGIES, or "auto" for the one that the cost model takes to be the fastest here.
+    strategy: "auto", "tune", or by name "split", "fused", "library" or "recompose" (see strategies.py).
     Raises ValueError on mismatched shapes, devices, a dropout outside [0, 1), a weight that requires grad, a backend
     or strategy that cannot run; TypeError on dtypes that cannot be mixed.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; Liu et al. 2024, arXiv:2402.09353; Kopiczko et al. 2023,
@@ -272,7 +272,10 @@ def adapter_linear_group(
         return tuple([adapter_linear_reference(x, weight, form, mask=mask, p=p) for weight, form in pairs])
     shared_A = len(forms) > 1 and all(_same_tensor(form.A, forms[0].A) for form in forms[1:])
     workload = _workload(x, weights, forms, dtype, p > 0.0, shared_A)
-    strategy = choose(workload, strategy, backend, x, *weights)
+    if strategy in STRATEGIES:
+        check_explicit(strategy, workload, x, *weights)
+    else:
+        strategy = _choose(x, weights, forms, workload, p, backend, strategy == "tune")
     drop = None
     if p > 0.0:
         with torch.no_grad():
@@ -335,6 +338,47 @@ def _workload(
         backward=wants_dx or trains_A or trains_base or trains_up or trains_bias,
         wants_dx=wants_dx,
     )
+
+
+def _choose(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    forms: Sequence[AdapterForm],
+    workload: Workload,
+    p: float,
+    backend: str,
+    tune: bool,
+) -> str:
+    """The strategy that was measured to be the fastest here, or else the cost model's."""
+    names = candidates(workload, backend, x, *weights)
+    if len(names) > 1 and (tune or x.device.type == "cuda") and not torch.compiler.is_compiling():
+        key = tuner.key_of(x, weights, forms, dropout=p, backward=workload.backward)
+        measured = tuner.lookup(key)
+        if measured is None and tune:
+            measured = tuner.best(key, lambda: {name: _trial(x, weights, forms, p, name) for name in names})
+        if measured in names:
+            return measured
+    return cheapest(names, workload, x.device)
+
+
+def _trial(
+    x: Tensor, weights: Sequence[Tensor], forms: Sequence[AdapterForm], p: float, strategy: str
+) -> Callable[[], object]:
+    """One run of a strategy, to be timed, with the backward where one will follow; it leaves no trace."""
+
+    def leaf(value: Any) -> Any:
+        return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    x, forms, grad = leaf(x), [AdapterForm(*map(leaf, form)) for form in forms], torch.is_grad_enabled()
+    trained = [v for v in (x, *(v for form in forms for v in form)) if isinstance(v, Tensor) and v.requires_grad]
+
+    def run() -> None:
+        with torch.set_grad_enabled(grad):
+            ys = adapter_linear_group(x, weights, forms, dropout=p, training=True, strategy=strategy)
+            if grad and trained:
+                torch.autograd.grad(ys, trained, [torch.ones_like(y) for y in ys])
+
+    return run
 
 
 def _requires_grad(value: Tensor | float | None) -> bool:

@@ -19,6 +19,9 @@ from . import cost
 from .cost import Workload
 from .ops import STRATEGIES
 
+# The kernels' own limit (fastadapt_kernels.configs), which is not imported where there is no Triton.
+_MOST_FUSED_RANKS = 64
+
 BACKENDS = ("auto", "triton", "eager", "reference")
 
 # Finding out does not import it.
@@ -33,10 +36,10 @@ def check_backend(backend: str) -> None:
 
 def check_strategy(strategy: str, backend: str) -> None:
     """Raises ValueError for a name that is no strategy, or one that does not run on this backend."""
-    if strategy == "auto":
+    if strategy in ("auto", "tune"):
         return
     if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
+        raise ValueError(f"strategy must be one of auto, tune, {', '.join(STRATEGIES)}, got {strategy!r}")
     if backend not in ("auto", STRATEGIES[strategy]):
         raise ValueError(
             f'strategy "{strategy}" runs on backend "{STRATEGIES[strategy]}", got backend={backend!r}: leave one of '
@@ -72,21 +75,31 @@ def resolve_backend(backend: str, *tensors: Tensor) -> str:
 _cached_cheapest = functools.lru_cache(maxsize=4096)(cost.cheapest)
 
 
-def choose(workload: Workload, strategy: str, backend: str, x: Tensor, *tensors: Tensor) -> str:
-    """The strategy that runs a workload on these tensors: an explicit one, or the cheapest that the backend has.
+def candidates(workload: Workload, backend: str, x: Tensor, *tensors: Tensor) -> tuple[str, ...]:
+    """The strategies that could run a workload on these tensors, on the backend that was asked for.
 
-    Backend "auto" has all of them on a GPU that Triton supports, the eager ones elsewhere. Raises ValueError or
-    TypeError where an explicit choice cannot run.
+    Backend "auto" has all of them on a GPU that Triton supports, the eager ones elsewhere. Raises as `resolve_backend`.
     """
-    if strategy == "recompose":
-        refusal = cost.cannot_recompose(workload)
-        if refusal is not None:
-            raise ValueError(f'strategy "recompose" cannot run here: {refusal}; leave strategy="auto"')
-    resolved = resolve_backend(backend if strategy == "auto" else STRATEGIES[strategy], x, *tensors)
-    if strategy != "auto":
-        return strategy
+    resolved = resolve_backend(backend, x, *tensors)
     everything = backend == "auto" and resolved == "triton"
-    candidates = tuple([name for name, runs_on in STRATEGIES.items() if everything or runs_on == resolved])
+    names = {name for name, runs_on in STRATEGIES.items() if everything or runs_on == resolved}
+    if max(workload.ranks) > _MOST_FUSED_RANKS:
+        names.discard("fused")
+    if "recompose" in names and cost.cannot_recompose(workload) is not None:
+        names.discard("recompose")
+    return tuple([name for name in STRATEGIES if name in names])
+
+
+def check_explicit(strategy: str, workload: Workload, x: Tensor, *tensors: Tensor) -> None:
+    """Raises ValueError or TypeError where a strategy that was asked for by name cannot run."""
+    resolve_backend(STRATEGIES[strategy], x, *tensors)
+    refusal = cost.cannot_recompose(workload) if strategy == "recompose" else None
+    if refusal is not None:
+        raise ValueError(f'strategy "recompose" cannot run here: {refusal}; leave strategy="auto"')
+
+
+def cheapest(names: tuple[str, ...], workload: Workload, device: torch.device) -> str:
+    """The one of these strategies that the cost model takes to be the fastest."""
     if torch.compiler.is_compiling():  # sizes may be symbols, which no cache can hold
-        return candidates[0] if resolved == "triton" else cost.cheapest(candidates, workload, cost.DEVICES["CPU"])
-    return _cached_cheapest(candidates, workload, cost.device_of(x.device))
+        return names[0] if STRATEGIES[names[0]] == "triton" else cost.cheapest(names, workload, cost.DEVICES["CPU"])
+    return _cached_cheapest(names, workload, cost.device_of(device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from helpers import assert_close
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastadapt import AdapterForm, eager, functional, ops, strategies
+from fastadapt import AdapterForm, eager, functional, ops, strategies, tuner
 from fastadapt.cost import Workload, keeps_recomposed
 from fastadapt.functional import adapter_linear, adapter_linear_group, weight_norm
 from fastadapt.reference import adapter_linear_reference, merged_weight_reference, weight_norm_reference
@@ -184,7 +185,8 @@ def test_high_rank_with_frozen_factors(m: int) -> None:
     """Every way to compute VeRA: the low-rank path, and the recomposed weight kept or remade."""
     values, weight = operands(m, 24, 20, 100, torch.float32)
     workload = Workload(m, 24, (20,), (100,), "float32", trains_A=False)
-    way = strategies.choose(workload, "auto", "eager", values["x"]), keeps_recomposed(workload)
+    names = strategies.candidates(workload, "auto", torch.ones(1))
+    way = strategies.cheapest(names, workload, torch.device("cpu")), keeps_recomposed(workload)
     dy = torch.randn(m, 20)
 
     def run(leaves: dict[str, Tensor], to: torch.dtype, fused: bool) -> dict[str, Tensor]:
@@ -569,12 +571,35 @@ def test_a_group_keeps_x_and_u_once() -> None:
     assert sorted(t.untyped_storage().nbytes() for t in kept) == [64 * 12 * 4, 64 * 32 * 4]
 
 
+def test_tuning_measures_once_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTADAPT_CACHE", str(tmp_path))
+    tuner.forget()
+    values, weight = operands(40, 12, 10, 3, torch.float32)
+    A, B = (values[name].requires_grad_() for name in ("A", "B"))
+    expected = adapter_linear(values["x"], weight, AdapterForm(A, B))
+    runs: list[str] = []
+    measure = tuner.measure
+    monkeypatch.setattr(tuner, "measure", lambda trials, device: runs.extend(trials) or measure(trials, device))
+    state = torch.get_rng_state()
+    for _ in range(3):
+        y = adapter_linear(values["x"], weight, AdapterForm(A, B), strategy="tune", backend="eager")
+        torch.testing.assert_close(y, expected)
+    assert runs == ["library", "recompose"]
+    assert A.grad is None
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    tuner.forget()  # another process reads the file
+    adapter_linear(values["x"], weight, AdapterForm(A, B), strategy="tune", backend="eager")
+    assert len(runs) == 2
+    tuner.forget()
+
+
 def test_strategies_are_refused_where_they_cannot_run() -> None:
     values, weight = operands(9, 12, 10, 3, torch.float32)
     form = AdapterForm(values["A"], values["B"], base_scale=values["base_scale"].requires_grad_())
     x = values["x"]
     cases: list[tuple[str, Callable[[], Any]]] = [
-        ("must be one of auto, split", lambda: adapter_linear(x, weight, form, strategy="none")),
+        ("must be one of auto, tune, split", lambda: adapter_linear(x, weight, form, strategy="none")),
         ('runs on backend "triton"', lambda: adapter_linear(x, weight, form, strategy="split", backend="eager")),
         ("base_scale needs the base product", lambda: adapter_linear(x, weight, form, strategy="recompose")),
         ("at least one weight", lambda: adapter_linear_group(x, [], [])),
@@ -595,3 +620,15 @@ def test_strategies_are_refused_where_they_cannot_run() -> None:
     for message, call in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_the_limit_of_fused_ranks_is_the_kernels() -> None:
+    from fastadapt_kernels import configs
+
+    assert strategies._MOST_FUSED_RANKS == configs.MOST_FUSED_RANKS
+    values, weight = operands(5, 24, 16, 80, torch.float32)
+    form = AdapterForm(values["A"], values["B"])  # few rows: without its rank it would be fused
+    y = adapter_linear(values["x"], weight, form, backend="triton")
+    torch.testing.assert_close(y, adapter_linear(values["x"], weight, form), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="takes ranks up to 64, got 80"):
+        adapter_linear(values["x"], weight, form, strategy="fused")
