@@ -484,5 +484,5 @@ def tuner_key(case: OperatorCase, operands: Operands) -> Key:
         leaves = {name: v.detach().requires_grad_() if name in trained else v for name, v in values.items()}
         forms.append(make_form(case.adapter, weight, leaves, _reference_norm))
     backward = case.operator == "step"
-    x = operands.x
-    return key_of(x, operands.weights, forms, dtype=x.dtype, dropout=case.dropout, backward=backward)
+    dtype = str(operands.x.dtype).removeprefix("torch.")
+    return key_of(operands.x, operands.weights, forms, dtype=dtype, dropout=case.dropout, backward=backward)

@@ -56,17 +56,16 @@ class Key(NamedTuple):
     in_features: int
     out_features: tuple[int, ...]
     ranks: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     features: tuple[str, ...]
     backward: bool
 
     def __str__(self) -> str:
         """The name in the file, which belongs to a device already."""
         n, r = (",".join(map(str, sizes)) for sizes in (self.out_features, self.ranks))
-        dtype = str(self.dtype).removeprefix("torch.")
         features = "+".join(self.features) or "plain"
         direction = "forward+backward" if self.backward else "forward"
-        return f"m{self.rows} k{self.in_features} n{n} r{r} {dtype} {features} {direction}"
+        return f"m{self.rows} k{self.in_features} n{n} r{r} {self.dtype} {features} {direction}"
 
 
 def row_bucket(rows: int) -> int:
@@ -79,11 +78,11 @@ def key_of(
     weights: Sequence[Tensor],
     forms: Sequence[AdapterForm],
     *,
-    dtype: torch.dtype,
+    dtype: str,
     dropout: float,
     backward: bool,
 ) -> Key:
-    """The key of a group of linear layers that read x, with products in `dtype` and dropout of an active probability.
+    """The key of a group of linear layers that read x: `dtype` is that of the products, `dropout` the active one.
 
     Shapes: x [..., K]; weights [N_i, K]; a single layer is a group of one.
     """
@@ -240,7 +239,7 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 _caches: dict[torch.device, Cache] = {}
-_choices: dict[Key, str] = {}
+_choices: dict[Key, str | None] = {}
 # Keys for which no candidate ran: they are not tried at every call.
 _hopeless: set[Key] = set()
 _opening, _measuring = threading.Lock(), threading.Lock()
@@ -263,12 +262,10 @@ def _cache(device: torch.device) -> Cache:
 
 def lookup(key: Key) -> str | None:
     """The fastest strategy that was measured for the key, None if none was."""
-    choice = _choices.get(key)
-    if choice is None and key not in _hopeless:
+    if key not in _choices:
         times = _cache(key.device).get(str(key))
-        if times is not None:
-            choice = _choices[key] = min(times, key=times.__getitem__)
-    return choice
+        _choices[key] = None if times is None else min(times, key=times.__getitem__)
+    return _choices[key]
 
 
 def record(key: Key, times: Mapping[str, float]) -> None:

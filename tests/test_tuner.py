@@ -26,7 +26,7 @@ from fastadapt.tuner import Key
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-KEY = Key(CPU, 512, 576, (576, 192), (16, 16), torch.float32, ("train_A",), True)
+KEY = Key(CPU, 512, 576, (576, 192), (16, 16), "float32", ("train_A",), True)
 OTHER = KEY._replace(rows=1024)
 TIMES = {"library": 2e-3, "recompose": 1e-3}
 
@@ -338,7 +338,7 @@ def test_the_directory_follows_the_platform(monkeypatch: pytest.MonkeyPatch, tmp
 WRITER = """
 import sys, torch
 from fastadapt import tuner
-key = tuner.Key(torch.device("cpu"), 1, 2, (3,), (4,), torch.float32, (), False)
+key = tuner.Key(torch.device("cpu"), 1, 2, (3,), (4,), "float32", (), False)
 for index in range(25):
     tuner.record(key._replace(rows=int(sys.argv[1]) + index), {"split": 1e-3})
 """
@@ -388,10 +388,8 @@ def form(r: int, **parts: Any) -> AdapterForm:
 
 @pytest.mark.parametrize(("rows", "bucket"), [(0, 1), (1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)])
 def test_rows_are_rounded_up_to_a_power_of_two(rows: int, bucket: int) -> None:
-    key = tuner.key_of(
-        torch.ones(rows, 6), [torch.ones(5, 6)], [form(3)], dtype=torch.float32, dropout=0.0, backward=False
-    )
-    assert key == Key(CPU, bucket, 6, (5,), (3,), torch.float32, (), False)
+    key = tuner.key_of(torch.ones(rows, 6), [torch.ones(5, 6)], [form(3)], dtype="float32", dropout=0.0, backward=False)
+    assert key == Key(CPU, bucket, 6, (5,), (3,), "float32", (), False)
     assert str(key) == f"m{bucket} k6 n5 r3 float32 plain forward"
 
 
@@ -412,14 +410,14 @@ def test_the_key_tells_apart_what_costs_apart() -> None:
         for one in forms
         for dropout in (0.0, 0.1)
         for backward in (False, True)
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in ("float32", "bfloat16")
     }
     # dropout_on_base is no difference without dropout.
     assert len(keys) == len({str(key) for key in keys}) == 8 * len(forms) - 4
     frozen = form(3)._replace(A=torch.ones(3, 6))
-    assert tuner.key_of(x, [weight], [frozen], dtype=torch.float32, dropout=0.0, backward=True) not in keys
-    shared = tuner.key_of(x, [weight] * 2, [frozen, frozen], dtype=torch.float32, dropout=0.0, backward=True)
-    apart = tuner.key_of(x, [weight] * 2, [frozen, form(3)], dtype=torch.float32, dropout=0.0, backward=True)
+    assert tuner.key_of(x, [weight], [frozen], dtype="float32", dropout=0.0, backward=True) not in keys
+    shared = tuner.key_of(x, [weight] * 2, [frozen, frozen], dtype="float32", dropout=0.0, backward=True)
+    apart = tuner.key_of(x, [weight] * 2, [frozen, form(3)], dtype="float32", dropout=0.0, backward=True)
     assert shared.features == ("shared_A",)
     assert apart.out_features == (5, 5)
     assert apart.features == ("train_A",)
