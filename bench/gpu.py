@@ -47,10 +47,14 @@ OURS = (*STRATEGIES, "ours", "ungrouped")
 
 
 class Plan(NamedTuple):
-    """What is checked and timed. Checked sizes are no multiples of a tile; dropout is timed at one number of tokens."""
+    """What is checked and timed. Checked sizes are no multiples of a tile; dropout is timed at one number of tokens.
+
+    large_check_tokens: rows of the steps that are checked on the timed layers as well; 0 for none.
+    """
 
     check_layers: tuple[Layers, ...]
     check_tokens: int
+    large_check_tokens: int
     layers: tuple[Layers, ...]
     tokens: tuple[int, ...]
     dropout_tokens: int
@@ -65,11 +69,11 @@ ODD = (*SMALL, Layers("odd", 200, (328, 136)))
 
 PLANS = {
     ("cuda", False): Plan(
-        (*SMOLLM2, *ODD), 300, LLAMA_8B, (64, 2048, 8192), 2048, "bf16", ("fp16", "fp32"), 1.0, 1 << 30, 8192
+        (*SMOLLM2, *ODD), 300, 500, LLAMA_8B, (64, 2048, 8192), 2048, "bf16", ("fp16", "fp32"), 1.0, 1 << 30, 8192
     ),
-    ("cuda", True): Plan(ODD, 300, LLAMA_8B[:2], (2048,), 2048, "bf16", (), 0.3, 1 << 30, 8192),
-    ("cpu", False): Plan((*SMOLLM2[:1], *ODD), 300, SMOLLM2, (512,), 512, "fp32", ("bf16",), 1.0, 1 << 28, 2048),
-    ("cpu", True): Plan(SMALL, 37, SMALL, (64,), 64, "fp32", (), 0.05, 1 << 25, 512),
+    ("cuda", True): Plan(ODD, 300, 0, LLAMA_8B[:2], (2048,), 2048, "bf16", (), 0.3, 1 << 30, 8192),
+    ("cpu", False): Plan((*SMOLLM2[:1], *ODD), 300, 0, SMOLLM2, (512,), 512, "fp32", ("bf16",), 1.0, 1 << 28, 2048),
+    ("cpu", True): Plan(SMALL, 37, 0, SMALL, (64,), 64, "fp32", (), 0.05, 1 << 25, 512),
 }
 
 
@@ -85,6 +89,9 @@ def checked_cases(plan: Plan) -> Iterator[OperatorCase]:
                 yield OperatorCase("forward", adapter, layers, plan.check_tokens, dtype)
             yield OperatorCase("step", adapter, layers, plan.check_tokens, dtype)
         yield OperatorCase("weight_norm", SAVED_CASES["dora"], layers, 0, dtype)
+    if plan.large_check_tokens:
+        for layers, adapter in itertools.product(plan.layers, ADAPTERS):
+            yield OperatorCase("step", adapter, layers, plan.large_check_tokens, plan.dtype)
 
 
 def timed_cases(plan: Plan) -> Iterator[OperatorCase]:
@@ -304,7 +311,7 @@ def main(
     facts = device_facts(device)
     console = Console()
     for name, value in {**facts, **versions()}.items():
-        console.print(f"{name:<12} {value or 'not installed'}", highlight=False)
+        console.print(f"{name:<12} {value or 'not installed'}", highlight=False, markup=False)
 
     left_out = ["compile"] if quick or not compiled else []
     to_check = [(case, name) for case in checked_cases(plan) for name in check_providers(case, device)]

@@ -483,4 +483,6 @@ def tuner_key(case: OperatorCase, operands: Operands) -> Key:
     for weight, values in zip(operands.weights, operands.adapters, strict=True):
         leaves = {name: v.detach().requires_grad_() if name in trained else v for name, v in values.items()}
         forms.append(make_form(case.adapter, weight, leaves, _reference_norm))
-    return key_of(operands.x, operands.weights, forms, dropout=case.dropout, backward=case.operator == "step")
+    backward = case.operator == "step"
+    dtype = str(operands.x.dtype).removeprefix("torch.")
+    return key_of(operands.x, operands.weights, forms, dtype=dtype, dropout=case.dropout, backward=backward)

@@ -352,7 +352,7 @@ def _choose(
     """The strategy that was measured to be the fastest here, or else the cost model's."""
     names = candidates(workload, backend, x, *weights)
     if len(names) > 1 and (tune or x.device.type == "cuda") and not torch.compiler.is_compiling():
-        key = tuner.key_of(x, weights, forms, dropout=p, backward=workload.backward)
+        key = tuner.key_of(x, weights, forms, dtype=workload.dtype, dropout=p, backward=workload.backward)
         measured = tuner.lookup(key)
         if measured is None and tune:
             measured = tuner.best(key, lambda: {name: _trial(x, weights, forms, p, name) for name in names})

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -30,6 +31,8 @@ from .reference import AdapterForm
 from .report import processor, versions
 
 FORMAT = 1
+
+NVIDIA_RELEASE = Path("/proc/driver/nvidia/version")
 
 # A call takes less than an hour: larger numbers in a file are damage.
 _LONGEST = 3600.0
@@ -53,17 +56,16 @@ class Key(NamedTuple):
     in_features: int
     out_features: tuple[int, ...]
     ranks: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     features: tuple[str, ...]
     backward: bool
 
     def __str__(self) -> str:
         """The name in the file, which belongs to a device already."""
         n, r = (",".join(map(str, sizes)) for sizes in (self.out_features, self.ranks))
-        dtype = str(self.dtype).removeprefix("torch.")
         features = "+".join(self.features) or "plain"
         direction = "forward+backward" if self.backward else "forward"
-        return f"m{self.rows} k{self.in_features} n{n} r{r} {dtype} {features} {direction}"
+        return f"m{self.rows} k{self.in_features} n{n} r{r} {self.dtype} {features} {direction}"
 
 
 def row_bucket(rows: int) -> int:
@@ -72,9 +74,15 @@ def row_bucket(rows: int) -> int:
 
 
 def key_of(
-    x: Tensor, weights: Sequence[Tensor], forms: Sequence[AdapterForm], *, dropout: float, backward: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    forms: Sequence[AdapterForm],
+    *,
+    dtype: str,
+    dropout: float,
+    backward: bool,
 ) -> Key:
-    """The key of a group of linear layers that read x. `dropout` is the active probability.
+    """The key of a group of linear layers that read x: `dtype` is that of the products, `dropout` the active one.
 
     Shapes: x [..., K]; weights [N_i, K]; a single layer is a group of one.
     """
@@ -97,7 +105,7 @@ def key_of(
         k,
         tuple(weight.shape[0] for weight in weights),
         tuple(form.A.shape[0] for form in forms),
-        x.dtype,
+        dtype,
         tuple(sorted(features)),
         backward,
     )
@@ -128,9 +136,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def driver() -> str:
     """The version of the GPU driver as far as it can be told: NVIDIA's release, else what the runtime reports."""
-    with contextlib.suppress(OSError, IndexError):
-        release = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-        return release.splitlines()[0].strip()
+    with contextlib.suppress(OSError):
+        if release := re.search(r"\d{3,}\.[\d.]+", NVIDIA_RELEASE.read_text(encoding="utf-8")):
+            return release[0]
     if torch.version.hip is not None:
         return f"hip {torch.version.hip}"
     return f"cuda {getattr(torch._C, '_cuda_getDriverVersion', lambda: 'unknown')()}"
@@ -231,7 +239,7 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 _caches: dict[torch.device, Cache] = {}
-_choices: dict[Key, str] = {}
+_choices: dict[Key, str | None] = {}
 # Keys for which no candidate ran: they are not tried at every call.
 _hopeless: set[Key] = set()
 _opening, _measuring = threading.Lock(), threading.Lock()
@@ -254,12 +262,10 @@ def _cache(device: torch.device) -> Cache:
 
 def lookup(key: Key) -> str | None:
     """The fastest strategy that was measured for the key, None if none was."""
-    choice = _choices.get(key)
-    if choice is None and key not in _hopeless:
+    if key not in _choices:
         times = _cache(key.device).get(str(key))
-        if times is not None:
-            choice = _choices[key] = min(times, key=times.__getitem__)
-    return choice
+        _choices[key] = None if times is None else min(times, key=times.__getitem__)
+    return _choices[key]
 
 
 def record(key: Key, times: Mapping[str, float]) -> None:

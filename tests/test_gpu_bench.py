@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,10 +33,14 @@ PLAN = gpu.PLANS["cpu", True]._replace(layers=SMALL[:1], check_layers=SMALL[1:],
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_cache_and_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Threads of several test processes would wait for each other in products this small."""
     monkeypatch.setenv("FASTADAPT_CACHE", str(tmp_path / "cache"))
     tuner.forget()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     tuner.forget()
 
 
@@ -170,6 +175,19 @@ def test_gpu_runs_start_to_end_on_a_cpu(tmp_path: Path) -> None:
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_gpu_is_asked_for_every_method_group_dtype_and_size() -> None:
+    plan = gpu.PLANS["cuda", False]
+    checked, timed = list(gpu.checked_cases(plan)), list(gpu.timed_cases(plan))
+    for cases in (checked, timed):
+        assert {case.adapter.name for case in cases} == set(SAVED_CASES)
+        assert {case.operator for case in cases} == {"forward", "step", "weight_norm"}
+        assert {case.dtype for case in cases} == {"fp32", "fp16", "bf16"}
+        assert {len(case.layers.out_features) for case in cases} == {1, 2, 3}
+        assert len(set(cases)) == len(cases)
+    assert {case.tokens for case in timed if case.operator == "forward"} == {64, 2048, 8192}
+    assert {case.layers for case in timed} == set(LLAMA_8B) <= {case.layers for case in checked}
+
+
 @pytest.mark.usefixtures("tiny")
 def test_a_wrong_result_is_a_row_and_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def off(case: OperatorCase, provider: str, operands: Any) -> Any:
@@ -278,7 +296,10 @@ def test_microbenchmarks_become_rows_and_a_picture(tmp_path: Path) -> None:
     quick = ("--benchmark-max-time=0.001", "--benchmark-min-rounds=1")
     chosen = ("-k", "forward and lora and qkv or norm and o")
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", f"--benchmark-json={raw}", *quick, *chosen]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    # Whatever runs this test: pytest-benchmark does not measure under xdist.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "benchmark 'forward lora qkv M" in done.stdout
     main(["microbench", str(raw), "--json", str(tmp_path / "micro.json")])

@@ -26,7 +26,7 @@ from fastadapt.tuner import Key
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-KEY = Key(CPU, 512, 576, (576, 192), (16, 16), torch.float32, ("train_A",), True)
+KEY = Key(CPU, 512, 576, (576, 192), (16, 16), "float32", ("train_A",), True)
 OTHER = KEY._replace(rows=1024)
 TIMES = {"library": 2e-3, "recompose": 1e-3}
 
@@ -259,6 +259,20 @@ def test_the_environment_names_all_that_times_depend_on() -> None:
     assert set(tuner.environment(CPU)) == {"format", "torch", "triton", "fastadapt", "device", "driver"}
 
 
+@pytest.mark.parametrize(
+    ("text", "release"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86  Release Build", "570.86"),
+    ],
+)
+def test_the_driver_is_its_release(text: str, release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "NVIDIA_RELEASE", tmp_path / "version")
+    assert tuner.driver() != release
+    (tmp_path / "version").write_text(text)
+    assert tuner.driver() == release
+
+
 @pytest.mark.parametrize("obstacle", ["file in place of the directory", "directory in place of the file", "read-only"])
 def test_where_it_cannot_write_it_remembers(
     directory: Path, obstacle: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -324,7 +338,7 @@ def test_the_directory_follows_the_platform(monkeypatch: pytest.MonkeyPatch, tmp
 WRITER = """
 import sys, torch
 from fastadapt import tuner
-key = tuner.Key(torch.device("cpu"), 1, 2, (3,), (4,), torch.float32, (), False)
+key = tuner.Key(torch.device("cpu"), 1, 2, (3,), (4,), "float32", (), False)
 for index in range(25):
     tuner.record(key._replace(rows=int(sys.argv[1]) + index), {"split": 1e-3})
 """
@@ -374,8 +388,8 @@ def form(r: int, **parts: Any) -> AdapterForm:
 
 @pytest.mark.parametrize(("rows", "bucket"), [(0, 1), (1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)])
 def test_rows_are_rounded_up_to_a_power_of_two(rows: int, bucket: int) -> None:
-    key = tuner.key_of(torch.ones(rows, 6), [torch.ones(5, 6)], [form(3)], dropout=0.0, backward=False)
-    assert key == Key(CPU, bucket, 6, (5,), (3,), torch.float32, (), False)
+    key = tuner.key_of(torch.ones(rows, 6), [torch.ones(5, 6)], [form(3)], dtype="float32", dropout=0.0, backward=False)
+    assert key == Key(CPU, bucket, 6, (5,), (3,), "float32", (), False)
     assert str(key) == f"m{bucket} k6 n5 r3 float32 plain forward"
 
 
@@ -392,17 +406,18 @@ def test_the_key_tells_apart_what_costs_apart() -> None:
         form(3, mid_scale=torch.ones(3)),
     ]
     keys = {
-        tuner.key_of(x, [weight], [one], dropout=dropout, backward=backward)
+        tuner.key_of(x, [weight], [one], dtype=dtype, dropout=dropout, backward=backward)
         for one in forms
         for dropout in (0.0, 0.1)
         for backward in (False, True)
+        for dtype in ("float32", "bfloat16")
     }
     # dropout_on_base is no difference without dropout.
-    assert len(keys) == len({str(key) for key in keys}) == 4 * len(forms) - 2
+    assert len(keys) == len({str(key) for key in keys}) == 8 * len(forms) - 4
     frozen = form(3)._replace(A=torch.ones(3, 6))
-    assert tuner.key_of(x, [weight], [frozen], dropout=0.0, backward=True) not in keys
-    shared = tuner.key_of(x, [weight] * 2, [frozen, frozen], dropout=0.0, backward=True)
-    apart = tuner.key_of(x, [weight] * 2, [frozen, form(3)], dropout=0.0, backward=True)
+    assert tuner.key_of(x, [weight], [frozen], dtype="float32", dropout=0.0, backward=True) not in keys
+    shared = tuner.key_of(x, [weight] * 2, [frozen, frozen], dtype="float32", dropout=0.0, backward=True)
+    apart = tuner.key_of(x, [weight] * 2, [frozen, form(3)], dtype="float32", dropout=0.0, backward=True)
     assert shared.features == ("shared_A",)
     assert apart.out_features == (5, 5)
     assert apart.features == ("train_A",)
