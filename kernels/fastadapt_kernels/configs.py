@@ -206,7 +206,7 @@ def _product(x: Tensor, Ns: Sequence[int], *, two_products: bool, plain: bool) -
         block_n = 64 if two_products and shared_memory < _HOPPER else 128
         block_k = 64 if shared_memory >= _LARGE else 32
         tiles = {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
-    return {**tiles, "GROUP_M": 8}
+    return {**tiles, "GROUP_M": 16}
 
 
 def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bool) -> tuple[Config, int, int]:
