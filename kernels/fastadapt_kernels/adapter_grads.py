@@ -16,7 +16,7 @@ from .tiles import (
     drop_threshold,
     keep_probability,
     kept_elements,
-    load_member_scale,
+    load_member_vector,
     load_tile,
     locate,
     partial_buffer,
@@ -84,7 +84,7 @@ def _output_grads_kernel(
         B_tile *= pick(scalings, member)
         if out_scales is not None:
             # On the small operand and in fp32: one rounding, and dy goes to the dot as it was loaded.
-            B_tile *= load_member_scale(out_scales, member, columns, N, BLOCK_N)[:, None]
+            B_tile *= load_member_vector(out_scales, member, columns, N, 1.0)[:, None]
         hB = B_tile.to(dy.dtype.element_ty)  # [BLOCK_N, BLOCK_R]
         q += tile_n.to(tl.int64) * M * q_width + pick(q_offsets, member)
     if u is not None:

@@ -21,7 +21,7 @@ from .tiles import (
     keep_probability,
     kept_elements,
     load_low_rank,
-    load_member_scale,
+    load_member_vector,
     load_scale,
     load_tile,
     locate,
@@ -50,7 +50,7 @@ def _scaled_factor(
     """Tile [BLOCK_R, BLOCK_N] of d ⊙ factor ⊙ column_scale in fp32: the small operand is scaled, then rounded."""
     tile = load_tile(factor, ranks, columns, R, N, stride_r, stride_n).to(tl.float32)
     if mid_scales is not None:
-        tile *= load_member_scale(mid_scales, member, ranks, R, BLOCK_R)[:, None]
+        tile *= load_member_vector(mid_scales, member, ranks, R, 1.0)[:, None]
     if column_scale is not None:
         tile *= column_scale[None, :]
     return tile
@@ -180,7 +180,7 @@ def _adapter_linear_kernel(
     if zs is not None:
         store_tile(pick(zs, member), z, rows, columns, pick(z_rows, member), N, N, 1)
     if base_scales is not None:
-        base_scale = load_member_scale(base_scales, member, columns, N, BLOCK_N)
+        base_scale = load_member_vector(base_scales, member, columns, N, 1.0)
         if DROPOUT_ON_BASE:
             acc += (base_scale - 1.0)[None, :] * z
         else:
@@ -191,7 +191,7 @@ def _adapter_linear_kernel(
         stride_br = pick(strides_br, member)
         column_scale = tl.zeros((BLOCK_N,), dtype=tl.float32) + pick(scalings, member)
         if out_scales is not None:
-            column_scale *= load_member_scale(out_scales, member, columns, N, BLOCK_N)
+            column_scale *= load_member_vector(out_scales, member, columns, N, 1.0)
         if As is not None:
             u_tile = (low_rank * inverse_keep).to(x.dtype.element_ty)
             store_tile(u + offset, u_tile, rows, ranks, tl.where(writes_u, M, 0), R, width, 1)
@@ -205,10 +205,7 @@ def _adapter_linear_kernel(
                 M, N, R, splits, width, stride_br, stride_bn, BLOCK_R,
             )  # fmt: skip
     if biases is not None:
-        # A member without a bias has 0, not 1.
-        for i in tl.static_range(len(biases)):
-            if biases[i] is not None:
-                acc += load_scale(biases[i], columns, tl.where(member == i, N, 0))[None, :]
+        acc += load_member_vector(biases, member, columns, N, 0.0)[None, :]
     store_tile(pick(ys, member), acc, rows, columns, M, N, N, 1)
 
 

@@ -45,10 +45,11 @@ def matrices(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def vectors(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
-    """The vectors by member, contiguous, or None where no member has one."""
+    """The vectors by member, contiguous and in one dtype, or None where no member has one."""
     if all(tensor is None for tensor in tensors):
         return None
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+    present = iter(matrices([tensor.contiguous() for tensor in tensors if tensor is not None]))
+    return tuple(None if tensor is None else next(present) for tensor in tensors)
 
 
 def offsets(sizes: Sequence[int]) -> list[int]:

@@ -16,7 +16,7 @@ from .tiles import (
     drop_threshold,
     keep_probability,
     kept_elements,
-    load_member_scale,
+    load_member_vector,
     load_tile,
     locate,
     partial_buffer,
@@ -91,7 +91,7 @@ def _shrink_kernel(
         A_tile = tl.load(A_pointers, mask=(columns < K)[:, None] & inside[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
         if in_scales is not None:
             # On the small operand and in fp32: one rounding, and x goes to the dot as it was loaded.
-            A_tile = A_tile.to(tl.float32) * load_member_scale(in_scales, segment, columns, K, BLOCK_K)[:, None]
+            A_tile = A_tile.to(tl.float32) * load_member_vector(in_scales, segment, columns, K, 1.0)[:, None]
         A_rounded = A_tile.to(x_tile.dtype)
         acc = tl.dot(x_tile, A_rounded, acc, input_precision="ieee")
         if EXACT_A:

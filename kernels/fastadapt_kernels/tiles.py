@@ -95,14 +95,15 @@ def load_scale(base, index, count):
 
 
 @triton.jit
-def load_member_scale(vectors, member, index, count, SIZE: tl.constexpr):
-    """[SIZE] entries of the member's vector in fp32: 1 where the member has none, 0 outside it."""
-    scale = tl.full((SIZE,), 1.0, dtype=tl.float32)
+def load_member_vector(vectors, member, index, count, neutral):
+    """Entries of the member's vector of ``count`` in fp32; neutral outside it, and where the member has none."""
+    pointer = None
+    own_count = 0
     for i in tl.static_range(len(vectors)):
         if vectors[i] is not None:
-            # Only the member's own vector is read.
-            scale = tl.where(member == i, load_scale(vectors[i], index, tl.where(member == i, count, 0)), scale)
-    return scale
+            own_count = tl.where(member == i, count, own_count)
+            pointer = vectors[i] if pointer is None else tl.where(member == i, vectors[i], pointer)
+    return tl.load(pointer + index, mask=index < own_count, other=neutral).to(tl.float32)
 
 
 @triton.jit
