@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+Case = TypeVar("Case")
 
 # Name on the command line -> module whose `main` is the command.
-BENCHES = {"step": "bench.step", "saved": "bench.saved"}
+BENCHES = {"step": "bench.step", "saved": "bench.saved", "audit": "bench.audit"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ SAVED_CASES = {
 }
 
 
-def chosen(cases: dict[str, AdapterCase], names: str) -> list[AdapterCase]:
+def chosen(cases: dict[str, Case], names: str) -> list[Case]:
     """The cases that a comma-separated list names, all of them for an empty list."""
     wanted = [name.strip() for name in names.split(",") if name.strip()] or list(cases)
     unknown = [name for name in wanted if name not in cases]

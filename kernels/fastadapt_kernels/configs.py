@@ -8,6 +8,7 @@ launchers run under ``recorded_launches`` on meta tensors, and what they would h
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -103,7 +104,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], con
 
 
 def _interpreted() -> bool:
-    return _recorder.get() is None and bool(triton.knobs.runtime.interpret)
+    return _recorder.get() is None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _shared_memory(device: torch.device) -> int:
