@@ -62,7 +62,7 @@ TARGETS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "int64", torch.uint8: "uint8"}
-QUICK_PAIRS = ["sm_80:bf16", "sm_90:bf16", "sm_90:fp32", "sm_100:fp16", "gfx942:bf16"]
+QUICK_PAIRS = ["sm_80:bf16", "sm_90:fp16", "sm_90:fp32", "gfx942:bf16"]
 
 COLUMNS = {
     "kernel": "kernel",
@@ -95,6 +95,7 @@ class Form(NamedTuple):
 
 
 LORA = Form()
+VERA = Form("dhb", frozen_A=True)
 EVERYTHING = Form("dhgb", dropout=True)
 ON_BASE = Form("dhgb", dropout=True, on_base=True)
 FORMS = [
@@ -102,7 +103,7 @@ FORMS = [
     Form(parameters=None),
     Form(dropout=True),
     Form("b"),
-    Form("dhb", frozen_A=True),
+    VERA,
     Form("dh", dropout=True, frozen_A=True),
     Form("g"),
     Form("g", dropout=True, on_base=True),
@@ -127,27 +128,26 @@ class Group(NamedTuple):
         return cls(4096, (4096, 1024, 1024), (R, R, R))
 
 
-TOKENS = (8192, 2048, 512, 64, 32, 16)
+TOKENS = (16384, 8192, 512, 64, 32, 16)
 RANKS = (16, 32, 64, 128, 256)
 Case = tuple[int, Group, Form]
 
-# A few layers with every combination of operands that the methods need; the last widths divide by nothing.
+# Every branch of configs.py. What is compiled is the first launch with a config, so the one with most operands.
+BY_CONFIG: list[Case] = [
+    *((M, Group.qkv(R), form) for form in (ON_BASE, EVERYTHING) for M in TOKENS for R in RANKS),
+    *((M, Group.square(R), LORA) for M in TOKENS for R in RANKS),
+]
+# Every combination of operands that the methods need, in bf16 only: other dtypes take no other branch for them.
 BY_OPERANDS: list[Case] = [
-    *((8192, group, form) for form in FORMS for group in (Group.qkv(16), Group.square(256))),
-    (8192, Group(4096, (14336, 14336), (64, 64)), EVERYTHING),
-    (16, Group.qkv(16), EVERYTHING),
+    *((8192, Group.square(16), form) for form in FORMS),
+    *((8192, Group.qkv(256), form) for form in (LORA, VERA, EVERYTHING)),
+    (8192, Group(4096, (14336, 14336), (64, 64)), LORA),
+    (16, Group.square(16), LORA),
+    # Widths that divide by nothing, and members without a rank.
     (1, Group(577, (577,), (3,)), EVERYTHING),
     (4099, Group(577, (577, 193, 1), (3, 100, 0)), ON_BASE),
 ]
-# Every branch of configs.py: what is compiled is the first form with that config, and so the one with most operands.
-BY_CONFIG: list[Case] = [
-    (M, Group.square(R), form) for form in (ON_BASE, EVERYTHING, LORA) for M in TOKENS for R in RANKS
-]
-QUICK: list[Case] = [
-    (8192, Group.qkv(16), LORA),
-    (8192, Group.square(16), EVERYTHING),
-    (16, Group.square(256), ON_BASE),
-]
+QUICK: list[Case] = [(8192, Group.qkv(16), LORA), (8192, Group.square(64), ON_BASE)]
 
 
 def launch_group(dtype: torch.dtype, M: int, group: Group, form: Form) -> None:
@@ -217,24 +217,20 @@ def jobs(pairs: Sequence[str], *, quick: bool) -> list[Job]:
 
     @functools.cache
     def recorded(dtype: str, shared_memory: int) -> list[Any]:
-        with configs.recorded_launches(shared_memory) as launches:
-            for case in QUICK if quick else BY_OPERANDS:
-                launch_group(DTYPES[dtype], *case)
-            for R in (16,) if quick else RANKS:
-                launch_parameters(DTYPES[dtype], R)
-        distinct: dict[tuple[str, ...], Any] = {}
-        for launch in launches:
-            distinct.setdefault((*config_of(launch), shown_operands(launch, dtype)), launch)
-        if quick:
-            return list(distinct.values())
-        with configs.recorded_launches(shared_memory) as launches:
-            for case in BY_CONFIG:
-                launch_group(DTYPES[dtype], *case)
-        seen = {key[:2] for key in distinct}
-        for launch in launches:
-            if config_of(launch) not in seen:
-                distinct.setdefault(config_of(launch), launch)
-        return list(distinct.values())
+        def launched(cases: Sequence[Case]) -> list[Any]:
+            with configs.recorded_launches(shared_memory) as launches:
+                for case in cases:
+                    launch_group(DTYPES[dtype], *case)
+                for R in sorted({max(group.Rs) for _, group, _ in cases}):
+                    launch_parameters(DTYPES[dtype], R)
+            return launches
+
+        distinct: dict[tuple[Any, str], Any] = {}
+        for launch in launched(QUICK if quick else BY_CONFIG):
+            distinct.setdefault((config_of(launch), shown_operands(launch, dtype) if quick else ""), launch)
+        for launch in launched(BY_OPERANDS) if dtype == "bf16" and not quick else []:
+            distinct.setdefault((config_of(launch), shown_operands(launch, dtype)), launch)
+        return list({(config_of(launch), str(launch.source())): launch for launch in distinct.values()}.values())
 
     return [
         Job(

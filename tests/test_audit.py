@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
+from fastadapt_kernels import configs
 
 from bench import audit
 
@@ -130,3 +133,26 @@ def test_every_kernel_compiles_for_real_gpus(tmp_path: Path) -> None:
         if row["dtype"] != "fp32":
             assert row["matrix_ops"] > 0, row
             assert row["widest_load"] == 128, row
+
+
+def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
+    """Random layers against the cases of the full audit, on GPUs of every size of shared memory."""
+    generator = random.Random(0)
+    cases = []
+    for _ in range(60):
+        width, Ns = (
+            generator.randint(100, 20_000),
+            [generator.randint(100, 20_000) for _ in range(generator.randint(1, 3))],
+        )
+        Rs = tuple(generator.randint(1, 256) for _ in Ns)
+        cases.append((2 ** generator.randint(0, 14), audit.Group(width, tuple(Ns), Rs), generator.choice(audit.FORMS)))
+
+    def found(dtype: torch.dtype, shared_limit: int, cases: list[audit.Case]) -> set[tuple[str, str]]:
+        with configs.recorded_launches(shared_limit) as launches:
+            for case in cases:
+                audit.launch_group(dtype, *case)
+        return {audit.config_of(launch) for launch in launches}
+
+    for dtype in (torch.float16, torch.float32):
+        for shared_limit in {target.shared_limit for target in audit.TARGETS.values()}:
+            assert found(dtype, shared_limit, cases) <= found(dtype, shared_limit, audit.BY_CONFIG)
