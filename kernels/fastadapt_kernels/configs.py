@@ -210,7 +210,7 @@ def _product(
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 8, "num_warps": 8, "num_stages": 3}
     elif not _aligned(operands):
         # Every element has a load, an address and a mask of its own.
-        tiles = {"BLOCK_M": _block(M, 16, 64), "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     elif M <= 32:
         # A few tokens: as many programs as it takes to stream the weight.
         block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
@@ -243,10 +243,12 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
     elif dys[0].dtype == torch.float32:
         config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(rank, 64), "num_warps": 4, "num_stages": 2}
     elif want_q:
-        # The sums of vectors are as large as the tile.
-        block_m = 16 if vector_sums else 32
-        stages = 3 if _shared_memory(dys[0].device) >= _LARGE else 2
-        config = {"BLOCK_M": block_m, "BLOCK_N": 512, "BLOCK_R": rank, "num_warps": 8, "num_stages": stages}
+        # The sums of vectors are as large as the tile; and the smallest shared memory goes with the fewest registers.
+        shared_memory = _shared_memory(dys[0].device)
+        block_m = 16 if vector_sums or shared_memory < _MEDIUM else 32
+        block_n = 256 if (vector_sums and rank > 16) or shared_memory < _MEDIUM else 512
+        stages = 3 if shared_memory >= _LARGE else 2
+        config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank, "num_warps": 8, "num_stages": stages}
     else:
         block_m = 32 if vector_sums else 64
         config = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": rank, "num_warps": 4, "num_stages": 3}
