@@ -143,6 +143,7 @@ BY_OPERANDS: list[Case] = [
     *((8192, Group.qkv(256), form) for form in (LORA, VERA, EVERYTHING)),
     (8192, Group(4096, (14336, 14336), (64, 64)), LORA),
     (16, Group.square(16), LORA),
+    (8192, Group.square(8), EVERYTHING),
     # Widths that divide by nothing, and members without a rank.
     (1, Group(577, (577,), (3,)), EVERYTHING),
     (4099, Group(577, (577, 193, 1), (3, 100, 0)), ON_BASE),

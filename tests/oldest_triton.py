@@ -1,8 +1,7 @@
-"""The kernel tests and the quick audit with the oldest torch that pyproject.toml admits, and the Triton that it brings.
+"""The kernel tests and the quick audit with the oldest torch that pyproject.toml admits and the Triton that it brings.
 
-``python tests/oldest_triton.py [DIRECTORY]`` makes a virtual environment in DIRECTORY, or uses the one that is there;
-by default a temporary one. It is no part of the test suite: that torch's wheel brings several gigabytes of CUDA
-libraries.
+``python tests/oldest_triton.py [DIRECTORY]`` makes a virtual environment in DIRECTORY, or uses the one that is there,
+by default a temporary one. It is no part of the test suite: that torch brings several gigabytes of CUDA libraries.
 """
 
 from __future__ import annotations

@@ -320,7 +320,7 @@ def _launch_members(
         for name in ("mid_scale", "out_scale", "base_scale", "bias")
     )
     plain = not kept_base and seed is None and mid_scales is out_scales is base_scales is biases is None
-    config = configs.adapter_linear(x, Ns, max(Rs), fused=fused, two_products=dropout_on_base, plain=plain)
+    config = configs.adapter_linear(x, weights, max(Rs), fused=fused, two_products=dropout_on_base, plain=plain)
     arguments = {
         "x": x,
         "weights": tuple(weights),
@@ -462,7 +462,7 @@ def _launch_dx(
     base_scales = vectors([member.base_scale for member in members]) or (None,) * len(members)
     seed = seed if adapted or any(on_base) else None
     plain = seed is None and mid_scales is None and base_scales == (None,) * len(members)
-    config = configs.adapter_linear_dx(dx, max(Rs, default=0), two_products=any(on_base), plain=plain)
+    config = configs.adapter_linear_dx(dx, dys, weights, max(Rs, default=0), two_products=any(on_base), plain=plain)
     arguments = {
         "dys": tuple(dys),
         "weights": tuple(weights),
