@@ -157,7 +157,8 @@ def run(
     for longer in sorted({case.longer for case in cases}):
         chosen = [case for case in cases if case.longer == longer]
         longer_shape = replace(shape, length=shape.length * longer)
-        rows += _run_shape(chosen, longer_shape, max(3, rounds // longer), peft=peft, peaks=peaks)
+        fewer = rounds if longer == 1 else max(3, rounds // longer)
+        rows += _run_shape(chosen, longer_shape, fewer, peft=peft, peaks=peaks)
     return rows
 
 
