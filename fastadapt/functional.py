@@ -38,7 +38,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's where it is on for x's device, else x's own."""
     kind = x.device.type
     if _autocasts(kind) and x.dtype != torch.float64:
@@ -99,7 +99,7 @@ class AdapterLinearFunction(torch.autograd.Function):
         backward: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         # needs_input_grad does not know of no_grad, where nothing needs to be kept or prepared.
         needs = _needs(ctx, len(tensors)) if backward else _Needs()
         needs_u = needs.B or needs.mid_scale or needs.out_scale
@@ -254,7 +254,7 @@ def adapter_linear_group(
         raise ValueError(
             f"a group needs at least one weight and a form for each, got {len(weights)} weights and {len(forms)} forms"
         )
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     for weight, form in zip(weights, forms, strict=True):
         check_adapter_linear(x, weight, form, dropout)
         if dtype == x.dtype and weight.dtype != x.dtype:

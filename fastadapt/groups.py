@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .functional import adapter_linear_group
+from .functional import adapter_linear_group, compute_dtype
 from .versions import optimizer_steps
 
 if TYPE_CHECKING:
@@ -117,9 +117,7 @@ def _joins(other: AdapterLinear, leader: AdapterLinear, x: Tensor) -> bool:
 
 
 def _circumstances(x: Tensor) -> tuple[Any, ...]:
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return x._version, torch.is_grad_enabled(), autocast, optimizer_steps()
+    return x._version, torch.is_grad_enabled(), compute_dtype(x), optimizer_steps()
 
 
 def _state(layer: AdapterLinear) -> tuple[Any, ...]:

@@ -249,6 +249,12 @@ def lambda_module(model: Any, reentrant: bool) -> Any:
     return Checkpointed()
 
 
+def test_a_meta_model_runs_grouped(sizes: list[int]) -> None:
+    model = attention().to("meta")
+    assert model(torch.empty(5, 12, device="meta")).shape == (5, 32)
+    assert sizes == [3]
+
+
 def test_one_mask_serves_the_group() -> None:
     model = attention(LoRAConfig(r=4, lora_dropout=0.5, target_modules=list(QKV))).train()
     with torch.no_grad():
