@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+Case = TypeVar("Case")
 
 # Name on the command line -> module whose `main` is the command.
-BENCHES = {"step": "bench.step", "saved": "bench.saved"}
+BENCHES = {
+    "step": "bench.step",
+    "saved": "bench.saved",
+    "audit": "bench.audit",
+    "traffic": "bench.traffic",
+    "predictions": "bench.predictions",
+    "gpu": "bench.gpu",
+    "microbench": "bench.microbench",
+}
 
 
 @dataclass(frozen=True)
@@ -17,6 +27,7 @@ class AdapterCase:
     method: Literal["lora", "dora", "vera"]
     r: int
     dropout: float = 0.0
+    longer: int = 1  # times as many tokens as the other cases of its bench
 
     def config(self, target_modules: str | list[str]) -> Any:
         """The fastadapt config."""
@@ -49,6 +60,7 @@ STEP_CASES = {
         AdapterCase("dora", "dora", 16),
         AdapterCase("vera", "vera", 256),
         AdapterCase("dora_dropout", "dora", 16, dropout=0.05),
+        AdapterCase("vera_4096", "vera", 256, longer=8),
     )
 }
 
@@ -65,7 +77,7 @@ SAVED_CASES = {
 }
 
 
-def chosen(cases: dict[str, AdapterCase], names: str) -> list[AdapterCase]:
+def chosen(cases: dict[str, Case], names: str) -> list[Case]:
     """The cases that a comma-separated list names, all of them for an empty list."""
     wanted = [name.strip() for name in names.split(",") if name.strip()] or list(cases)
     unknown = [name for name in wanted if name not in cases]

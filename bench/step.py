@@ -1,9 +1,9 @@
 """What a training step costs, in multiples of the same pass over the frozen model.
 
 SmolLM2-135M's dimensions with random fp32 weights (the values make no difference to the time), rank 16 (VeRA 256) on
-every linear layer but the head, 4 × 128 tokens. Frozen: forward and backward to the embeddings, no adapter, no
-optimizer. An adapter's step is the same pass plus its own work, AdamW and zero_grad; norms are fresh in every step,
-since the optimizer has just changed what they depend on. All variants share one set of base weights.
+every linear layer but the head, 4 × 128 tokens (vera_4096: 4 × 1024). Frozen: forward and backward to the embeddings,
+no adapter, no optimizer. An adapter's step is the same pass plus its own work, AdamW and zero_grad; norms are fresh in
+every step, since the optimizer has just changed what they depend on. All variants share one set of base weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -152,7 +152,17 @@ def peak(case: AdapterCase, side: Side, shape: Shape) -> float:
 def run(
     cases: list[AdapterCase], shape: Shape, rounds: int, *, peft: bool = True, peaks: bool = True
 ) -> list[report.Row]:
-    """Measure; one row a case."""
+    """Measure; one row a case. Cases of more tokens run among themselves, in fewer rounds."""
+    rows: list[report.Row] = []
+    for longer in sorted({case.longer for case in cases}):
+        chosen = [case for case in cases if case.longer == longer]
+        longer_shape = replace(shape, length=shape.length * longer)
+        fewer = rounds if longer == 1 else max(3, rounds // longer)
+        rows += _run_shape(chosen, longer_shape, fewer, peft=peft, peaks=peaks)
+    return rows
+
+
+def _run_shape(cases: list[AdapterCase], shape: Shape, rounds: int, *, peft: bool, peaks: bool) -> list[report.Row]:
     torch.set_num_threads(shape.threads)
     base = base_model(shape)
     sides: list[Side] = ["ours", "peft"] if peft else ["ours"]

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from .functional import HAS_TRITON, adapter_linear, resolve_backend, weight_norm
+from . import eager, ops
+from .functional import adapter_linear, weight_norm
 from .reference import AdapterForm, adapter_linear_reference, weight_norm_reference
 from .report import machine
+from .strategies import HAS_TRITON, resolve_backend
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -163,7 +164,7 @@ def _mask(case: Case, x: Tensor, backend: str) -> Tensor | None:
     torch.manual_seed(0)
     drop = ops.draw_dropout(x, case.dropout, backend)
     if backend != "triton":
-        return ops.dropout_mask(drop, x.shape)
+        return eager.dropout_mask(drop, x.shape)
     from fastadapt_kernels.tiles import dropout_mask
 
     return dropout_mask(drop, x.shape[0], x.shape[1], case.dropout)

@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import weakref
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import eager, ops, tuner
 from .checks import check_adapter_linear, check_weight_norm
+from .cost import Workload, keeps_recomposed
+from .eager import Member, cast
+from .ops import STRATEGIES
 from .reference import (
     AdapterForm,
     adapter_linear_reference,
     merged_weight_reference,
     weight_norm_reference,
 )
-
-BACKENDS = ("auto", "triton", "eager", "reference")
-
-# Share of the frozen pass above which the recomposed weight is kept for the backward instead of remade there:
-# remaking costs 2·K·N·r FLOPs against 4·M·K·N, so r / (2 M). See `_recompose`.
-_KEEP_RECOMPOSED_ABOVE = 0.1
-
-
-# Finding out does not import it.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def check_backend(backend: str) -> None:
-    """Raises ValueError for a name that is no backend."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-
-
-def resolve_backend(backend: str, *tensors: Tensor) -> str:
-    """The backend that these tensors run on: "triton", "eager" or "reference".
-
-    "auto" takes Triton for 16- and 32-bit tensors on a GPU that it supports, else eager. An explicit choice is never
-    replaced: where it cannot run it raises ValueError (unknown name, no Triton, tensors not on a GPU) or TypeError
-    (a dtype without a kernel). Under TRITON_INTERPRET=1 an explicit "triton" takes CPU tensors too.
-    """
-    kind = tensors[0].device.type
-    if backend == "auto":
-        on_gpu = kind == "cuda" and HAS_TRITON and all(t.dtype != torch.float64 for t in tensors)
-        return "triton" if on_gpu else "eager"
-    check_backend(backend)
-    if backend == "triton":
-        if not HAS_TRITON:
-            raise ValueError('backend "triton" needs the package triton: pip install "fastadapt[triton]"')
-        if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f'backend "triton" needs tensors on a GPU, got {kind}: move them, take backend="eager", '
-                "or set TRITON_INTERPRET=1 to run the kernels in the interpreter"
-            )
-        if any(t.dtype == torch.float64 for t in tensors):
-            raise TypeError('backend "triton" has no float64 kernels: take backend="eager"')
-    return backend
+from .strategies import candidates, cheapest, check_explicit, check_strategy, resolve_backend
 
 
 def merged_weight(weight: Tensor, form: AdapterForm) -> Tensor:
@@ -70,44 +31,14 @@ def merged_weight(weight: Tensor, form: AdapterForm) -> Tensor:
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     tensors: dict[str, Any] = {name: v.to(dtype) for name, v in form._asdict().items() if isinstance(v, Tensor)}
-    cast = form._replace(**tensors)
-    return merged_weight_reference(weight.to(dtype), cast).to(weight.dtype)
-
-
-class ShrinkCache:
-    """The last u = x Aᵀ of a frozen A, so that layers which read the same x (q, k, v; gate, up) compute it once.
-
-    It holds one u, and only as long as its x lives. A hit needs the very same tensors, unwritten since.
-    """
-
-    def __init__(self) -> None:
-        self._entry: tuple[tuple[Any, ...], weakref.ref[Tensor], Tensor] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles start empty
-        return ShrinkCache, ()
-
-    def shrink(self, x: Tensor, A: Tensor, dtype: torch.dtype, backend: str) -> Tensor | None:
-        """u [M, r] for x [..., K], or None where identity cannot be told (compiling, inference tensors)."""
-        if torch.compiler.is_compiling() or x.is_inference() or A.is_inference():
-            return None
-        key = (id(x), x._version, A.data_ptr(), A.shape, A.stride(), A._version, dtype, backend)
-        entry = self._entry
-        if entry is not None and entry[0] == key and entry[1]() is x:
-            return entry[2]
-        u: Tensor = ops.shrink(_rows(x.detach()).to(dtype), A, None, 0.0, backend)
-        self._entry = (key, weakref.ref(x, self._forget), u)
-        return u
-
-    def _forget(self, x: weakref.ref[Tensor]) -> None:
-        if self._entry is not None and self._entry[1] is x:
-            self._entry = None
+    return merged_weight_reference(weight.to(dtype), form._replace(**tensors)).to(weight.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's where it is on for x's device, else x's own."""
     kind = x.device.type
     if _autocasts(kind) and x.dtype != torch.float64:
@@ -124,29 +55,33 @@ def _autocasts(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _recompose(rows: int, weight: Tensor, A: Tensor, backward: bool) -> str:
-    """Whether W' = W0 + diag(h) B diag(d) A made once costs fewer FLOPs than the low-rank path: "no", "remake", "keep".
+# How many tensors of each member are among the arguments of AdapterLinearFunction: weight, A, B, mid_scale, out_scale,
+# base_scale, bias.
+_KINDS = 7
 
-    Per 2·r FLOPs: the path takes M·N (expand) and, in the backward, M·N (q) + M·K (q A); W' takes K·N, twice where the
-    backward makes it again. u and P = dyᵀu are needed either way. "keep" holds [N, K] until the backward, which pays
-    where remaking would add more than a tenth of the frozen pass.
-    """
-    n, k = weight.shape
-    r = A.shape[0]
-    if not backward:
-        return "remake" if k * n < rows * (k + n) else "no"
-    keep = r > 2 * rows * _KEEP_RECOMPOSED_ABOVE
-    path = rows * (2 * n + k)
-    return "no" if path <= k * n * (1 if keep else 2) else "keep" if keep else "remake"
+
+def _group(
+    tensors: Sequence[Tensor | None], scalings: Sequence[float], on_base: Sequence[bool], dtype: torch.dtype
+) -> list[Member]:
+    """The members of a group from their tensors in a flat list, base weights cast to the dtype of the products."""
+    members = []
+    for index, (scaling, dropped) in enumerate(zip(scalings, on_base, strict=True)):
+        weight, A, B, mid, out, base, bias = tensors[_KINDS * index : _KINDS * (index + 1)]
+        assert weight is not None
+        assert A is not None
+        assert B is not None
+        members.append(Member(cast(weight, dtype), A, B, mid, out, scaling, base, bias, dropped))
+    return members
 
 
 class AdapterLinearFunction(torch.autograd.Function):
-    """y = g ⊙ (W0 x) + h ⊙ (B (d ⊙ (A x̃))) + β with the smallest set of saved tensors.
+    """y = g ⊙ (W0 x) + h ⊙ (B (d ⊙ (A x̃))) + β of every layer of a group, with the smallest set of saved tensors.
 
-    Kept for the backward: x only where A trains, u [M, r] only where B, d or h do, z = W0 x only where g does, and what
-    makes the dropout mask. Gradients are once differentiable. Algebra: with t = d ⊙ u, q = (h ⊙ dy) B, P = dyᵀ u,
+    Kept for the backward: x only where an A trains, u [M, ΣR] only where a B, d or h does, z = W0 x only where g does,
+    and what makes the dropout mask; x, u and that once for the group. Gradients are once differentiable. Algebra: with
+    q = (h ⊙ dy) B, P = dyᵀ u,
 
-        dx = (g ⊙ dy) W0 + mask ⊙ ((d ⊙ q) A)     dA = (d ⊙ q)ᵀ x̃     dB = h ⊙ P ⊙ d     dβ = Σ dy
+        dx = Σ (g ⊙ dy) W0 + mask ⊙ ((d ⊙ q) A)     dA = (d ⊙ q)ᵀ x̃     dB = h ⊙ P ⊙ d     dβ = Σ dy
         dh = rowsum(B ⊙ P ⊙ d)     dd = colsum(h ⊙ B ⊙ P)     dg = Σ dy ⊙ z
     """
 
@@ -154,145 +89,120 @@ class AdapterLinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        A: Tensor,
-        B: Tensor,
-        mid_scale: Tensor | None,
-        out_scale: Tensor | None,
-        base_scale: Tensor | None,
-        bias: Tensor | None,
-        shared_u: Tensor | None,
         drop: Tensor | None,
-        scaling: float,
         p: float,
-        dropout_on_base: bool,
-        backend: str,
+        scalings: tuple[float, ...],
+        on_base: tuple[bool, ...],
+        shared_A: bool,
+        strategy: str,
+        keep_weight: bool,
         backward: bool,
-    ) -> Tensor:
-        dtype = _compute_dtype(x)
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        dtype = compute_dtype(x)
         # needs_input_grad does not know of no_grad, where nothing needs to be kept or prepared.
-        needs = [backward and needed for needed in ctx.needs_input_grad[:8]]
-        needs_x, _, needs_A, needs_B, needs_mid, needs_out, needs_base, _ = needs
+        needs = _needs(ctx, len(tensors)) if backward else _Needs()
+        needs_u = needs.B or needs.mid_scale or needs.out_scale
         backward = any(needs)
         with _without_autocast(x):
-            rows, base = ops.cast(_rows(x), dtype), ops.cast(weight, dtype)
-            recompose = "no"
-            # In 16 bit a recomposed weight would round away deltas below its half-ulp.
-            may_recompose = backend == "eager" and drop is None and A.shape[0] > 0 and not (needs_A or needs_base)
-            if may_recompose and dtype in (torch.float32, torch.float64):
-                recompose = _recompose(rows.shape[0], weight, A, backward)
-            z = recomposed = u = None
-            if recompose == "no" or needs_B or needs_mid or needs_out:
-                u = ops.shrink(rows, A, drop, p, backend) if shared_u is None else shared_u
-            if recompose != "no":
-                form = AdapterForm(A, B, mid_scale, _out_scale(out_scale, scaling), base_scale)
-                recomposed = _recomposed_weight(base, form)
-                y = rows @ recomposed.T if bias is None else torch.addmm(bias.to(dtype), rows, recomposed.T)
-            else:
-                op = ops.adapter_linear_keep_base if needs_base else ops.adapter_linear
-                y = op(
-                    rows, base, u, B, mid_scale, out_scale, scaling, base_scale, bias, drop, p, dropout_on_base, backend
-                )
-                if needs_base:
-                    y, z = y
+            rows = cast(_rows(x), dtype)
+            members = _group(tensors, scalings, on_base, dtype)
+            ys, u, kept = ops.adapter_linear(
+                rows, members, None, drop, p, shared_A, needs_u, needs.base_scale, keep_weight, strategy
+            )
         if backward:
             ctx.save_for_backward(
-                rows if needs_A else None,
-                weight,
-                A,
-                B,
-                mid_scale,
-                out_scale,
-                base_scale,
-                u if needs_B or needs_mid or needs_out else None,
-                z,
-                drop if needs_x or needs_A else None,
-                recomposed if recompose == "keep" and needs_x else None,
+                rows if needs.A else None,
+                u,
+                drop if needs.x or needs.A else None,
+                *tensors,
+                *kept,  # the z of members with a base_scale, or the recomposed weights
             )
-            ctx.x_shape, ctx.dtype, ctx.recompose = x.shape, dtype, recompose
-            ctx.scaling, ctx.p, ctx.dropout_on_base, ctx.backend = scaling, p, dropout_on_base, backend
-        return y.view(*x.shape[:-1], weight.shape[0])
+            ctx.x_shape, ctx.dtype, ctx.strategy, ctx.keep_weight = x.shape, dtype, strategy, keep_weight
+            ctx.p, ctx.scalings, ctx.on_base, ctx.shared_A = p, scalings, on_base, shared_A
+        return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in ys])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, A, B, mid_scale, out_scale, base_scale, u, z, drop, recomposed = ctx.saved_tensors
-        needs_x, _, needs_A, needs_B, needs_mid, needs_out, needs_base, needs_bias = ctx.needs_input_grad[:8]
-        scaling, p, backend = ctx.scaling, ctx.p, ctx.backend
-        dx = dA = dB = dmid = dout = dbase = dbias = None
-        with _without_autocast(dy):
-            dy, base = _rows(dy), ops.cast(weight, ctx.dtype)
-            q = None
-            if needs_A or (needs_x and ctx.recompose == "no"):
-                q = ops.shrink_grad(dy, B, out_scale, scaling, backend)
-            if u is not None or needs_bias or needs_base:
-                sums = iter(ops.output_grads(dy, u, z, needs_bias, backend))
-                if u is not None:
-                    needs = (needs_B, needs_mid, needs_out)
-                    dB, dmid, dout = _factor_grads(next(sums), B, mid_scale, out_scale, scaling, needs)
-                if needs_bias:
-                    dbias = next(sums)
-                if needs_base:
-                    dbase = next(sums)
-            if needs_A:
-                dA = ops.input_grads(rows, q, mid_scale, drop, p, backend)
-            if needs_x:
-                if ctx.recompose == "no":
-                    dx = ops.adapter_linear_dx(
-                        dy, base, q, A, mid_scale, base_scale, drop, p, ctx.dropout_on_base, backend
-                    )
-                else:
-                    if recomposed is None:
-                        form = AdapterForm(A, B, mid_scale, _out_scale(out_scale, scaling), base_scale)
-                        recomposed = _recomposed_weight(base, form)
-                    dx = dy @ recomposed
-                dx = dx.view(ctx.x_shape)
-        # In other dtypes than their tensors' the gradients are sums in fp32: autograd casts them.
-        return dx, None, dA, dB, dmid, dout, dbase, dbias, None, None, None, None, None, None, None
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(dys) * _KINDS
+        needs = _needs(ctx, count)
+        rows, u, drop, *saved = ctx.saved_tensors
+        with _without_autocast(dys[0]):
+            members = _group(saved[:count], ctx.scalings, ctx.on_base, ctx.dtype)
+            # Either the z of the members that have a base_scale or the recomposed weights.
+            weights, z = (saved[count:], []) if ctx.keep_weight else ([], saved[count:])
+            scaled = [index for index in range(len(z) and len(members)) if members[index].base_scale is not None]
+            found = ops.adapter_linear_backward(
+                [_rows(dy) for dy in dys],
+                members,
+                rows,
+                u,
+                [z[scaled.index(index)] if index in scaled else None for index in range(len(members))],
+                weights,
+                drop,
+                ctx.p,
+                ctx.shared_A,
+                needs.x,
+                needs.bias,
+                ctx.strategy,
+            )
+            grads: list[Tensor | None] = []
+            for index, member in enumerate(members):
+                wanted = ctx.needs_input_grad[-count:][index * _KINDS :][2:5]
+                factors = _factor_grads(found.P[index], member, wanted) if found.P else (None, None, None)
+                grads += [
+                    None,
+                    found.A[index] if found.A else None,
+                    *factors,
+                    found.base_scale[scaled.index(index)] if index in scaled else None,
+                    found.bias[index] if found.bias else None,
+                ]
+        dx = None if found.x is None else found.x.view(ctx.x_shape)
+        # What one member needs is made for all. In other dtypes than their tensors' the gradients are sums in fp32:
+        # autograd casts them.
+        needed = [grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad[-count:], strict=True)]
+        return dx, None, None, None, None, None, None, None, None, *needed
+
+
+class _Needs(NamedTuple):
+    """Whether x needs a gradient, and of which kinds some member's tensors do."""
+
+    x: bool = False
+    A: bool = False
+    B: bool = False
+    mid_scale: bool = False
+    out_scale: bool = False
+    base_scale: bool = False
+    bias: bool = False
+
+
+def _needs(ctx: Any, count: int) -> _Needs:
+    """What autograd asks for; `count` is the number of the members' tensors, which come last."""
+    needed = ctx.needs_input_grad
+    tensors = needed[-count:]
+    # Of each member the first is its weight, which is frozen: there stands x.
+    return _Needs(needed[0], *[True in tensors[kind::_KINDS] for kind in range(1, _KINDS)])
 
 
 def _factor_grads(
-    P: Tensor,
-    B: Tensor,
-    mid_scale: Tensor | None,
-    out_scale: Tensor | None,
-    scaling: float,
-    needs: tuple[bool, bool, bool],
+    P: Tensor, member: Member, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dB, dd and dh from P = dyᵀ u [N, R]: nothing larger than B is made."""
+    """dB, dd and dh from P = scaling · dyᵀ u [N, R], those that are needed: nothing larger than B is made."""
     needs_B, needs_mid, needs_out = needs
+    mid_scale, out_scale = member.mid_scale, member.out_scale
     dB = dmid = dout = None
+    if needs_mid or needs_out:
+        PB = P * member.B
+        if needs_mid:
+            dmid = PB.sum(0) if out_scale is None else cast(out_scale, PB.dtype) @ PB
+        if needs_out:
+            dout = PB.sum(1) if mid_scale is None else PB @ cast(mid_scale, PB.dtype)
     if needs_B:
         dB = P if mid_scale is None else P * mid_scale
         if out_scale is not None:
-            dB = dB * (scaling * out_scale)[:, None]
-        elif scaling != 1.0:
-            dB = dB * scaling
-    if needs_mid or needs_out:
-        PB = P * B
-        if needs_mid:
-            dmid = (PB.sum(0) if out_scale is None else ops.cast(out_scale, PB.dtype) @ PB).mul_(scaling)
-        if needs_out:
-            dout = (PB.sum(1) if mid_scale is None else PB @ ops.cast(mid_scale, PB.dtype)).mul_(scaling)
+            dB = dB * out_scale[:, None]
     return dB, dmid, dout
-
-
-def _out_scale(out_scale: Tensor | None, scaling: float) -> Tensor | float:
-    return scaling if out_scale is None else out_scale if scaling == 1.0 else out_scale * scaling
-
-
-def _recomposed_weight(weight: Tensor, form: AdapterForm) -> Tensor:
-    """`merged_weight` in one product: for weights of 32 bits and more."""
-    down, up, alpha = form.A, form.B, 1.0
-    if form.mid_scale is not None:  # on the smaller factor
-        n, k = weight.shape
-        down, up = (down * form.mid_scale[:, None], up) if k < n else (down, up * form.mid_scale)
-    if isinstance(form.out_scale, Tensor):
-        up = up * form.out_scale[:, None]
-    else:
-        alpha = form.out_scale
-    base = weight if form.base_scale is None else weight * form.base_scale[:, None]
-    return torch.addmm(base, up.to(weight.dtype), down.to(weight.dtype), alpha=alpha)
 
 
 def adapter_linear(
@@ -303,7 +213,7 @@ def adapter_linear(
     dropout: float = 0.0,
     training: bool = False,
     backend: str = "auto",
-    shrink_cache: ShrinkCache | None = None,
+    strategy: str = "auto",
 ) -> Tensor:
     """The adapter form on a frozen linear layer: y = g ⊙ (W0 x) + h ⊙ (B (d ⊙ (A x̃))) + β.
 
@@ -313,53 +223,173 @@ def adapter_linear(
     Shapes: x [..., K]; weight [N, K]; form as AdapterForm states, r may be 0; y [..., N].
     Dtypes: weight has x's dtype, or autocast's takes the place of both; the form's tensors may be fp32 beside 16-bit x.
     Gradients flow to x and to every tensor of the form; weight is frozen. Once differentiable.
-    `shrink_cache` lets layers that read the same x through the same frozen A share u = A x; it is not used under
-    dropout. Raises ValueError on mismatched shapes, devices, a dropout outside [0, 1), a weight that requires grad or
-    a backend that cannot run; TypeError on dtypes that cannot be mixed.
+    strategy: "auto", "tune", or by name "split", "fused", "library" or "recompose" (see strategies.py).
+    Raises ValueError on mismatched shapes, devices, a dropout outside [0, 1), a weight that requires grad, a backend
+    or strategy that cannot run; TypeError on dtypes that cannot be mixed.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; Liu et al. 2024, arXiv:2402.09353; Kopiczko et al. 2023,
     arXiv:2310.11454.
     """
-    check_adapter_linear(x, weight, form, dropout)
-    dtype = _compute_dtype(x)
-    if dtype == x.dtype and weight.dtype != x.dtype:
-        raise TypeError(
-            f"weight must have x's dtype {x.dtype}, got {weight.dtype}: cast one of them or use torch.autocast"
+    return adapter_linear_group(
+        x, (weight,), (form,), dropout=dropout, training=training, backend=backend, strategy=strategy
+    )[0]
+
+
+def adapter_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    forms: Sequence[AdapterForm],
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+    strategy: str = "auto",
+) -> tuple[Tensor, ...]:
+    """`adapter_linear` of several layers that read the same x (q, k and v; gate and up): (y of each).
+
+    Their A are applied to x as one product, their dA are one, and dx is accumulated over all of them; members whose A
+    is the same tensor (VeRA) share u = A x̃. One dropout mask serves all, otherwise each y is what `adapter_linear`
+    gives. Ranks, widths and forms may differ. Raises what `adapter_linear` raises, and ValueError for no layers.
+    """
+    if not weights or len(weights) != len(forms):
+        raise ValueError(
+            f"a group needs at least one weight and a form for each, got {len(weights)} weights and {len(forms)} forms"
         )
-    backend = resolve_backend(backend, x, weight)
+    dtype = compute_dtype(x)
+    for weight, form in zip(weights, forms, strict=True):
+        check_adapter_linear(x, weight, form, dropout)
+        if dtype == x.dtype and weight.dtype != x.dtype:
+            raise TypeError(
+                f"weight must have x's dtype {x.dtype}, got {weight.dtype}: cast one of them or use torch.autocast"
+            )
+    check_strategy(strategy, backend)
     p = dropout if training else 0.0
+    if backend == "reference":
+        mask = None
+        if p > 0.0:
+            mask = eager.dropout_mask(ops.draw_dropout(_rows(x), p, "eager"), x.shape)
+        p = 1.0 - ops.keep_probability(p, "eager")
+        pairs = zip(weights, forms, strict=True)
+        return tuple([adapter_linear_reference(x, weight, form, mask=mask, p=p) for weight, form in pairs])
+    shared_A = len(forms) > 1 and all(_same_tensor(form.A, forms[0].A) for form in forms[1:])
+    workload = _workload(x, weights, forms, dtype, p > 0.0, shared_A)
+    if strategy in STRATEGIES:
+        check_explicit(strategy, workload, x, *weights)
+    else:
+        strategy = _choose(x, weights, forms, workload, p, backend, strategy == "tune")
     drop = None
     if p > 0.0:
         with torch.no_grad():
-            drop = ops.draw_dropout(_rows(x), p, "eager" if backend == "reference" else backend)
-    if backend == "reference":
-        keep = ops.keep_probability(p, "eager")
-        mask = None if drop is None else ops.dropout_mask(drop, x.shape)
-        return adapter_linear_reference(x, weight, form, mask=mask, p=1.0 - keep)
-    scaling, out_scale = 1.0, None
-    if not isinstance(form.out_scale, Tensor):
-        scaling = float(form.out_scale)
-    else:
-        out_scale = form.out_scale if form.out_scale.dim() > 0 else form.out_scale.expand(weight.shape[0])
-    shared_u = None
-    if shrink_cache is not None and drop is None and not form.A.requires_grad:
-        with torch.no_grad():
-            shared_u = shrink_cache.shrink(x, form.A, dtype, backend)
-    return AdapterLinearFunction.apply(  # type: ignore[no-any-return]
+            drop = ops.draw_dropout(_rows(x), p, STRATEGIES[strategy])
+    scalings: list[float] = []
+    tensors: list[Tensor | None] = []
+    for weight, form in zip(weights, forms, strict=True):
+        scaling, out_scale = 1.0, None
+        if not isinstance(form.out_scale, Tensor):
+            scaling = float(form.out_scale)
+        else:
+            out_scale = form.out_scale if form.out_scale.dim() > 0 else form.out_scale.expand(weight.shape[0])
+        scalings.append(scaling)
+        tensors += [weight, form.A, form.B, form.mid_scale, out_scale, form.base_scale, form.bias]
+    ys: tuple[Tensor, ...] = AdapterLinearFunction.apply(
         x,
-        weight,
-        form.A,
-        form.B,
-        form.mid_scale,
-        out_scale,
-        form.base_scale,
-        form.bias,
-        shared_u,
         drop,
-        scaling,
         p,
-        form.dropout_on_base,
-        backend,
-        torch.is_grad_enabled(),
+        tuple(scalings),
+        tuple([form.dropout_on_base for form in forms]),
+        shared_A,
+        strategy,
+        strategy == "recompose" and keeps_recomposed(workload),
+        workload.backward,
+        *tensors,
+    )
+    return ys
+
+
+def _workload(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    forms: Sequence[AdapterForm],
+    dtype: torch.dtype,
+    dropout: bool,
+    shared_A: bool,
+) -> Workload:
+    """What the cost model has to know of a call."""
+    grad = torch.is_grad_enabled()
+    trains_A = grad and any([form.A.requires_grad for form in forms])
+    trains_base = grad and any([_requires_grad(form.base_scale) for form in forms])
+    trains_up = grad and any(
+        [form.B.requires_grad or _requires_grad(form.mid_scale) or _requires_grad(form.out_scale) for form in forms]
+    )
+    trains_bias = grad and any([_requires_grad(form.bias) for form in forms])
+    wants_dx = grad and x.requires_grad
+    return Workload(
+        M=x.numel() // max(1, x.shape[-1]),
+        K=x.shape[-1],
+        outputs=tuple([weight.shape[0] for weight in weights]),
+        ranks=tuple([form.A.shape[0] for form in forms]),
+        dtype=str(dtype).removeprefix("torch."),
+        shared_A=shared_A,
+        base_scale=any([form.base_scale is not None for form in forms]),
+        trains_base=trains_base,
+        trains_A=trains_A,
+        trains_up=trains_up,
+        dropout=dropout,
+        dropout_on_base=any([form.dropout_on_base for form in forms]),
+        backward=wants_dx or trains_A or trains_base or trains_up or trains_bias,
+        wants_dx=wants_dx,
+    )
+
+
+def _choose(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    forms: Sequence[AdapterForm],
+    workload: Workload,
+    p: float,
+    backend: str,
+    tune: bool,
+) -> str:
+    """The strategy that was measured to be the fastest here, or else the cost model's."""
+    names = candidates(workload, backend, x, *weights)
+    if len(names) > 1 and (tune or x.device.type == "cuda") and not torch.compiler.is_compiling():
+        key = tuner.key_of(x, weights, forms, dtype=workload.dtype, dropout=p, backward=workload.backward)
+        measured = tuner.lookup(key)
+        if measured is None and tune:
+            measured = tuner.best(key, lambda: {name: _trial(x, weights, forms, p, name) for name in names})
+        if measured in names:
+            return measured
+    return cheapest(names, workload, x.device)
+
+
+def _trial(
+    x: Tensor, weights: Sequence[Tensor], forms: Sequence[AdapterForm], p: float, strategy: str
+) -> Callable[[], object]:
+    """One run of a strategy, to be timed, with the backward where one will follow; it leaves no trace."""
+
+    def leaf(value: Any) -> Any:
+        return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    x, forms, grad = leaf(x), [AdapterForm(*map(leaf, form)) for form in forms], torch.is_grad_enabled()
+    trained = [v for v in (x, *(v for form in forms for v in form)) if isinstance(v, Tensor) and v.requires_grad]
+
+    def run() -> None:
+        with torch.set_grad_enabled(grad):
+            ys = adapter_linear_group(x, weights, forms, dropout=p, training=True, strategy=strategy)
+            if grad and trained:
+                torch.autograd.grad(ys, trained, [torch.ones_like(y) for y in ys])
+
+    return run
+
+
+def _requires_grad(value: Tensor | float | None) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same memory seen alike."""
+    return a is b or (
+        not torch.compiler.is_compiling()
+        and (a.shape, a.stride(), a.dtype, a.data_ptr()) == (b.shape, b.stride(), b.dtype, b.data_ptr())
     )
 
 
@@ -377,7 +407,7 @@ class WeightNormFunction(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(weight, A, B, n, WA)
             ctx.scaling = scaling
-        return n  # type: ignore[no-any-return]
+        return n
 
     @staticmethod
     @once_differentiable
@@ -424,5 +454,6 @@ def weight_norm(
     if base_squared is None:
         base_squared = ops.row_squares(weight.detach(), backend)
     if not (torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)):
-        return ops.weight_norm(weight, lora_A, lora_B, scaling, base_squared, backend)[0]  # type: ignore[no-any-return]
-    return WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)  # type: ignore[no-any-return]
+        return ops.weight_norm(weight, lora_A, lora_B, scaling, base_squared, backend)[0]
+    norm: Tensor = WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)
+    return norm

@@ -11,10 +11,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .functional import check_backend
+from .groups import ProjectionGroup
 from .layers import Adapter, AdapterLayer, AdapterLinear, ModuleToSave, adapter_layer
 from .methods import AdapterConfig
-from .targets import saved_paths, target_paths
+from .strategies import check_backend, check_strategy
+from .targets import saved_paths, shared_inputs, target_paths
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 
@@ -96,6 +97,7 @@ def prepare(
     *,
     backend: str,
     autocast_adapter_dtype: bool,
+    strategy: str = "auto",
     every_target: bool = True,
 ) -> Injection:
     """Builds the adapter for `model` and changes nothing.
@@ -105,6 +107,7 @@ def prepare(
     """
     _check_name(adapter_name)
     check_backend(backend)
+    check_strategy(strategy, backend)
     if adapter_name in adapter_configs(model):
         raise ValueError(f"adapter {adapter_name!r} is in the model already: take another name, or unload(model) first")
     if any(layer.merged for layer in adapter_layers(model).values()):
@@ -114,7 +117,7 @@ def prepare(
     for path in target_paths(model, config, every_name=every_target):
         module = modules[path]
         try:
-            layers[path] = module if isinstance(module, AdapterLayer) else adapter_layer(module, backend)
+            layers[path] = module if isinstance(module, AdapterLayer) else adapter_layer(module, backend, strategy)
         except ValueError as error:
             raise ValueError(f"target_modules: {path}: {error}") from None
     adapters = config.build(layers, lambda weight: _adapter_dtype(weight, autocast_adapter_dtype))
@@ -142,6 +145,10 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
         if modules[path] is not layer:
             _replace(model, path, layer)
         layer.adapters[injection.name] = injection.adapters[path]
+    for layers in shared_inputs(model):
+        group = ProjectionGroup(layers)
+        for member in layers:
+            member.group = group
     for path, copy in injection.copies.items():
         module = modules[path]
         if not isinstance(module, ModuleToSave):
@@ -159,17 +166,26 @@ def inject(
     adapter_name: str = "default",
     *,
     backend: str = "auto",
+    strategy: str = "auto",
     autocast_adapter_dtype: bool = True,
 ) -> ModelType:
     """Puts a new adapter into `model` in place, activates it and freezes everything else.
 
     The layers that config.target_modules selects become adapter layers; layers that are ones already get one adapter
-    more. backend: "auto", "triton" or "eager", for all new layers. autocast_adapter_dtype: adapter parameters are fp32
-    on a 16-bit base, as in PEFT; otherwise they have the base weight's dtype.
+    more. Layers that read the same input (q, k, v; gate, up) run as a group. backend: "auto", "triton" or "eager", and
+    strategy: "auto" or one of strategies.STRATEGIES, for all new layers. autocast_adapter_dtype: adapter parameters are
+    fp32 on a 16-bit base, as in PEFT; otherwise they have the base weight's dtype.
     Returns the model. Raises ValueError for a target that matches nothing or cannot be adapted, a name that is taken or
     a merged model; the model is then as it was.
     """
-    injection = prepare(model, config, adapter_name, backend=backend, autocast_adapter_dtype=autocast_adapter_dtype)
+    injection = prepare(
+        model,
+        config,
+        adapter_name,
+        backend=backend,
+        strategy=strategy,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
     attach(model, injection, trainable=True)
     return model
 

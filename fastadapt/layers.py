@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .functional import ShrinkCache, merged_weight
+from .functional import merged_weight
+from .groups import ProjectionGroup
+from .ops import STRATEGIES
 from .reference import AdapterForm
 
 
@@ -22,7 +24,7 @@ class Adapter(nn.Module):
     """The parameters of one adapter of one layer. A method subclasses it and says what they mean in `form`.
 
     `checkpoint_names` maps each parameter to its suffix in a PEFT checkpoint; `bias` is the adapter's own copy of the
-    base bias where it trains one. `shrink_cache` is set where layers share a frozen A.
+    base bias where it trains one.
     """
 
     bias: nn.Parameter | None
@@ -32,7 +34,6 @@ class Adapter(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.checkpoint_names: dict[str, str] = {}
-        self.shrink_cache: ShrinkCache | None = None
         self.register_parameter("lora_magnitude_vector", None)
         self.register_parameter("bias", None)
 
@@ -59,12 +60,13 @@ class AdapterLayer(nn.Module):
 
     base_layer: Any
 
-    def __init__(self, base_layer: nn.Module, backend: str = "auto") -> None:
+    def __init__(self, base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> None:
         super().__init__()
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
         self.backend = backend
+        self.strategy = strategy
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self.train(base_layer.training)
 
@@ -85,7 +87,7 @@ class AdapterLayer(nn.Module):
     def active_adapter(self) -> Adapter | None:
         if self.active is None:
             return None
-        adapter: Adapter = self.adapters[self.active]  # type: ignore[assignment]
+        adapter: Adapter = self._modules["adapters"]._modules[self.active]  # type: ignore[assignment,union-attr]
         return adapter
 
     @property
@@ -159,9 +161,10 @@ class AdapterLayer(nn.Module):
         raise TypeError(f"{type(self).__name__} does not say how it applies a form")
 
     def _refuse_triton(self) -> None:
-        if self.backend == "triton":
+        if self.backend == "triton" or STRATEGIES.get(self.strategy) == "triton":
             raise ValueError(
-                f'{type(self).__name__} has no Triton kernel: leave backend="auto" to run this layer in eager PyTorch'
+                f'{type(self).__name__} has no Triton kernel: leave backend and strategy "auto" to run this layer in '
+                "eager PyTorch"
             )
 
     def extra_repr(self) -> str:
@@ -172,12 +175,14 @@ class AdapterLinear(AdapterLayer):
     """An adapter over nn.Linear, or over a layer that stores its weight as [in, out] (transformers' Conv1D).
 
     y = g ⊙ (W0 x) + h ⊙ (B (d ⊙ (A x̃))) + β with the active adapter's form; the base layer's result without one.
+    `group` holds the layers that are expected to read the same x: they run as one.
     Shapes: x [..., in]; y [..., out].
     """
 
-    def __init__(self, base_layer: nn.Module, backend: str = "auto") -> None:
-        super().__init__(base_layer, backend)
+    def __init__(self, base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> None:
+        super().__init__(base_layer, backend, strategy)
         self.fan_in_fan_out = not isinstance(base_layer, nn.Linear)
+        self.group: ProjectionGroup | None = None
 
     @property
     def weight_matrix(self) -> Tensor:
@@ -188,6 +193,10 @@ class AdapterLinear(AdapterLayer):
         return matrix.T.contiguous() if self.fan_in_fan_out else matrix
 
     def adapted(self, x: Tensor, adapter: Adapter) -> Tensor:
+        if self.group is not None:
+            y = self.group.output(self, x)
+            if y is not None:
+                return y
         weight = self.weight_matrix
         return functional.adapter_linear(
             x,
@@ -196,7 +205,7 @@ class AdapterLinear(AdapterLayer):
             dropout=adapter.dropout,
             training=self.training,
             backend=self.backend,
-            shrink_cache=adapter.shrink_cache,
+            strategy=self.strategy,
         )
 
 
@@ -280,16 +289,16 @@ class ModuleToSave(nn.Module):
         return self.current(*args, **kwargs)
 
 
-def adapter_layer(base_layer: nn.Module, backend: str = "auto") -> AdapterLayer:
+def adapter_layer(base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> AdapterLayer:
     """The adapter layer for a base layer. Raises ValueError for a type that none of them wraps."""
     if isinstance(base_layer, nn.Linear) or type(base_layer).__name__ == "Conv1D":
-        return AdapterLinear(base_layer, backend)
+        return AdapterLinear(base_layer, backend, strategy)
     if isinstance(base_layer, nn.Embedding):
-        return AdapterEmbedding(base_layer, backend)
+        return AdapterEmbedding(base_layer, backend, strategy)
     if isinstance(base_layer, nn.Conv2d):
         if base_layer.groups != 1:
             raise ValueError(f"a Conv2d of {base_layer.groups} groups cannot take an adapter: only groups=1 can")
-        return AdapterConv2d(base_layer, backend)
+        return AdapterConv2d(base_layer, backend, strategy)
     raise ValueError(
         f"{type(base_layer).__name__} cannot take an adapter: only Linear, Conv1D, Embedding and Conv2d can; "
         "name others in modules_to_save to train them whole"

@@ -18,16 +18,21 @@ import torch
 PACKAGES = ("fastadapt", "triton", "transformers", "peft", "numpy", "safetensors")
 
 
-def machine() -> dict[str, Any]:
-    """The machine, as far as numbers depend on it."""
-    processor = platform.processor() or platform.machine()
+def processor() -> str:
+    """The processor's name."""
+    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return name
+
+
+def machine() -> dict[str, Any]:
+    """The machine, as far as numbers depend on it."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": processor,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],

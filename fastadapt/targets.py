@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from .layers import AdapterLayer, ModuleToSave
+from .layers import AdapterLayer, AdapterLinear, ModuleToSave
 from .methods import AdapterConfig
 
 # The usual attention projections, by transformers' model_type.
@@ -31,6 +31,21 @@ DEFAULT_TARGETS = {
     "t5": ["q", "v"],
     "vit": ["query", "value"],
 }
+
+# Names of sibling projections that read the same input.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
+# In modules of these names the queries read another input than keys and values.
+CROSS_ATTENTION = re.compile(r"cross|encoder_?attn|encdec|attn2", re.IGNORECASE)
 
 CLASSIFIER_HEADS = ("classifier", "score")
 
@@ -154,3 +169,18 @@ def saved_paths(model: nn.Module, config: AdapterConfig) -> list[str]:
         if not any(path.endswith(name) for path in modules):
             raise ValueError(f"modules_to_save: no module of {type(model).__name__} is called {name!r}")
     return [path for path in modules if path.endswith(tuple(names))]
+
+
+def shared_inputs(model: nn.Module) -> list[list[AdapterLinear]]:
+    """The adapter layers of `model` in groups that read the same input, as the names of siblings tell; groups of two
+    and more. A group checks that at run time."""
+    found = []
+    for path, parent in model.named_modules():
+        for names in SIBLINGS:
+            if len(names) == 3 and CROSS_ATTENTION.search(path):
+                names = names[1:]
+            children = [getattr(parent, name, None) for name in names]
+            layers = [child for child in children if isinstance(child, AdapterLinear)]
+            if len(layers) > 1:
+                found.append(layers)
+    return found

@@ -114,6 +114,8 @@ def cure_bfloat16() -> None:
     for name in ("cast_impl", "create_fp_to_fp"):
         setattr(InterpreterBuilder, name, cast_with_rounding(getattr(InterpreterBuilder, name)))
     ReduceScanOpInterface.apply = refuse_bfloat16(ReduceScanOpInterface.apply)
+    # Triton before 3.5 has no constants in bf16.
+    InterpreterBuilder.get_bf16 = lambda self, value: encode_bfloat16(np.array([value], dtype=np.float32))
 
 
 cure_bfloat16()

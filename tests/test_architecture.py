@@ -14,12 +14,12 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import the layers before it.
 LAYERS = [
     {"fastadapt_kernels"},
-    {"reference", "ops"},
-    {"checks", "functional"},
-    {"layers"},
+    {"reference", "report", "versions", "eager", "ops", "cost"},
+    {"checks", "strategies", "tuner", "functional"},
+    {"groups", "layers"},
     {"methods"},
     {"targets", "inject", "checkpoint"},
-    {"report", "serving", "integrations", "doctor", "demo", "demo_assets", "demo_compare", "demo_training", "cli"},
+    {"serving", "integrations", "doctor", "demo", "demo_assets", "demo_compare", "demo_training", "cli"},
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from helpers import assert_close
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastadapt import AdapterForm, functional, ops
-from fastadapt.functional import ShrinkCache, adapter_linear, weight_norm
+from fastadapt import AdapterForm, eager, functional, ops, strategies, tuner
+from fastadapt.cost import Workload, keeps_recomposed
+from fastadapt.functional import adapter_linear, adapter_linear_group, weight_norm
 from fastadapt.reference import adapter_linear_reference, merged_weight_reference, weight_norm_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,7 +108,7 @@ def judge(
         torch.manual_seed(3)
         drop = ops.draw_dropout(values["x"], p, backend)
         keep = ops.keep_probability(p, backend)
-        mask = ops.dropout_mask(drop, values["x"].shape) if backend == "eager" else dropout_mask(drop, m, k, p)
+        mask = eager.dropout_mask(drop, values["x"].shape) if backend == "eager" else dropout_mask(drop, m, k, p)
 
     def fused(leaves: dict[str, Tensor]) -> Tensor:
         torch.manual_seed(3)
@@ -182,7 +184,9 @@ def test_near_unity_scales_of_dora(dtype: torch.dtype, backend: str) -> None:
 def test_high_rank_with_frozen_factors(m: int) -> None:
     """Every way to compute VeRA: the low-rank path, and the recomposed weight kept or remade."""
     values, weight = operands(m, 24, 20, 100, torch.float32)
-    ways = {functional._recompose(m, weight, values["A"], backward=True)}
+    workload = Workload(m, 24, (20,), (100,), "float32", trains_A=False)
+    names = strategies.candidates(workload, "auto", torch.ones(1))
+    way = strategies.cheapest(names, workload, torch.device("cpu")), keeps_recomposed(workload)
     dy = torch.randn(m, 20)
 
     def run(leaves: dict[str, Tensor], to: torch.dtype, fused: bool) -> dict[str, Tensor]:
@@ -201,7 +205,7 @@ def test_high_rank_with_frozen_factors(m: int) -> None:
     )
     for name, value in actual.items():
         assert_close(value, exact[name], plain[name])
-    assert ways == {"no" if m < 8 else "keep" if m < 500 else "remake"}
+    assert way == ("library" if m < 8 else "recompose", m < 500)
 
 
 def test_gradcheck_of_the_whole_form() -> None:
@@ -362,7 +366,7 @@ def test_the_mask_has_the_promised_rate() -> None:
     torch.manual_seed(0)
     for p in (0.05, 0.5, 0.9):
         drop = ops.draw_dropout(torch.empty(400, 500), p, "eager")
-        mask = ops.dropout_mask(drop, torch.Size((400, 500)))
+        mask = eager.dropout_mask(drop, torch.Size((400, 500)))
         assert abs(mask.float().mean().item() - (1 - p)) < 4 * (p * (1 - p) / 200_000) ** 0.5
         assert abs(ops.keep_probability(p, "eager") - (1 - p)) < 1e-5
 
@@ -385,33 +389,6 @@ def test_autocast_takes_the_place_of_both_dtypes(backend: str) -> None:
         AdapterForm(values["A"].detach().bfloat16(), values["B"].detach().bfloat16()),
     )
     assert_close(y, exact, plain)
-
-
-def test_layers_that_read_the_same_x_share_u(monkeypatch: pytest.MonkeyPatch) -> None:
-    values, weight = operands(9, 12, 10, 3, torch.float32)
-    calls = []
-    shrink = ops.shrink
-    monkeypatch.setattr(ops, "shrink", lambda *args: calls.append(0) or shrink(*args))  # type: ignore[func-returns-value]
-    cache, x, A = ShrinkCache(), values["x"], values["A"]
-    form = AdapterForm(A, values["B"], values["mid_scale"].requires_grad_(), values["out_scale"])
-
-    def run(x: Tensor) -> Tensor:
-        return adapter_linear(x, weight, form, shrink_cache=cache)
-
-    first = run(x)
-    assert torch.equal(first, run(x))
-    assert len(calls) == 1
-    x.mul_(2)  # written in place: another x
-    assert not torch.equal(first, run(x))
-    assert len(calls) == 2
-    run(x.clone())
-    assert len(calls) == 3
-    assert cache._entry is None, "the clone is gone, so is its u"
-    A.add_(1)
-    run(x)
-    assert len(calls) == 4
-    with torch.inference_mode():
-        run(torch.ones(2, 12))  # inference tensors have no version: nothing is kept
 
 
 def test_merged_weight_follows_the_form() -> None:
@@ -482,11 +459,11 @@ def test_bad_arguments_are_named() -> None:
 def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="needs tensors on a GPU"):
-        functional.resolve_backend("triton", torch.ones(1))
-    monkeypatch.setattr(functional, "HAS_TRITON", False)
+        strategies.resolve_backend("triton", torch.ones(1))
+    monkeypatch.setattr(strategies, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="needs the package triton"):
-        functional.resolve_backend("triton", torch.ones(1))
-    assert functional.resolve_backend("auto", torch.ones(1)) == "eager"
+        strategies.resolve_backend("triton", torch.ones(1))
+    assert strategies.resolve_backend("auto", torch.ones(1)) == "eager"
 
 
 def test_positions_are_independent_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,7 +472,7 @@ def test_positions_are_independent_draws(monkeypatch: pytest.MonkeyPatch) -> Non
     count, p, draws = 50, 0.2, 4000
     hits, pairs = torch.zeros(count), 0
     for _ in range(draws):
-        positions = ops._draw_positions(count, p).long()
+        positions = eager._draw_positions(count, p).long()
         assert positions.numel() == 0 or (positions.diff() > 0).all()
         assert positions.numel() == 0 or 0 <= positions[0] <= positions[-1] < count
         hits[positions] += 1
@@ -503,7 +480,155 @@ def test_positions_are_independent_draws(monkeypatch: pytest.MonkeyPatch) -> Non
     bound = 4.5 * (p * (1 - p) / draws) ** 0.5
     assert (hits / draws - p).abs().max() < bound
     assert abs(pairs / draws / (count - 1) - p * p) < bound
-    monkeypatch.setattr(ops.math, "sqrt", lambda _: -2.0)  # far too few in the first draw
-    positions = ops._draw_positions(10_000, p)
+    monkeypatch.setattr(eager.math, "sqrt", lambda _: -2.0)  # far too few in the first draw
+    positions = eager._draw_positions(10_000, p)
     assert abs(positions.numel() / 10_000 - p) < 0.03
     assert positions[-1] > 9_900
+
+
+MIXED = {
+    "ranks": [("lora", 3), ("lora bias", 8), ("lora", 0)],
+    "methods": [("dora", 4), ("lora", 4), ("vera", 7)],
+    "two": [("all", 5), ("all", 2)],
+}
+
+
+@pytest.mark.parametrize("strategy", ["library", "split", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("kinds", MIXED)
+def test_a_group_is_its_members(kinds: str, p: float, dtype: torch.dtype, strategy: str) -> None:
+    """Outputs and every gradient, of widths, ranks and forms that differ; dx is the sum over the members."""
+    backend = ops.STRATEGIES[strategy]
+    members = [
+        operands(19, 24, 16 + 4 * index, rank, dtype, seed=index) for index, (_, rank) in enumerate(MIXED[kinds])
+    ]
+    x = members[0][0]["x"]
+    mask, keep = None, 1.0
+    if p > 0:
+        torch.manual_seed(3)
+        drop = ops.draw_dropout(x, p, backend)
+        keep = ops.keep_probability(p, backend)
+        mask = eager.dropout_mask(drop, x.shape) if backend == "eager" else dropout_mask(drop, *x.shape, p)
+
+    def run(to: torch.dtype | None) -> dict[str, Tensor]:
+        """The group itself, or for a dtype the reference of each member in it."""
+        leaf = (x if to is None else x.to(to)).detach().clone().requires_grad_()
+        leaves, forms, weights = {"x": leaf}, [], []
+        for index, ((values, weight), (name, _)) in enumerate(zip(members, MIXED[kinds], strict=True)):
+            own = {key: v.detach().clone() if to is None else v.to(to) for key, v in values.items() if key != "x"}
+            for key in ("A", "B", *FORMS[name][0]):
+                leaves[f"{key}{index}"] = own[key].requires_grad_()
+            forms.append(form_of(own, *FORMS[name]))
+            weights.append(weight if to is None else weight.to(to))
+        if to is None:
+            torch.manual_seed(3)
+            ys = adapter_linear_group(leaf, weights, forms, dropout=p, training=True, strategy=strategy)
+        else:
+            pairs = zip(weights, forms, strict=True)
+            ys = tuple(adapter_linear_reference(leaf, w, f, mask=mask, p=1.0 - keep) for w, f in pairs)
+        generator = torch.Generator().manual_seed(4)
+        dys = [torch.randn(y.shape, generator=generator).to(y) for y in ys]
+        torch.autograd.backward(ys, dys)
+        grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        assert grads.keys() == leaves.keys()
+        return {**{f"y{index}": y.detach() for index, y in enumerate(ys)}, **grads}
+
+    actual, exact, plain = run(None), run(torch.float64), run(dtype)
+    for name, value in actual.items():
+        try:
+            assert_close(value, exact[name], plain[name])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+@pytest.mark.parametrize("strategy", ["library", "recompose", "split"])
+def test_members_of_one_down_projection_share_u(strategy: str) -> None:
+    values, weight = operands(19, 24, 16, 8, torch.float32)
+    x, A, B = values["x"].requires_grad_(), values["A"], values["B"]
+    pairs = [(torch.rand(8).to(DEVICE).requires_grad_(), torch.rand(16).to(DEVICE).requires_grad_()) for _ in range(3)]
+    leaves = [x, *(leaf for pair in pairs for leaf in pair)]
+
+    def grads(ys: tuple[Tensor, ...]) -> list[Tensor]:
+        return [*ys, *torch.autograd.grad([y.square().sum() for y in ys], leaves)]
+
+    # A view of its own for each, as layers make them.
+    forms = [AdapterForm(A[:], B, d, h) for d, h in pairs]
+    kept = kept_tensors(lambda: torch.cat(adapter_linear_group(x, [weight] * 3, forms, strategy=strategy)), [A, B])
+    assert sum(tensor.shape == (19, 8) for tensor in kept) == 1
+    together = grads(adapter_linear_group(x, [weight] * 3, forms, strategy=strategy))
+    apart = grads(tuple(adapter_linear(x, weight, form, strategy=strategy) for form in forms))
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_group_keeps_x_and_u_once() -> None:
+    values, weight = operands(64, 32, 40, 4, torch.float32)
+    x, A, B = (values[name].requires_grad_() for name in ("x", "A", "B"))
+    forms = [AdapterForm(A * (index + 1), B) for index in range(3)]
+    own = [t for form in forms for t in (form.A, form.B)]
+    kept = kept_tensors(lambda: torch.cat(adapter_linear_group(x, [weight] * 3, forms)), [weight, *own])
+    assert sorted(t.untyped_storage().nbytes() for t in kept) == [64 * 12 * 4, 64 * 32 * 4]
+
+
+def test_tuning_measures_once_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTADAPT_CACHE", str(tmp_path))
+    tuner.forget()
+    values, weight = operands(40, 12, 10, 3, torch.float32)
+    A, B = (values[name].requires_grad_() for name in ("A", "B"))
+    expected = adapter_linear(values["x"], weight, AdapterForm(A, B))
+    runs: list[str] = []
+    measure = tuner.measure
+    monkeypatch.setattr(tuner, "measure", lambda trials, device: runs.extend(trials) or measure(trials, device))
+    state = torch.get_rng_state()
+    for _ in range(3):
+        y = adapter_linear(values["x"], weight, AdapterForm(A, B), strategy="tune", backend="eager")
+        torch.testing.assert_close(y, expected)
+    assert runs == ["library", "recompose"]
+    assert A.grad is None
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    tuner.forget()  # another process reads the file
+    adapter_linear(values["x"], weight, AdapterForm(A, B), strategy="tune", backend="eager")
+    assert len(runs) == 2
+    tuner.forget()
+
+
+def test_strategies_are_refused_where_they_cannot_run() -> None:
+    values, weight = operands(9, 12, 10, 3, torch.float32)
+    form = AdapterForm(values["A"], values["B"], base_scale=values["base_scale"].requires_grad_())
+    x = values["x"]
+    cases: list[tuple[str, Callable[[], Any]]] = [
+        ("must be one of auto, tune, split", lambda: adapter_linear(x, weight, form, strategy="none")),
+        ('runs on backend "triton"', lambda: adapter_linear(x, weight, form, strategy="split", backend="eager")),
+        ("base_scale needs the base product", lambda: adapter_linear(x, weight, form, strategy="recompose")),
+        ("at least one weight", lambda: adapter_linear_group(x, [], [])),
+        ("1 weights and 2 forms", lambda: adapter_linear_group(x, [weight], [form, form])),
+        (
+            "under dropout",
+            lambda: adapter_linear(
+                x, weight, AdapterForm(values["A"], values["B"]), strategy="recompose", dropout=0.1, training=True
+            ),
+        ),
+        (
+            "half-ulp",
+            lambda: adapter_linear(
+                x.bfloat16(), weight.bfloat16(), AdapterForm(values["A"], values["B"]), strategy="recompose"
+            ),
+        ),
+    ]
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_the_limit_of_fused_ranks_is_the_kernels() -> None:
+    from fastadapt_kernels import configs
+
+    assert strategies._MOST_FUSED_RANKS == configs.MOST_FUSED_RANKS
+    values, weight = operands(5, 24, 16, 80, torch.float32)
+    form = AdapterForm(values["A"], values["B"])  # few rows: without its rank it would be fused
+    y = adapter_linear(values["x"], weight, form, backend="triton")
+    torch.testing.assert_close(y, adapter_linear(values["x"], weight, form), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="takes ranks up to 64, got 80"):
+        adapter_linear(values["x"], weight, form, strategy="fused")

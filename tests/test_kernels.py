@@ -197,7 +197,7 @@ def check_group(
         else:
             check(z, shrink_formula, x, weight, mask_on_base, dtype=dtype)
             check(grads.dbase[i], lambda dy, z: (dy * z).sum(0), dy, z, dtype=torch.float32)
-        check(grads.P[i], lambda dy, u: dy.T @ u, dy, us[i], dtype=torch.float32)
+        check(grads.P[i], lambda dy, u: scaling * (dy.T @ u), dy, us[i], dtype=torch.float32)  # noqa: B023
         check(grads.dbias[i], lambda dy: dy.sum(0), dy, dtype=torch.float32)
         # q is kept in the activation's dtype, which is what dA, a sum over tokens, inherits.
         check(grads.dA[i], input_grads_formula, x, dy, B, d, h, mask, dtype=dtype)

@@ -317,6 +317,10 @@ def test_bf16_models_agree_to_bf16(name: str, tmp_path: Path) -> None:
     exact = in_ours(case)
     for seed, (_, parameter) in enumerate(sorted(our_parameters(exact).items())):
         randomise([parameter], seed)
+    with torch.no_grad():  # trained adapters move an output by less than its size
+        for name, parameter in our_parameters(exact).items():
+            if "lora_B" in name or "lambda_b" in name:
+                parameter.mul_(0.2)
     fastadapt.save_adapter(exact, tmp_path)
     with quiet_peft():
         peft = PeftModel.from_pretrained(case.model().bfloat16(), tmp_path).eval()

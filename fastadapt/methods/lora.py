@@ -64,8 +64,10 @@ class LoRAAdapter(Adapter):
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] as matrices."""
-        A, B = (getattr(self, name) for name in self._names)
-        return A.flatten(1), B.flatten(1)
+        A, B = [self._parameters[name] for name in self._names]
+        assert A is not None
+        assert B is not None
+        return (A, B) if A.dim() == 2 else (A.flatten(1), B.flatten(1))
 
     def _norm(self, row_norm: RowNorm, weight: Tensor) -> Tensor:
         A, B = self.factors

@@ -6,26 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..functional import row_squares, weight_norm
-
-# Fused optimizers write parameters without raising their version counter, so the versions alone would let a stale
-# norm pass for a fresh one: every optimizer step in the process counts as a change.
-_optimizer_steps = 0
-
-
-def _count_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device
+from ..versions import identity, optimizer_steps
 
 
 class RowNorm:
@@ -54,13 +37,13 @@ class RowNorm:
         if changing:
             self._norm = None
             return weight_norm(weight, A, B, scaling, base_squared=self._base_squared(weight))
-        key = (*_identity(weight), *_identity(A), *_identity(B), scaling, _optimizer_steps)
+        key = (*identity(weight), *identity(A), *identity(B), scaling, optimizer_steps())
         if self._norm is None or self._norm[0] != key:
             self._norm = (key, weight_norm(weight, A, B, scaling, base_squared=self._base_squared(weight)))
         return self._norm[1]
 
     def _base_squared(self, weight: Tensor) -> Tensor:
-        key = _identity(weight)
+        key = identity(weight)
         if self._squares is None or self._squares[0] != key:
             self._squares = (key, row_squares(weight))
         return self._squares[1]

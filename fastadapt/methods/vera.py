@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
-from ..functional import ShrinkCache
 from ..layers import Adapter, AdapterLayer, AdapterLinear
 from ..reference import AdapterForm
 from .config import AdapterConfig
@@ -36,7 +35,6 @@ class VeRAProjection(nn.Module):
             bound = math.sqrt(6.0 / shape[1])
             value = torch.empty(shape).uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, value, persistent=persistent)
-        self.shrink_cache = ShrinkCache()
 
 
 class VeRAAdapter(Adapter):
@@ -54,7 +52,6 @@ class VeRAAdapter(Adapter):
         n = weight.shape[0]
         add = partial(self.add_parameter, like=weight, dtype=dtype)
         self.projection = projection
-        self.shrink_cache = projection.shrink_cache
         add("vera_lambda_b", torch.zeros(n) if config.init_weights else torch.randn(n))
         add("vera_lambda_d", torch.full((config.r,), config.d_initial))
         self.row_norm = RowNorm() if config.use_dora else None

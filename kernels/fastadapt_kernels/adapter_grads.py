@@ -118,7 +118,8 @@ def _output_grads_kernel(
             P = tl.dot(tl.trans(u_tile), dy_tile, P, input_precision="ieee")
 
     if u is not None:
-        store_tile(sums + pick(P_offsets, member), P, ranks, columns, R, N, 1, R)
+        scaled = P * pick(scalings, member)
+        store_tile(sums + pick(P_offsets, member), scaled, ranks, columns, R, N, 1, R)
     # The vectors do not depend on r: the first tile along r writes them.
     if WANT_BIAS:
         own = tl.where(tile_r == 0, N, 0)
@@ -155,7 +156,7 @@ def output_grads(
     want_bias: bool,
     want_q: bool,
 ) -> OutputGrads:
-    """P_i = dy_iᵀ u_i where u is given, Σ dy_i, Σ dy_i ⊙ z_i where z_i is given, and with want_q (h ⊙ dy_i) B_i.
+    """P_i = scaling · dy_iᵀ u_i given u, Σ dy_i, Σ dy_i ⊙ z_i where z_i is given, and with want_q (h ⊙ dy_i) B_i.
 
     want_q is a wish: without any of the sums, q is left out.
     """

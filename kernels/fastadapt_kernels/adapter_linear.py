@@ -320,7 +320,7 @@ def _launch_members(
         for name in ("mid_scale", "out_scale", "base_scale", "bias")
     )
     plain = not kept_base and seed is None and mid_scales is out_scales is base_scales is biases is None
-    config = configs.adapter_linear(x, Ns, max(Rs), fused=fused, two_products=dropout_on_base, plain=plain)
+    config = configs.adapter_linear(x, weights, max(Rs), fused=fused, two_products=dropout_on_base, plain=plain)
     arguments = {
         "x": x,
         "weights": tuple(weights),
@@ -462,7 +462,7 @@ def _launch_dx(
     base_scales = vectors([member.base_scale for member in members]) or (None,) * len(members)
     seed = seed if adapted or any(on_base) else None
     plain = seed is None and mid_scales is None and base_scales == (None,) * len(members)
-    config = configs.adapter_linear_dx(dx, max(Rs, default=0), two_products=any(on_base), plain=plain)
+    config = configs.adapter_linear_dx(dx, dys, weights, max(Rs, default=0), two_products=any(on_base), plain=plain)
     arguments = {
         "dys": tuple(dys),
         "weights": tuple(weights),
@@ -513,9 +513,9 @@ def adapter_linear_backward(
 
     With q_i = (h ⊙ dy_i) B_i: dx = Σ_i (g_i ⊙ dy_i) W_i + mask ⊙ Σ_i ((d_i ⊙ q_i) A_i) / (1 - p) with want_dx; a member
     that drops its base path adds dy_i W_i + mask ⊙ (((g_i - 1) ⊙ dy_i) W_i) / (1 - p) instead. Given x:
-    dA_i = (d_i ⊙ q_i)ᵀ x̃. Given u: P_i = dy_iᵀ u_i, of which dB_i = h ⊙ P_i ⊙ d, dh = rowsum(B ⊙ P ⊙ d),
-    dd = colsum(h ⊙ B ⊙ P). With want_bias: dbias_i = Σ_m dy_i. Given z_i: dbase_i = Σ_m dy_i ⊙ z_i. Every sum is in
-    fp32 and in a fixed order. All but dx are views of one tensor or two.
+    dA_i = (d_i ⊙ q_i)ᵀ x̃. Given u: P_i = scaling · dy_iᵀ u_i, of which dB_i = out_scale ⊙ P_i ⊙ d,
+    dout_scale = rowsum(B ⊙ P ⊙ d), dd = colsum(out_scale ⊙ B ⊙ P). With want_bias: dbias_i = Σ_m dy_i. Given z_i:
+    dbase_i = Σ_m dy_i ⊙ z_i. Every sum is in fp32 and in a fixed order. All but dx are views of one tensor or two.
     Shapes: dys and zs [M, N_i], any strides; x [M, K]; u as adapter_linear gave it; dx [M, K] in dy's dtype;
     dA [R_i, K], P [N_i, R_i], dbias and dbase [N_i] in fp32.
     """

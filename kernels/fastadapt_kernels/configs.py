@@ -8,6 +8,7 @@ launchers run under ``recorded_launches`` on meta tensors, and what they would h
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -103,7 +104,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], con
 
 
 def _interpreted() -> bool:
-    return _recorder.get() is None and bool(triton.knobs.runtime.interpret)
+    return _recorder.get() is None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -150,7 +151,7 @@ def shrink(xs: Sequence[Tensor], sizes: Sequence[int], A_dtype: torch.dtype) -> 
         config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
     else:
         block_r = _block(widest, 16, 128)
-        block_k = {16: 128, 32: 128, 64: 64, 128: 32}[block_r]
+        block_k = {16: 128, 32: 128, 64: 32 if block_m == 16 else 64, 128: 32}[block_r]
         stages = 3 if shared_memory >= _LARGE else 2
         config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
     programs = triton.cdiv(M, block_m) * sum(triton.cdiv(size, block_r) for size in sizes)
@@ -158,31 +159,42 @@ def shrink(xs: Sequence[Tensor], sizes: Sequence[int], A_dtype: torch.dtype) -> 
     return config, splits
 
 
-def adapter_linear(x: Tensor, Ns: Sequence[int], R: int, *, fused: bool, two_products: bool, plain: bool) -> Config:
+def adapter_linear(
+    x: Tensor, weights: Sequence[Tensor], R: int, *, fused: bool, two_products: bool, plain: bool
+) -> Config:
     """Tiles of _adapter_linear_kernel for x [M, K], weights [N_i, K] and ranks up to R.
 
     plain: no operand beside x, weights, u and Bs, so that registers are left for the widest tile.
     """
-    hopper = _shared_memory(x.device) >= _HOPPER
-    # A second or third accumulator, and left operands in registers: only Hopper's matrix unit leaves room for them.
-    narrow = (two_products and (fused or not hopper)) or (fused and R > 32 and not plain and not hopper)
-    config = _product(x, Ns, narrow=narrow, wide=plain and (hopper or not fused))
-    if not fused:
-        return {"BLOCK_R": _block(R, 16, 32), **config}
-    # The whole rank at once; where it is wide, A takes as much room in each step as the weight.
-    if R > 32:
-        config["BLOCK_K"] = min(config["BLOCK_K"], max(config["BLOCK_K"] // 2, 64 if hopper else 32))
-    return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
+    # A third operand in the loop: only Hopper's matrix unit leaves registers for the widest tile.
+    plain = plain and (not fused or _shared_memory(x.device) >= _HOPPER)
+    Ns = [weight.shape[0] for weight in weights]
+    config = _product(x, Ns, [x, *weights], two_products=two_products, plain=plain, wide=fused and R > 32)
+    if fused:
+        # The whole rank at once.
+        return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
+    return {"BLOCK_R": _block(R, 16, 32), **config}
 
 
-def adapter_linear_dx(dx: Tensor, R: int, *, two_products: bool, plain: bool) -> Config:
-    """Tiles of _adapter_linear_dx_kernel for dx [M, K] and ranks up to R."""
-    narrow = two_products and _shared_memory(dx.device) < _HOPPER
-    return {"BLOCK_R": _block(R, 16, 32), **_product(dx, [dx.shape[1]], narrow=narrow, wide=plain)}
+def adapter_linear_dx(
+    dx: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor], R: int, *, two_products: bool, plain: bool
+) -> Config:
+    """Tiles of _adapter_linear_dx_kernel for dx [M, K], dys [M, N_i], weights [N_i, K] and ranks up to R."""
+    # A loop for each member: only Hopper's matrix unit leaves registers for the widest tile.
+    plain = plain and (len(dys) == 1 or _shared_memory(dx.device) >= _HOPPER)
+    config = _product(dx, [dx.shape[1]], [*dys, *weights], two_products=two_products, plain=plain, wide=False)
+    return {"BLOCK_R": _block(R, 16, 32), **config}
 
 
-def _product(x: Tensor, Ns: Sequence[int], *, narrow: bool, wide: bool) -> Config:
-    """Tiles of a product of M rows and N_i columns, in x's dtype, where registers are scarce or left over."""
+def _aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether every row, or every column, begins on a boundary of 16 elements, so that a thread loads 16 bytes."""
+    return all(stride == 1 or stride % 16 == 0 for tensor in tensors for stride in tensor.stride())
+
+
+def _product(
+    x: Tensor, Ns: Sequence[int], operands: Sequence[Tensor], *, two_products: bool, plain: bool, wide: bool
+) -> Config:
+    """Tiles of a product of M rows and N_i columns, in x's dtype. wide: a product of many ranks is in its loop."""
     M = x.shape[0]
     if _interpreted():
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 32, "GROUP_M": 2}
@@ -196,19 +208,26 @@ def _product(x: Tensor, Ns: Sequence[int], *, narrow: bool, wide: bool) -> Confi
     if x.dtype == torch.float32:
         # IEEE fp32 has no matrix unit on NVIDIA: the tile is bound by registers.
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 8, "num_warps": 8, "num_stages": 3}
+    elif not _aligned(operands):
+        # Every element has a load, an address and a mask of its own.
+        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     elif M <= 32:
         # A few tokens: as many programs as it takes to stream the weight.
-        block_n = 64 if narrow or programs(64) >= _WANTED_PROGRAMS // 4 else 32
-        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+        block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
+        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
     elif programs(128) < _WANTED_PROGRAMS // 4:
-        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    elif wide and shared_memory >= _LARGE and programs(256) >= _WANTED_PROGRAMS // 2:
+        block_k = 32 if wide else 64
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
+    elif plain and shared_memory >= _LARGE and programs(256) >= _WANTED_PROGRAMS // 2:
         tiles = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     else:
-        block_n = 64 if narrow else 128
+        # Two accumulators and the left operand in registers: only Hopper's matrix unit leaves room for the wider tile,
+        # and for a third one not even that.
+        crowded = two_products and wide
+        block_n = 64 if crowded or ((two_products or wide) and shared_memory < _HOPPER) else 128
         block_k = 64 if shared_memory >= _LARGE else 32
         tiles = {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
-    return {**tiles, "GROUP_M": 8}
+    return {**tiles, "GROUP_M": 16}
 
 
 def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bool) -> tuple[Config, int, int]:
@@ -226,12 +245,15 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
     elif dys[0].dtype == torch.float32:
         config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(rank, 64), "num_warps": 4, "num_stages": 2}
     elif want_q:
-        # The sums of vectors are as large as the tile.
-        block_m = 16 if vector_sums else 32
-        stages = 3 if _shared_memory(dys[0].device) >= _LARGE else 2
-        config = {"BLOCK_M": block_m, "BLOCK_N": 512, "BLOCK_R": rank, "num_warps": 8, "num_stages": stages}
+        # The sums of vectors are as large as the tile; and the smallest shared memory goes with the fewest registers.
+        shared_memory = _shared_memory(dys[0].device)
+        block_m = 16 if vector_sums or shared_memory < _MEDIUM else 32
+        block_n = 256 if (vector_sums and rank > 16) or shared_memory < _MEDIUM else 512
+        stages = 3 if shared_memory >= _LARGE else 2
+        config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank, "num_warps": 8, "num_stages": stages}
     else:
-        config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": rank, "num_warps": 4, "num_stages": 3}
+        block_m = 32 if vector_sums else 64
+        config = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": rank, "num_warps": 4, "num_stages": 3}
     programs = sum(triton.cdiv(N, config["BLOCK_N"]) for N in Ns) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
     steps = triton.cdiv(M, config["BLOCK_M"])
     return config, *_splits(programs, steps, 4, wanted=_WANTED_PROGRAMS // 4)

@@ -1,0 +1,464 @@
+"""Every kernel, compiled offline for real GPUs at every configuration that configs.py can pick: what became of it.
+
+The launchers run on meta tensors and record what they would launch for a GPU with the target's shared memory; Triton
+then compiles that for the target, which needs no GPU. The exit status is 1 if a kernel does not compile, spills
+registers, does not fit the target's shared (or tensor) memory, or leaves a product of 16-bit numbers, or on AMD of
+fp32 numbers, to anything but the matrix unit. NVIDIA's matrix units do not compute in IEEE fp32: there such products
+are fused multiply-adds by design.
+
+A row is one kernel with one set of tile sizes and operands. `registers`: 32-bit registers of a thread, AMD's
+accumulation registers included. `spill_bytes`: what a thread keeps in local memory for want of registers.
+`shared_bytes` and `shared_limit`: shared memory of a block, and the most that the target gives to one. `matrix_ops`:
+matrix instructions in the code, unrolled ones counted apart. `widest_load`, `widest_store`: bits of a thread's widest
+access to global memory; tensors on 16-byte boundaries are assumed, as PyTorch allocates them. `code_bytes`: machine
+code. `operands`: tensors that were there, with their dtype where it is not the row's, "ᵀ" where columns are contiguous
+instead of rows, "…" behind a tensor for each further one of a group; and the sizes and strides that 16 does not divide.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import re
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from bench import report
+from bench.cases import chosen
+from fastadapt.report import write_json
+
+
+class Target(NamedTuple):
+    """A GPU to compile for, and the shared memory in bytes that one block may take there."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 166_912),
+    "sm_86": Target("cuda", 86, 32, 101_376),
+    "sm_89": Target("cuda", 89, 32, 101_376),
+    "sm_90": Target("cuda", 90, 32, 232_448),
+    "sm_100": Target("cuda", 100, 32, 232_448),
+    "sm_120": Target("cuda", 120, 32, 101_376),
+    "gfx942": Target("hip", "gfx942", 64, 65_536),
+    "gfx950": Target("hip", "gfx950", 64, 163_840),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "int64", torch.uint8: "uint8"}
+QUICK_PAIRS = ["sm_80:bf16", "sm_90:fp16", "sm_90:fp32", "gfx942:bf16"]
+
+COLUMNS = {
+    "kernel": "kernel",
+    "target": "target",
+    "compiled": "compiled",
+    "registers": "registers",
+    "spill_bytes": "spilled",
+    "shared": "shared / limit",
+    "matrix_ops": "least matrix ops",
+    "widest_load": "widest load",
+    "widest_store": "widest store",
+    "code_bytes": "code",
+}
+
+# Arguments that are sizes of tensors: where 16 divides them, rows begin on 16-byte boundaries.
+SIZES = {"M", "N", "K", "R", "Ns", "Rs", "Ks"}
+
+# Columns of tensor memory that one block may take on sm_100.
+TENSOR_MEMORY = 512
+
+
+class Form(NamedTuple):
+    """What an adapter form has beside A and B, and what is kept from it."""
+
+    vectors: str = ""  # d: mid_scale, h: out_scale, g: base_scale, b: bias
+    dropout: bool = False
+    on_base: bool = False
+    frozen_A: bool = False  # VeRA: one A for all members, without a gradient
+    parameters: torch.dtype | None = torch.float32  # None: as the activations
+
+
+LORA = Form()
+VERA = Form("dhb", frozen_A=True)
+EVERYTHING = Form("dhgb", dropout=True)
+ON_BASE = Form("dhgb", dropout=True, on_base=True)
+FORMS = [
+    LORA,
+    Form(parameters=None),
+    Form(dropout=True),
+    Form("b"),
+    VERA,
+    Form("dh", dropout=True, frozen_A=True),
+    Form("g"),
+    Form("g", dropout=True, on_base=True),
+    EVERYTHING,
+    ON_BASE,
+]
+
+
+class Group(NamedTuple):
+    """Layers that read the same x: its features, and the features and rank of each."""
+
+    K: int
+    Ns: tuple[int, ...]
+    Rs: tuple[int, ...]
+
+    @classmethod
+    def square(cls, R: int) -> Group:
+        return cls(4096, (4096,), (R,))
+
+    @classmethod
+    def qkv(cls, R: int) -> Group:
+        return cls(4096, (4096, 1024, 1024), (R, R, R))
+
+
+TOKENS = (16384, 8192, 512, 64, 32, 16)
+RANKS = (16, 32, 64, 128, 256)
+Case = tuple[int, Group, Form]
+
+# Every branch of configs.py. What is compiled is the first launch with a config, so the one with most operands.
+BY_CONFIG: list[Case] = [
+    *((M, Group.qkv(R), form) for form in (ON_BASE, EVERYTHING) for M in TOKENS for R in RANKS),
+    *((M, Group.square(R), LORA) for M in TOKENS for R in RANKS),
+]
+# Every combination of operands that the methods need, in bf16 only: other dtypes take no other branch for them.
+BY_OPERANDS: list[Case] = [
+    *((8192, Group.square(16), form) for form in FORMS),
+    *((8192, Group.qkv(256), form) for form in (LORA, VERA, EVERYTHING)),
+    (8192, Group(4096, (14336, 14336), (64, 64)), LORA),
+    (16, Group.square(16), LORA),
+    (8192, Group.square(8), EVERYTHING),
+    # Widths that divide by nothing, and members without a rank.
+    (1, Group(577, (577,), (3,)), EVERYTHING),
+    (4099, Group(577, (577, 193, 1), (3, 100, 0)), ON_BASE),
+]
+QUICK: list[Case] = [(8192, Group.qkv(16), LORA), (8192, Group.square(64), ON_BASE)]
+
+
+def launch_group(dtype: torch.dtype, M: int, group: Group, form: Form) -> None:
+    """Forward by every strategy, and backward, of M tokens through a group."""
+    from fastadapt_kernels import configs
+    from fastadapt_kernels.adapter_linear import Member, adapter_linear, adapter_linear_backward
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    own = form.parameters or dtype
+    x = tensor(M, group.K)
+    members = [
+        Member(
+            weight=tensor(N, group.K),
+            A=tensor(R, group.K, dtype=own),
+            B=tensor(N, R, dtype=own),
+            mid_scale=tensor(R, dtype=own) if "d" in form.vectors else None,
+            out_scale=tensor(N, dtype=own) if "h" in form.vectors else None,
+            scaling=2.0,
+            base_scale=tensor(N, dtype=torch.float32) if "g" in form.vectors else None,
+            bias=tensor(N) if "b" in form.vectors else None,
+            dropout_on_base=form.on_base,
+        )
+        for N, R in zip(group.Ns, group.Rs, strict=True)
+    ]
+    options: dict[str, Any] = {"shared_A": form.frozen_A}
+    if form.dropout:
+        options |= {"seed": tensor(1, dtype=torch.int64), "p": 0.1}
+    for strategy in ("split", "fused") if max(group.Rs) <= configs.MOST_FUSED_RANKS else ("split",):
+        ys, u, zs = adapter_linear(x, members, keep_base="g" in form.vectors, strategy=strategy, **options)
+    if form.frozen_A:
+        adapter_linear_backward(ys, members, u=u, zs=zs, want_bias="b" in form.vectors, **options)
+    else:
+        for want_dx in (True, False):
+            adapter_linear_backward(
+                ys, members, x=x, u=u, zs=zs, want_bias="b" in form.vectors, want_dx=want_dx, **options
+            )
+
+
+def launch_parameters(dtype: torch.dtype, R: int) -> None:
+    """The launchers that see no tokens."""
+    from fastadapt_kernels.tiles import dropout_mask
+    from fastadapt_kernels.weight_norm import row_squares, weight_norm
+
+    weight = torch.empty(4096, 4096, dtype=dtype, device="meta")
+    A, B = torch.empty(R, 4096, device="meta"), torch.empty(4096, R, device="meta")
+    weight_norm(weight, A, B, 2.0, row_squares(weight))
+    dropout_mask(torch.empty(1, dtype=torch.int64, device="meta"), 8192, 4096, 0.1)
+
+
+class Job(NamedTuple):
+    """One kernel to compile for one target, in plain values that travel to another process."""
+
+    target: str
+    dtype: str
+    kernel: tuple[str, str]  # module and name
+    source: tuple[dict[str, Any], ...]  # signature, constexprs and attrs, as triton.compiler.ASTSource takes them
+    options: dict[str, int]
+    config: str
+    operands: str
+
+
+def jobs(pairs: Sequence[str], *, quick: bool) -> list[Job]:
+    """The distinct kernels that the launchers launch for each TARGET:DTYPE."""
+    from fastadapt_kernels import configs
+
+    @functools.cache
+    def recorded(dtype: str, shared_memory: int) -> list[Any]:
+        def launched(cases: Sequence[Case]) -> list[Any]:
+            with configs.recorded_launches(shared_memory) as launches:
+                for case in cases:
+                    launch_group(DTYPES[dtype], *case)
+                for R in sorted({max(group.Rs) for _, group, _ in cases}):
+                    launch_parameters(DTYPES[dtype], R)
+            return launches
+
+        distinct: dict[tuple[Any, str], Any] = {}
+        for launch in launched(QUICK if quick else BY_CONFIG):
+            distinct.setdefault((config_of(launch), shown_operands(launch, dtype) if quick else ""), launch)
+        for launch in launched(BY_OPERANDS) if dtype == "bf16" and not quick else []:
+            distinct.setdefault((config_of(launch), shown_operands(launch, dtype)), launch)
+        return list({(config_of(launch), str(launch.source())): launch for launch in distinct.values()}.values())
+
+    return [
+        Job(
+            target,
+            dtype,
+            (launch.kernel.__module__, launch.kernel.__name__),
+            launch.source(),
+            # Tile sizes are constexprs of the kernel; what else a config says is an option of the compiler.
+            {key: value for key, value in launch.config.items() if not key.isupper()},
+            config_of(launch)[1],
+            shown_operands(launch, dtype),
+        )
+        for target, dtype in (pair.split(":") for pair in pairs)
+        for launch in recorded(dtype, TARGETS[target].shared_limit)
+    ]
+
+
+def compiled(job: Job) -> report.Row:
+    """Compile one kernel, and read from what the compiler made what became of it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = TARGETS[job.target]
+    module, name = job.kernel
+    row: report.Row = {
+        "kernel": name,
+        "target": job.target,
+        "dtype": job.dtype,
+        "config": job.config,
+        "operands": job.operands,
+    }
+    source = ASTSource(getattr(importlib.import_module(module), name), *job.source)
+    try:
+        kernel = triton.compile(source, target=GPUTarget(*target[:3]), options=job.options)
+    except Exception as error:  # Whatever the compiler raises, the other kernels are still to be looked at.
+        return row | {"error": f"{type(error).__name__}: {error}"}
+    binary = kernel.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    assembly = kernel.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    dots_wanted, dots_left = dots(kernel.asm["ttir"], kernel.asm["ttgir"], fp32_unit=target.backend == "hip")
+    registers, spill_bytes = nvidia_registers(binary) if target.backend == "cuda" else amd_registers(assembly)
+    return row | {
+        "registers": registers,
+        "spill_bytes": spill_bytes,
+        "shared_bytes": kernel.metadata.shared,
+        "shared_limit": target.shared_limit,
+        "tensor_memory": getattr(kernel.metadata, "tmem_size", None) or 0,
+        "matrix_ops": matrix_ops(assembly),
+        "dots_wanted": dots_wanted,
+        "dots_left": dots_left,
+        "widest_load": widest(assembly, "load"),
+        "widest_store": widest(assembly, "store"),
+        "code_bytes": code_bytes(binary),
+    }
+
+
+def config_of(launch: Any) -> tuple[str, str]:
+    """The kernel's name, and its tile sizes and compiler options."""
+    config = " ".join(f"{key}={value}" for key, value in launch.config.items() if key != "enable_fp_fusion")
+    return launch.kernel.__name__, config
+
+
+def shown_operands(launch: Any, dtype: str) -> str:
+    """The operands of a launch in a line; see the module's docstring."""
+    tensors, odd = [], []
+    for name, value in launch.arguments.items():
+        members = value if isinstance(value, tuple) else (value,)
+        present = [member for member in members if isinstance(member, Tensor)]
+        if present:
+            first = present[0]
+            own = DTYPE_NAMES[first.dtype]
+            mark = "ᵀ" if first.ndim > 1 and first.stride(-1) != 1 else ""
+            tensors.append(name + mark + (f":{own}" if own != dtype else "") + "…" * (len(present) - 1))
+        elif name in SIZES and any(member % 16 for member in members):
+            odd.append(name)
+    return " ".join(tensors + [f"({' '.join(odd)} odd)"] * bool(odd))
+
+
+def nvidia_registers(cubin: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes that it spills), as cuobjdump reads them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        return resource_usage(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def resource_usage(dump: str) -> tuple[int, int]:
+    """(registers, bytes of stack and local memory) in cuobjdump's account of a kernel."""
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def amd_registers(amdgcn: str) -> tuple[int, int]:
+    """(vector registers, bytes of scratch memory) in the metadata at the end of AMD's assembly."""
+    found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", amdgcn)}
+    return found["vgpr_count"], max(found["private_segment_fixed_size"], 4 * found["vgpr_spill_count"])
+
+
+def matrix_ops(assembly: str) -> int:
+    """How many instructions go to the matrix unit, in PTX or amdgcn."""
+    return len(re.findall(r"\b(?:wgmma\.mma_async\.|mma\.sync\.|tcgen05\.mma\.|v_mfma_)", assembly))
+
+
+# Bits of an AMD memory instruction without a count of dwords.
+_AMD_BITS = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16, "dword": 32}
+
+
+def widest(assembly: str, direction: str) -> int:
+    """Bits of the widest load from, or store to, global memory that one thread makes, in PTX or amdgcn."""
+    ptx = re.findall(
+        rf"\b{'ld' if direction == 'load' else 'st'}\.global(?:\.[A-Za-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)\b",
+        assembly,
+    )
+    found = [int(count or 1) * int(bits) for count, bits in ptx]
+    if direction == "load":
+        copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\],[^;]*?\], *(\w+)", assembly)
+        found += [8 * int(size, 0) for size in copies]
+    amd = re.findall(rf"\b(?:global|buffer|flat)_{direction}_(?:lds_)?({'|'.join(_AMD_BITS)})(?:x(\d))?", assembly)
+    found += [_AMD_BITS[unit] * int(count or 1) for unit, count in amd]
+    return max(found, default=0)
+
+
+def dots(ttir: str, ttgir: str, *, fp32_unit: bool) -> tuple[int, int]:
+    """(products that a matrix unit can make, those of them that were left to other units), in Triton's own IR."""
+    kinds = re.findall(r"\btt\.dot .*?: tensor<[\dx]*x(\w+)>", ttir)
+    wanted = sum(kind in ("f16", "bf16") or (fp32_unit and kind == "f32") for kind in kinds)
+    # A layout of a matrix unit is called #mma; #blocked is that of ordinary arithmetic.
+    scalar = len(re.findall(r"\btt\.dot .*-> tensor<[^>]*#blocked\d*>", ttgir))
+    return wanted, scalar if wanted == len(kinds) else 0
+
+
+def code_bytes(elf: bytes) -> int:
+    """The machine code in an ELF file (cubin or hsaco): its executable sections."""
+    offset, entry_size, count = struct.unpack_from("<Q10xHH", elf, 40)
+    total = 0
+    for section in range(count):
+        _, _, flags, _, _, size = struct.unpack_from("<IIQQQQ", elf, offset + section * entry_size)
+        total += size if flags & 4 else 0
+    return total
+
+
+def violations(row: report.Row) -> list[str]:
+    """What is wrong with a kernel, in words."""
+    if "error" in row:
+        return [str(row["error"])]
+    found = []
+    if row["spill_bytes"]:
+        found.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared_bytes"] > row["shared_limit"]:
+        found.append(f"needs {row['shared_bytes']} bytes of shared memory, there are {row['shared_limit']}")
+    if row["tensor_memory"] > TENSOR_MEMORY:
+        found.append(f"needs {row['tensor_memory']} columns of tensor memory, there are {TENSOR_MEMORY}")
+    if row["dots_left"] or (row["dots_wanted"] and not row["matrix_ops"]):
+        found.append("has a product that is not made by the matrix unit")
+    return found
+
+
+def compile_all(pairs: Sequence[str], *, quick: bool) -> list[report.Row]:
+    """The row of every distinct kernel of each TARGET:DTYPE, compiled by two processes."""
+    todo = jobs(pairs, quick=quick)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows = []
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool, Progress(*columns) as progress:
+        task = progress.add_task("kernels", total=len(todo))
+        for row in pool.map(compiled, todo, chunksize=4):
+            progress.update(task, advance=1, description=f"{row['target']} {row['dtype']}")
+            rows.append(row)
+    return rows
+
+
+def summary(rows: Sequence[report.Row]) -> list[report.Row]:
+    """The worst of every kernel and target."""
+    groups: dict[tuple[str, str], list[report.Row]] = {}
+    for row in rows:
+        if "error" not in row:
+            groups.setdefault((row["kernel"], row["target"]), []).append(row)
+    return [
+        {
+            "kernel": kernel,
+            "target": target,
+            "compiled": len(group),
+            "registers": max(row["registers"] for row in group),
+            "spill_bytes": max(row["spill_bytes"] for row in group),
+            "shared": f"{max(row['shared_bytes'] for row in group)} / {group[0]['shared_limit']}",
+            "matrix_ops": min((row["matrix_ops"] for row in group if row["dots_wanted"]), default=None),
+            "widest_load": f"{min(row['widest_load'] for row in group)}-{max(row['widest_load'] for row in group)}",
+            "widest_store": f"{min(row['widest_store'] for row in group)}-{max(row['widest_store'] for row in group)}",
+            "code_bytes": max(row["code_bytes"] for row in group),
+        }
+        for (kernel, target), group in sorted(groups.items())
+    ]
+
+
+def names(known: Iterable[str], wanted: str) -> list[str]:
+    """The known names that a comma-separated list has, all of them for an empty list."""
+    return chosen({name: name for name in known}, wanted)
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    quick: Annotated[bool, typer.Option(help="A few shapes, on a few targets and dtypes.")] = False,
+    targets: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(TARGETS)}.")] = "",
+    dtypes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(DTYPES)}.")] = "",
+) -> None:
+    """Compile every kernel for real GPUs, offline: registers, spills, shared memory, matrix unit."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise typer.BadParameter("Triton's interpreter does not compile: unset TRITON_INTERPRET")
+    pairs = [f"{target}:{dtype}" for target in names(TARGETS, targets) for dtype in names(DTYPES, dtypes)]
+    if quick:
+        pairs = [pair for pair in QUICK_PAIRS if pair in pairs]
+    start = time.perf_counter()
+    rows = compile_all(pairs, quick=quick)
+    seconds = round(time.perf_counter() - start)
+    report.print_table(
+        f"{len(rows)} kernels in {seconds} s: the worst of each kernel on each target", summary(rows), COLUMNS
+    )
+    wrong = [(row, found) for row in rows if (found := violations(row))]
+    for row, found in wrong:
+        print(
+            f"{row['kernel']} {row['target']} {row['dtype']} [{row['config']}] ({row['operands']}): {'; '.join(found)}"
+        )
+    print(f"{len(wrong)} of {len(rows)} kernels with something wrong")
+    if json is not None:
+        write_json(json, "audit", rows, seconds=seconds)
+    if wrong:
+        raise typer.Exit(1)

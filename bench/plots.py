@@ -1,0 +1,283 @@
+"""Pictures of stored results: each from its JSON alone, so that it can be drawn again anywhere."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.operators import OTHERS
+from bench.report import Row
+from fastadapt.ops import STRATEGIES
+
+Document = dict[str, Any]
+
+COLORS = {
+    "fastest": "#1f4e9c",
+    "split": "#1f4e9c",
+    "fused": "#173a70",
+    "library": "#3c78c8",
+    "recompose": "#2f9fb5",
+    "ours": "#6fa8dc",
+    "ungrouped": "#b9cfe6",
+    "peft": "#e07b39",
+    "compile": "#5a9e4b",
+    "reference": "#9a9a9a",
+    "linear": "#222222",
+}
+MARKERS = ("o", "s", "^", "D", "v")
+LABELS = {
+    **OTHERS,
+    **{name: f"ours: {name}" for name in STRATEGIES},
+    "ours": "ours: automatic choice",
+    "fastest": "ours: fastest strategy",
+}
+
+
+def read(path: Path) -> Document:
+    """A document that fastadapt.report.write_json wrote."""
+    document: Document = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".drawing-") as scratch:
+        draft = Path(scratch) / path.name
+        figure.savefig(draft, dpi=110)
+        draft.replace(path)
+
+
+def _provenance(document: Document) -> str:
+    versions = document["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "peft") if versions.get(name))
+    commit = (document["commit"] or "unknown")[:9]
+    return f"fastadapt at {commit}, {packages}"
+
+
+def _grouped_bars(
+    axes: Any,
+    groups: Sequence[str],
+    values: Mapping[str, Sequence[float | None]],
+    notes: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """For each group a bar of each provider, above it its number and note; None leaves a gap that says so.
+
+    Bars that dwarf the others are cut, and their numbers stand at the cut.
+    """
+    width = 0.84 / max(len(values), 1)
+    known = [value for series in values.values() for value in series if value is not None] or [1.0]
+    top = min(max(known), 4 * statistics.median(known))
+    for index, (name, series) in enumerate(values.items()):
+        places = [group - 0.42 + (index + 0.5) * width for group in range(len(groups))]
+        heights = [min(value or 0.0, top) for value in series]
+        axes.bar(places, heights, width * 0.94, color=COLORS[name])
+        for group, (place, value) in enumerate(zip(places, series, strict=True)):
+            note = notes[name][group] if notes and name in notes else ""
+            text = "none" if value is None else f"{value:.2f} {note}".strip()
+            height = heights[group] + top * 0.015
+            axes.text(place, height, text, ha="center", va="bottom", rotation=90, fontsize=7, clip_on=True)
+    axes.set_xticks(range(len(groups)), groups, fontsize=9)
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.set_ylim(0, top * (1.3 if notes else 1.16))
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _legend(figure: Any, providers: Sequence[str]) -> None:
+    """One legend for all bars, below them."""
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=COLORS[name], label=LABELS[name]) for name in providers]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+
+
+def _best(rows: Sequence[Row]) -> Row | None:
+    """The fastest strategy among the rows of one case."""
+    timed = [row for row in rows if row["provider"] in STRATEGIES and row["ms"] is not None]
+    return min(timed, key=lambda row: row["ms"], default=None)
+
+
+def _cases(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows by the values of these columns, in order."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found
+
+
+def draw_gpu(document: Document, path: Path) -> None:
+    """What `python -m bench gpu` found: the roofline, and bars for every number of tokens, forward and step."""
+    main_dtype = next(row["dtype"] for row in document["rows"])
+    rows = [row for row in document["rows"] if row["operator"] != "weight_norm" and row["dtype"] == main_dtype]
+    tokens = sorted({row["M"] for row in rows})
+    panels: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        kind = "forward" if row["operator"] == "forward" else "forward + backward"
+        dropout = ", with dropout" if "dropout" in row["case"] else ""
+        panels.setdefault((row["M"], kind + dropout), []).append(row)
+    lines = (len(panels) + 1) // 2
+    figure = _figure(16, 5.5 + 4.3 * lines)
+    device = document["device"]
+    runtime = f", runtime {device['runtime']}, driver {device['driver']}" if "driver" in device else ""
+    extent = "quick run, few shapes" if document["quick"] else "full run"
+    how = "timed by events" if device["type"] == "cuda" else "no GPU: the eager strategies on a CPU"
+    figure.suptitle(
+        f"{device['name']}{runtime}\n{main_dtype}, {extent}, {how}, medians; {_provenance(document)}", fontsize=11
+    )
+    grid = figure.add_gridspec(1 + lines, 2, height_ratios=[1.25, *[1.0] * lines])
+    _roofline(figure.add_subplot(grid[0, :]), document["ceilings"], rows, main_dtype, tokens)
+    shown = ["fastest", *(name for name in ("ours", "peft", "compile", "reference") if _was_timed(rows, name))]
+    # Forward and step side by side, dropout below.
+    for index, (count, kind) in enumerate(sorted(panels, key=lambda panel: ("dropout" in panel[1], *panel))):
+        axes = figure.add_subplot(grid[1 + index // 2, index % 2])
+        _case_bars(axes, panels[count, kind], shown)
+        axes.set_title(f"{kind}, {count} tokens", fontsize=10)
+        axes.set_ylabel("time, x of F.linear on the same layers")
+    _legend(figure, shown)
+    _save(figure, path)
+
+
+def _was_timed(rows: Sequence[Row], provider: str) -> bool:
+    return any(row["provider"] == provider and row["ms"] is not None for row in rows)
+
+
+def _case_bars(axes: Any, rows: Sequence[Row], shown: Sequence[str]) -> None:
+    cases = _cases(rows, "case", "layers")
+    values: dict[str, list[float | None]] = {name: [] for name in shown}
+    notes: list[str] = []
+    for group in cases.values():
+        best = _best(group)
+        notes.append(best["provider"] if best else "")
+        for name in shown:
+            found = best if name == "fastest" else next((row for row in group if row["provider"] == name), None)
+            values[name].append(found["x_linear"] if found else None)
+    labels = [f"{case.removesuffix('_dropout')}\n{layers}" for case, layers in cases]
+    _grouped_bars(axes, labels, values, {"fastest": notes})
+    axes.tick_params(axis="x", labelsize=7 if len(labels) > 8 else 9)
+    axes.axhline(1.0, color=COLORS["linear"], linewidth=1, linestyle="--")
+
+
+def _roofline(axes: Any, ceilings: Mapping[str, float], rows: Sequence[Row], dtype: str, tokens: Sequence[int]) -> None:
+    """Achieved rate of the formula's operations over its arithmetic intensity, under the measured ceilings."""
+    providers = ("fastest", "peft", "compile", "reference")
+    points: dict[tuple[str, int, str], list[tuple[float, float]]] = {}
+    for (operator, _, _, count), group in _cases(rows, "operator", "case", "layers", "M").items():
+        best = _best(group)
+        for name in providers:
+            row = best if name == "fastest" else next((row for row in group if row["provider"] == name), None)
+            if row is not None and row["tflops"] is not None:
+                intensity = row["gflop"] * 1e9 / (row["minimum_mib"] * 2**20)
+                points.setdefault((name, count, operator), []).append((intensity, row["tflops"]))
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter
+
+    intensities = [x for found in points.values() for x, _ in found] or [1.0]
+    unit, name_of_unit = (1e12, "TFLOP/s") if ceilings[dtype] >= 1e12 else (1e9, "GFLOP/s")
+    bandwidth, peak = ceilings["bytes"] / unit, ceilings[dtype] / unit
+    ridge = peak / bandwidth
+    low, high = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
+    roof = [low, ridge, high]
+    axes.plot(roof, [min(x * bandwidth, peak) for x in roof], color="#444444", linewidth=2)
+    axes.annotate(
+        f"copy: {ceilings['bytes'] / 1e9:,.0f} GB/s",
+        (low, low * bandwidth),
+        xytext=(14, -4),
+        textcoords="offset points",
+    )
+    axes.annotate(
+        f"{dtype} product: {peak:,.3g} {name_of_unit}",
+        (high, peak),
+        xytext=(-6, 6),
+        textcoords="offset points",
+        ha="right",
+    )
+    for (name, count, operator), found in points.items():
+        color = COLORS[name]
+        axes.scatter(
+            [intensity for intensity, _ in found],
+            [rate * 1e12 / unit for _, rate in found],
+            marker=MARKERS[tokens.index(count) % len(MARKERS)],
+            s=42,
+            facecolors=color if operator == "step" else "none",
+            edgecolors=color,
+            linewidths=1.3,
+            alpha=0.85,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("arithmetic intensity of the formula (FLOP per byte of its tensors, each moved once)")
+    axes.set_ylabel(f"{name_of_unit} of the formula's work")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
+    axes.set_title("Roofline between the ceilings measured on this device", fontsize=10)
+    axes.grid(which="both", alpha=0.2)
+    entries = [
+        Line2D([], [], color=COLORS[name], marker="o", linestyle="", label=LABELS[name])
+        for name in providers
+        if any(key[0] == name for key in points)
+    ]
+    for index, count in enumerate(tokens):
+        marker = MARKERS[index % len(MARKERS)]
+        entries.append(Line2D([], [], color="#666666", marker=marker, linestyle="", label=f"{count} tokens"))
+    for label, fill in (("forward", "none"), ("forward + backward", "#666666")):
+        entries.append(Line2D([], [], color="#666666", marker="o", markerfacecolor=fill, linestyle="", label=label))
+    axes.legend(handles=entries, fontsize=8, loc="lower right", ncols=2)
+
+
+def draw_microbench(document: Document, path: Path) -> None:
+    """What the microbenchmarks found: each operator's providers as multiples of the frozen layers alone."""
+    rows = [row for row in document["rows"] if row["operator"] != "weight_norm"]
+    panels = _cases(rows, "operator", "layers")
+    norms = [row for row in document["rows"] if row["operator"] == "weight_norm"]
+    figure = _figure(15, 3.7 * ((len(panels) + 1 + bool(norms)) // 2) + 0.8)
+    first = document["rows"][0]
+    machine = document["machine"]
+    device = first["device"]
+    where = f"{machine['cpu']}, {machine['threads']} threads" if device == "cpu" else machine["accelerators"][0]
+    figure.suptitle(f"Microbenchmarks on {where}, {first['dtype']}, medians; {_provenance(document)}", fontsize=11)
+    grid = figure.add_gridspec((len(panels) + 1 + bool(norms)) // 2, 2)
+    order = [*STRATEGIES, "ours", "ungrouped", "peft", "reference"]
+    for index, ((operator, layers), group) in enumerate(panels.items()):
+        axes = figure.add_subplot(grid[index // 2, index % 2])
+        cases = _cases(group, "case")
+        present = [name for name in order if any(row["provider"] == name for row in group)]
+        values = {name: [_multiple(rows, name) for rows in cases.values()] for name in present}
+        _grouped_bars(axes, [case.replace("_", "\n") for (case,) in cases], values)
+        axes.axhline(1.0, color=COLORS["linear"], linewidth=1, linestyle="--")
+        title = "forward + backward" if operator == "step" else "forward"
+        shape = f"M {group[0]['M']}, K {group[0]['K']}, N {group[0]['N']}"
+        axes.set_title(f"{title}, {layers} ({shape})", fontsize=10)
+        axes.set_ylabel("time, x of F.linear on the same layers")
+    if norms:
+        axes = figure.add_subplot(grid[len(panels) // 2, len(panels) % 2])
+        cases = _cases(norms, "layers")
+        present = [name for name in order if any(row["provider"] == name for row in norms)]
+        times = {
+            name: [next((row["median_ms"] for row in rows if row["provider"] == name), None) for rows in cases.values()]
+            for name in present
+        }
+        _grouped_bars(axes, [layers for (layers,) in cases], times)
+        axes.set_title("DoRA's row norms", fontsize=10)
+        axes.set_ylabel("ms")
+    _legend(figure, [name for name in order if any(row["provider"] == name for row in rows)])
+    _save(figure, path)
+
+
+def _multiple(rows: Sequence[Row], provider: str) -> float | None:
+    """The provider's time as a multiple of the frozen layers' in the same group of rows."""
+    times = {row["provider"]: row["median_ms"] for row in rows}
+    return times[provider] / times["linear"] if provider in times and "linear" in times else None

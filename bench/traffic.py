@@ -1,0 +1,448 @@
+"""The bytes that the kernels move, operand by operand, beside the least that they could and a model of the field.
+
+Counted in Triton's interpreter, by address and under the mask, at two small shapes: what part of each operand a launch
+touches. It must come out the same at both, and then holds at every shape. The launches of the full shape are recorded
+on meta tensors with the tiles that configs.py picks for the GPU, so that sizes, partial buffers and launches are the
+real ones. Values do not matter here: the count runs in fp16, which has bf16's size and which the interpreter knows.
+
+* mib: compulsory bytes, forward and backward. An operand counts once in each launch that touches it; tensors that
+  live only within a pass (partial sums, q) are apart in partials_mib. For DoRA norm_mib of it are for the row norm.
+* minimum_mib: every tensor once a pass. split_target_mib: what the design costs, x twice and dy twice.
+* reread_mib: what the GEMMs read again because it has left L2 (bench/l2.py), in the order that the kernels have, and in
+  row-major order. The other launches stream their large operand once; their small ones stay in L2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from bench import l2, report
+from bench.peers import PEERS, moved_mib
+from fastadapt.cost import DEVICES, Workload, works
+from fastadapt.report import write_json
+
+MIB = 2**20
+
+# Shared memory in bytes that one block may take, by device of the cost model: configs.py chooses tiles by it.
+SHARED_MEMORY = {"A100-SXM4-80GB": 166_912, "H100-SXM": 232_448, "B200": 232_448, "MI300X": 65_536}
+
+# Tokens, K and the width of the narrowest output, for the two counts: small, odd, with several tiles each way. The
+# narrowest output has two of the interpreter's tiles, as k and v have two of a GPU's in the pass over dy.
+_SMALL = ((40, 72, 128), (50, 104, 118))
+_DROPOUT = 0.1
+
+
+class TrafficCase(NamedTuple):
+    """Layers of one width that read the same x, adapted alike; separate runs them as layers by themselves."""
+
+    method: str
+    outputs: tuple[int, ...] = (4096,)
+    dropout: bool = False
+    separate: bool = False
+    K: int = 4096
+
+    def workload(self, tokens: int) -> Workload:
+        """The case as the cost model sees it."""
+        dora, vera = self.method == "dora", self.method == "vera"
+        return Workload(
+            tokens,
+            self.K,
+            self.outputs,
+            (256 if vera else 16,) * len(self.outputs),
+            dtype="float16",
+            shared_A=vera,
+            base_scale=dora,
+            trains_base=dora,
+            trains_A=not vera,
+            dropout=self.dropout,
+            dropout_on_base=dora,
+        )
+
+
+# Llama 8B: q, k, v and gate, up.
+_QKV, _GATE_UP = (4096, 1024, 1024), (14336, 14336)
+CASES = {
+    "lora": TrafficCase("lora"),
+    "lora_dropout": TrafficCase("lora", dropout=True),
+    "dora": TrafficCase("dora"),
+    "dora_dropout": TrafficCase("dora", dropout=True),
+    "vera": TrafficCase("vera"),
+    "vera_dropout": TrafficCase("vera", dropout=True),
+    "lora_qkv_group": TrafficCase("lora", _QKV),
+    "lora_qkv_separate": TrafficCase("lora", _QKV, separate=True),
+    "lora_dropout_qkv_group": TrafficCase("lora", _QKV, dropout=True),
+    "dora_qkv_group": TrafficCase("dora", _QKV),
+    "vera_qkv_group": TrafficCase("vera", _QKV),
+    "lora_gate_up_group": TrafficCase("lora", _GATE_UP),
+}
+
+
+@dataclass
+class Count:
+    """Bytes of one operand in one launch: under the mask, and the distinct ones among them."""
+
+    size: int
+    read: int = 0
+    written: int = 0
+    first_read: int = 0
+    first_written: int = 0
+
+
+def tensors_of(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every operand; members of a tuple are named by index, and a tensor is named once."""
+    seen = set()
+    for name, value in arguments.items():
+        for index, tensor in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(tensor, Tensor) and storage(tensor) not in seen:
+                seen.add(storage(tensor))
+                yield (f"{name}[{index}]" if isinstance(value, tuple) else name), tensor
+
+
+def storage(tensor: Tensor) -> int:
+    """The identity of a tensor's memory, also where it has none (meta), as long as the tensor lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+class Counted(NamedTuple):
+    """One launch in the interpreter."""
+
+    kernel: str
+    operands: dict[str, Count]
+
+
+class _Watch:
+    """The distinct elements of one operand's storage that a launch touches."""
+
+    def __init__(self, count: Count, tensor: Tensor) -> None:
+        memory = tensor.untyped_storage()
+        self.count, self.itemsize = count, tensor.itemsize
+        self.start, self.end = memory.data_ptr(), memory.data_ptr() + memory.nbytes()
+        self.read = np.zeros(memory.nbytes() // tensor.itemsize, dtype=bool)
+        self.written = np.zeros_like(self.read)
+
+    def add(self, addresses: np.ndarray[Any, Any], *, store: bool) -> None:
+        (self.written if store else self.read)[(addresses - self.start) // self.itemsize] = True
+        moved = addresses.size * self.itemsize
+        if store:
+            self.count.written += moved
+        else:
+            self.count.read += moved
+
+    def close(self) -> None:
+        self.count.first_read = int(self.read.sum()) * self.itemsize
+        self.count.first_written = int(self.written.sum()) * self.itemsize
+
+
+@contextmanager
+def metered() -> Iterator[list[Counted]]:
+    """Inside, every launch in the interpreter is counted."""
+    from fastadapt_kernels import configs
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    launches: list[Counted] = []
+    watches: list[_Watch] = []
+    launch, load, store = configs.launch, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def add(pointers: Any, mask: Any, *, is_store: bool) -> None:
+        addresses = np.atleast_1d(pointers.data)[np.atleast_1d(mask.data)].astype(np.int64)
+        # One access may choose among several operands, lane by lane.
+        for watch in watches:
+            inside = (addresses >= watch.start) & (addresses < watch.end)
+            if inside.any():
+                watch.add(addresses[inside], store=is_store)
+
+    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        add(pointers, mask, is_store=False)
+        return load(self, pointers, mask, *rest)
+
+    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        add(pointers, mask, is_store=True)
+        return store(self, pointers, value, mask, *rest)
+
+    def counted_launch(kernel: Any, grid: Any, arguments: Mapping[str, Any], config: Any) -> None:
+        operands = {}
+        for name, tensor in tensors_of(arguments):
+            operands[name] = Count(tensor.numel() * tensor.itemsize)
+            watches.append(_Watch(operands[name], tensor))
+        launches.append(Counted(kernel.fn.__name__, operands))
+        try:
+            launch(kernel, grid, arguments, config)
+        finally:
+            for watch in watches:
+                watch.close()
+            watches.clear()
+
+    with (
+        mock.patch.object(configs, "launch", counted_launch),
+        mock.patch.object(InterpreterBuilder, "create_masked_load", counted_load),
+        mock.patch.object(InterpreterBuilder, "create_masked_store", counted_store),
+    ):
+        yield launches
+
+
+@contextmanager
+def recorded(shared_memory: int) -> Iterator[list[Any]]:
+    """Inside, launches on meta tensors choose the tiles of a GPU with this shared memory, and are recorded."""
+    import triton
+    from fastadapt_kernels import configs
+
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = False
+        with configs.recorded_launches(shared_memory) as launches:
+            yield launches
+
+
+class Passes(NamedTuple):
+    """Where each phase of a layer or group begins in the list of launches, and what its tensors are."""
+
+    phases: list[tuple[str, int]]
+    roles: dict[int, str]
+    kept: list[Tensor]
+
+
+def run_passes(w: Workload, device: str, launches: list[Any]) -> Passes:
+    """Call the launchers for one forward and one backward pass; each call adds to `launches`."""
+    from fastadapt_kernels.adapter_linear import Member, adapter_linear, adapter_linear_backward
+    from fastadapt_kernels.weight_norm import weight_norm
+
+    roles: dict[int, str] = {}
+    kept: list[Tensor] = []
+
+    def known(role: str, *tensors: Tensor | None) -> None:
+        for tensor in tensors:
+            if tensor is not None:
+                roles.setdefault(storage(tensor), role)
+                kept.append(tensor)
+
+    def new(role: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        tensor = torch.zeros(shape, dtype=dtype, device=device)
+        known(role, tensor)
+        return tensor
+
+    half = getattr(torch, w.dtype)
+    x = new("x", w.M, w.K, dtype=half)
+    dys = [new("dy", w.M, n, dtype=half) for n in w.outputs]
+    seed = new("seed", 1, dtype=torch.int64) if w.dropout else None
+    shared = new("A", w.ranks[0], w.K) if w.shared_A else None
+    vera = not w.trains_A
+    members = [
+        Member(
+            weight=new("weight", n, w.K, dtype=half),
+            A=new("A", r, w.K) if shared is None else shared,
+            B=new("B", n, r),
+            mid_scale=new("vector", r) if vera else None,
+            out_scale=new("vector", n) if vera or w.base_scale else None,
+            scaling=1.0,
+            base_scale=new("vector", n) if w.base_scale else None,
+            bias=None,
+            dropout_on_base=w.dropout_on_base,
+        )
+        for n, r in zip(w.outputs, w.ranks, strict=True)
+    ]
+    phases = [("norm", len(launches))]
+    if w.base_scale:
+        for member in members:
+            squares = new("vector", member.weight.shape[0])
+            known("norm", *weight_norm(member.weight, member.A, member.B, member.scaling, squares))
+    phases.append(("forward", len(launches)))
+    drop: dict[str, Any] = {"seed": seed, "p": _DROPOUT if w.dropout else 0.0, "shared_A": w.shared_A}
+    ys, u, zs = adapter_linear(x, members, keep_base=w.trains_base, **drop)
+    known("y", *ys)
+    known("u", u)
+    known("z", *zs)
+    phases.append(("backward", len(launches)))
+    grads = adapter_linear_backward(dys, members, x=x if w.trains_A else None, u=u, zs=zs, **drop)
+    known("dx", grads.dx)
+    known("gradient", *(grads.dA or ()), *(grads.P or ()), *grads.dbase)
+    return Passes(phases, roles, kept)
+
+
+class Touched(NamedTuple):
+    """One operand of one launch at the full shape, in bytes."""
+
+    phase: str
+    kernel: str
+    operand: str
+    role: str
+    shape: tuple[int, ...]
+    read: float
+    written: float
+
+
+# Kernel -> for each of its launches in turn: operand -> the parts of it that are read and written.
+Parts = dict[str, list[dict[str, tuple[float, float]]]]
+
+
+def counted_parts(case: TrafficCase) -> Parts:
+    """The part of each operand that each kernel reads and writes: counted at two shapes, the same at both."""
+    found: list[Parts] = []
+    for tokens, K, width in _SMALL:
+        w = case.workload(tokens)
+        w = w._replace(K=K, outputs=tuple(n // min(w.outputs) * width for n in w.outputs))
+        with metered() as launches:
+            run_passes(w, "cpu", launches)
+        parts: Parts = {}
+        for launch in launches:
+            touched = {name: (c.first_read / c.size, c.first_written / c.size) for name, c in launch.operands.items()}
+            parts.setdefault(launch.kernel, []).append(touched)
+        found.append(parts)
+    first, second = found
+    if first != second:
+        raise RuntimeError(f"the parts that the launches touch depend on the shape:\n{first}\n{second}")
+    return first
+
+
+def gemm_of(launch: Any) -> l2.Gemm | None:
+    """The product that a recorded launch computes, or None where its large operands stream by once."""
+    a, config = launch.arguments, launch.config
+    tiles = {"block_m": config.get("BLOCK_M"), "block_n": config.get("BLOCK_N"), "group_m": config.get("GROUP_M")}
+    name = launch.kernel.fn.__name__
+    if name == "_adapter_linear_kernel":
+        return l2.Gemm(a["M"], a["Ns"], a["K"], **tiles, outputs=1 if a["zs"] is None else 2)
+    if name == "_adapter_linear_dx_kernel":
+        return l2.Gemm(a["M"], (a["K"],), sum(a["Ns"]), **tiles)
+    return None
+
+
+class Traffic(NamedTuple):
+    """What a case moves at the full shape."""
+
+    touched: list[Touched]
+    launches: dict[str, int]
+    gemms: list[l2.Gemm]
+
+
+def measure(case: TrafficCase, tokens: int, shared_memory: int) -> Traffic:
+    """The traffic of one group: parts from the interpreter, sizes from the launches of the full shape."""
+    parts = counted_parts(case)
+    with recorded(shared_memory) as launches:
+        passes = run_passes(case.workload(tokens), "meta", launches)
+    turns = {kernel: iter(launched) for kernel, launched in parts.items()}
+    touched, counts = [], {name: 0 for name, _ in passes.phases}
+    for index, launch in enumerate(launches):
+        kernel = launch.kernel.fn.__name__
+        # The small shapes may add up partial sums that the full one does not have, but miss none of its launches.
+        part = next(turns[kernel])
+        phase = next(name for name, start in reversed(passes.phases) if index >= start)
+        counts[phase] += 1
+        for name, tensor in tensors_of(launch.arguments):
+            size = tensor.numel() * tensor.itemsize
+            read, written = part[name]
+            role = passes.roles.get(storage(tensor), "scratch")
+            touched.append(Touched(phase, kernel, name, role, tuple(tensor.shape), read * size, written * size))
+    return Traffic(touched, counts, [gemm for gemm in map(gemm_of, launches) if gemm is not None])
+
+
+def minimum_bytes(w: Workload) -> float:
+    """Every tensor once a pass: what no design can avoid."""
+    split = works("split", w)
+    # The target's launches, less what two of them share: x in the forward pass, dy and z's neighbours in the backward.
+    return sum(work.bytes for work in split) - 2 * w.M * (w.K + sum(w.outputs))
+
+
+def row_of(name: str, case: TrafficCase, tokens: int, device: str) -> tuple[report.Row, list[Touched]]:
+    """The row of a case, and its operands."""
+    alone = [case._replace(outputs=(n,)) for n in case.outputs] if case.separate else [case]
+    groups = [measure(group, tokens, SHARED_MEMORY[device]) for group in alone]
+    # Autograd adds the dx of layers by themselves pair by pair.
+    sums = len(groups) - 1
+    touched = [operand for group in groups for operand in group.touched]
+    w = case.workload(tokens)
+
+    def mib(*, scratch: bool, phase: str = "") -> float:
+        chosen = (o for o in touched if (o.role == "scratch") is scratch and phase in ("", o.phase))
+        return sum(o.read + o.written for o in chosen) / MIB
+
+    gemms = [gemm for group in groups for gemm in group.gemms]
+    known = DEVICES[device]
+    row_major = [gemm._replace(group_m=1) for gemm in gemms]
+    large = sorted({o.role for o in touched if tokens in o.shape and {w.K, *w.outputs} & set(o.shape)})
+    row = {
+        "case": name,
+        "mib": mib(scratch=False) + sums * 3 * 2 * tokens * case.K / MIB,
+        "minimum_mib": minimum_bytes(w) / MIB,
+        "split_target_mib": sum(work.bytes for work in works("split", w)) / MIB,
+        "norm_mib": mib(scratch=False, phase="norm"),
+        "partials_mib": mib(scratch=True),
+        "reread_mib": sum(l2.reread_bytes(gemm, known) for gemm in gemms) / MIB,
+        "reread_row_major_mib": sum(l2.reread_bytes(gemm, known) for gemm in row_major) / MIB,
+        "launches_norm": sum(group.launches["norm"] for group in groups),
+        "launches_forward": sum(group.launches["forward"] for group in groups),
+        "launches_backward": sum(group.launches["backward"] for group in groups) + sums,
+        "large_tensors": " ".join(large),
+        "device": device,
+        "M": tokens,
+        "K": case.K,
+        "outputs": " ".join(map(str, case.outputs)),
+        "r": w.ranks[0],
+    }
+    return row | {f"{peer}_mib": moved_mib(passes(w)) for peer, passes in PEERS.items()}, touched
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+    cases: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(CASES)}; all by default.")] = "",
+    tokens: Annotated[int, typer.Option(help="M.")] = 8192,
+    device: Annotated[str, typer.Option(help=f"Whose L2 and tiles: {', '.join(SHARED_MEMORY)}.")] = "H100-SXM",
+    operands: Annotated[bool, typer.Option("--operands", help="A table of every operand as well.")] = False,
+) -> None:
+    """Bytes that the kernels move, counted in the interpreter, beside the minimum and the models of other libraries."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton decides when it is imported.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "TRITON_INTERPRET": "1"})
+    if device not in SHARED_MEMORY:
+        raise ValueError(f"unknown device {device!r}: choose from {', '.join(SHARED_MEMORY)}")
+    names = [name.strip() for name in cases.split(",") if name.strip()] or list(CASES)
+    rows = []
+    for name in names:
+        row, touched = row_of(name, CASES[name], tokens, device)
+        rows.append(row)
+        if operands:
+            report.print_table(name, [operand_row(operand) for operand in touched], _OPERAND_COLUMNS)
+    report.print_table(f"Device memory, MiB, M {tokens}, 16 bit, tiles and L2 of {device}", rows, _COLUMNS)
+    if json_file is not None:
+        write_json(json_file, "traffic", rows)
+
+
+def operand_row(operand: Touched) -> report.Row:
+    """An operand's row of the table."""
+    return {
+        "phase": operand.phase,
+        "kernel": operand.kernel.removeprefix("_").removesuffix("_kernel"),
+        "operand": operand.operand,
+        "role": operand.role,
+        "shape": " x ".join(map(str, operand.shape)),
+        "read": operand.read / MIB,
+        "written": operand.written / MIB,
+    }
+
+
+_OPERAND_COLUMNS = {key: key for key in ("phase", "kernel", "operand", "role", "shape", "read", "written")}
+_COLUMNS = {
+    "case": "case",
+    "mib": "moved",
+    "minimum_mib": "least",
+    "split_target_mib": "target",
+    "partials_mib": "partials",
+    "reread_mib": "re-read",
+    "reread_row_major_mib": "row-major",
+    "launches_forward": "fwd",
+    "launches_backward": "bwd",
+    "lorafusion_mib": "LoRAFusion",
+    "axolotl_mib": "Axolotl",
+    "unsloth_mib": "Unsloth",
+    "peft_bf16_mib": "PEFT bf16",
+    "peft_mib": "PEFT",
+}

@@ -1,0 +1,405 @@
+"""What each strategy of `adapter_linear` costs: FLOPs, bytes and launches of every phase, and the time they predict.
+
+The model is a roofline a launch: max(FLOPs / rate, bytes / bandwidth) + overhead. Bytes are compulsory: every operand
+of a launch moves once. It knows nothing of a particular GPU beyond the few numbers of `Device`, so it ranks strategies
+where nothing was measured and gives way to a measurement where one was taken.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+# The widest output tile of the kernels: inside the GEMM, u is computed anew for each tile of columns.
+_BLOCK_N = 128
+
+# Up to here a layer is bound by its weight and by its launches: shrinking inside the GEMM saves a launch and adds
+# nothing that shows. Above, it spills on some GPUs and was measured at 0.24-0.87x by a peer: not without a measurement.
+_DECODE_TOKENS = 64
+
+# Up to here a library GEMM splits K or streams where a fixed tile leaves multiprocessors idle in its last wave.
+FEW_TOKENS = 2048
+_FEW_TOKENS_EFFICIENCY = 0.9
+
+# Share of the frozen pass above which a recomposed weight is kept for the backward instead of remade there: remaking
+# costs 2·K·N·r FLOPs against 4·M·K·N, so r / (2 M).
+_KEEP_RECOMPOSED_ABOVE = 0.1
+
+# What moving one fp32 element costs in halved FLOPs where memory is the limit: a CPU core does 112 GFLOP/s in products
+# and moves 20 GB/s (bench/step.py).
+_FLOPS_PER_ELEMENT = 12
+
+
+class Device(NamedTuple):
+    """What the model knows of a device.
+
+    matmul: dense FLOP/s by dtype, without sparsity; bandwidth in bytes/s and l2 in bytes as published.
+    launch: seconds between two dependent kernels of a stream that is never starved by its host.
+    attainable_matmul, attainable_bandwidth: what a good library reaches of the two.
+    triton: a Triton GEMM's rate relative to the library's.
+    """
+
+    name: str
+    matmul: Mapping[str, float]
+    bandwidth: float
+    l2: int
+    multiprocessors: int
+    launch: float
+    attainable_matmul: float
+    attainable_bandwidth: float
+    triton: float
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+def _rates(half: float, single: float, double: float) -> dict[str, float]:
+    return {"bfloat16": half, "float16": half, "float32": single, "float64": double}
+
+
+# Rates, bandwidths and cache sizes are the vendors'. The attainable shares are round numbers of what libraries are
+# commonly seen to reach, and `triton` is an assumption, which a measurement on the device should replace: see
+# bench/results/PREDICTIONS.md for the value at which the choice turns.
+DEVICES = {
+    device.name: device
+    for device in (
+        # NVIDIA A100 80GB SXM data sheet (312 TFLOP/s bf16, 2,039 GB/s); A100 whitepaper (40 MB L2, 108 SMs).
+        Device("A100-SXM4-80GB", _rates(312e12, 19.5e12, 19.5e12), 2.039e12, 40 << 20, 108, 3e-6, 0.80, 0.90, 0.93),
+        # NVIDIA H100 SXM data sheet (989 TFLOP/s bf16, 3.35 TB/s); H100 whitepaper (50 MB L2, 132 SMs).
+        Device("H100-SXM", _rates(989e12, 67e12, 67e12), 3.35e12, 50 << 20, 132, 3e-6, 0.65, 0.90, 0.90),
+        # NVIDIA HGX B200 data sheet, by GPU (2.25 PFLOP/s bf16 dense, 8 TB/s); 148 SMs, L2 of 126 MB as CUDA reports.
+        Device("B200", _rates(2250e12, 75e12, 37e12), 8.0e12, 126 << 20, 148, 3e-6, 0.65, 0.90, 0.80),
+        # AMD MI300X data sheet (1,307 TFLOP/s bf16, 5.3 TB/s, 304 CUs); "l2" is the 256 MB Infinity Cache before HBM.
+        Device("MI300X", _rates(1307e12, 163e12, 163e12), 5.3e12, 256 << 20, 304, 5e-6, 0.50, 0.80, 0.85),
+        # A server CPU of eight AVX-512 cores, 2 x 16 fp32 FMA lanes at 2.5 GHz, and four DDR4-3200 channels; one socket
+        # differs from the next by more than the strategies do, but they all run on the same one. There is no Triton.
+        Device("CPU", _rates(1.3e12, 1.3e12, 0.64e12), 0.1e12, 32 << 20, 8, 2e-6, 0.70, 0.70, 0.10),
+    )
+}
+
+# Dense bf16 FLOPs a multiprocessor and clock, by CUDA capability, and the device whose shares an unknown GPU borrows.
+_HALF_FLOPS = {
+    (8, 0): (2048, "A100-SXM4-80GB"),
+    (8, 6): (1024, "A100-SXM4-80GB"),
+    (8, 9): (1024, "A100-SXM4-80GB"),
+    (9, 0): (4096, "H100-SXM"),
+    (10, 0): (8192, "B200"),
+    (10, 3): (8192, "B200"),
+    (12, 0): (1024, "A100-SXM4-80GB"),
+}
+_BORROWED = "MI300X" if torch.version.hip else "A100-SXM4-80GB"
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """What the model knows of a torch device; a GPU that it does not know gets an estimate from its properties."""
+    if device.type != "cuda":
+        return DEVICES["CPU"]
+    return device_from(torch.cuda.get_device_properties(device))
+
+
+def device_from(properties: Any) -> Device:
+    """The device with these properties (torch.cuda.get_device_properties): a known one, or an estimate."""
+    name = str(properties.name).upper()
+    for key in ("A100", "H100", "B200", "MI300X"):
+        if key in name and "PCIE" not in name and "MIG" not in name:
+            return next(device for known, device in DEVICES.items() if known.startswith(key))
+    flops, like = _HALF_FLOPS.get((properties.major, properties.minor), (0, _BORROWED))
+    known = DEVICES[like]
+    count = properties.multi_processor_count
+    # Properties that this torch or driver does not report are taken by multiprocessor from the device that lends.
+    clock = 1e3 * getattr(properties, "clock_rate", 0)
+    half = float(flops * count * clock) or known.matmul["bfloat16"] * count / known.multiprocessors
+    bus = getattr(properties, "memory_bus_width", 0) / 8 * 2e3 * getattr(properties, "memory_clock_rate", 0)
+    return known._replace(
+        name=str(properties.name),
+        matmul={dtype: rate * half / known.matmul["bfloat16"] for dtype, rate in known.matmul.items()},
+        bandwidth=bus or known.bandwidth * count / known.multiprocessors,
+        l2=getattr(properties, "L2_cache_size", 0) or known.l2,
+        multiprocessors=count,
+    )
+
+
+class Workload(NamedTuple):
+    """A group of adapted linear layers that read the same x: a layer by itself is a group of one.
+
+    M tokens; K in features; outputs and ranks: N and r of each member; dtype of x and the weights. The adapters' own
+    tensors are fp32. shared_A: all members have the same A, and u is computed once (VeRA).
+    base_scale: g; trains_base: g trains, so that z is kept. trains_A: dA, and x is kept. trains_up: P = dyᵀu for B, d
+    or h, and u is kept. dropout is active; with dropout_on_base it also hits what g adds to the base path.
+    backward: whether one follows, and what it must give.
+    """
+
+    M: int
+    K: int
+    outputs: tuple[int, ...]
+    ranks: tuple[int, ...]
+    dtype: str = "bfloat16"
+    shared_A: bool = False
+    base_scale: bool = False
+    trains_base: bool = False
+    trains_A: bool = True
+    trains_up: bool = True
+    dropout: bool = False
+    dropout_on_base: bool = False
+    backward: bool = True
+    wants_dx: bool = True
+
+    @property
+    def two_products(self) -> bool:
+        """Whether the base path takes both x and x̃."""
+        return self.dropout and self.dropout_on_base and self.base_scale
+
+
+class Work(NamedTuple):
+    """One launch, or several alike: FLOPs, bytes moved to and from memory, launches; a Triton GEMM or the library's."""
+
+    phase: str
+    flops: float
+    bytes: float
+    launches: int = 1
+    dtype: str = "bfloat16"
+    triton: bool = False
+    few_tokens: bool = False
+
+
+def predicted_seconds(works: Iterable[Work], device: Device) -> float:
+    """The time of these works one after the other: for each max(FLOPs / rate, bytes / bandwidth), plus its launches."""
+    bandwidth = device.bandwidth * device.attainable_bandwidth
+    seconds = 0.0
+    for work in works:
+        rate = device.matmul[work.dtype] * device.attainable_matmul
+        if work.triton:
+            rate *= device.triton * (_FEW_TOKENS_EFFICIENCY if work.few_tokens else 1.0)
+        seconds += max(work.flops / rate, work.bytes / bandwidth) + work.launches * device.launch
+    return seconds
+
+
+def break_even(K: int, device: Device, dtype: str = "bfloat16") -> float:
+    """The efficiency, relative to the library's, that pays for a GEMM which saves one reading and writing of y.
+
+    base + addmm_ takes 2·M·N·K / rate + 2·M·N·itemsize / bandwidth where the kernel takes 2·M·N·K / (e · rate), so
+    e = 1 / (1 + itemsize · rate / (K · bandwidth)): 0.71, 0.91 and 0.97 on an H100 at K = 1024, 4096 and 14336.
+    """
+    rate = device.matmul[dtype] * device.attainable_matmul
+    return 1.0 / (1.0 + ITEMSIZE[dtype] * rate / (K * device.bandwidth * device.attainable_bandwidth))
+
+
+class _Sizes:
+    """Elements and bytes of a workload's tensors."""
+
+    def __init__(self, w: Workload) -> None:
+        size = ITEMSIZE[w.dtype]
+        self.N = sum(w.outputs)
+        self.R = sum(w.ranks)
+        # Columns of u: one member's where all share it.
+        self.u_ranks = w.ranks[0] if w.shared_A else self.R
+        self.up = sum(n * r for n, r in zip(w.outputs, w.ranks, strict=True))  # elements of all B
+        self.x = size * w.M * w.K
+        self.y = size * w.M * self.N
+        self.weight = size * self.N * w.K
+        self.u = size * w.M * self.u_ranks
+        self.q = size * w.M * self.R
+        self.A = 4 * self.u_ranks * w.K
+        self.dA = 4 * self.R * w.K
+        self.B = 4 * self.up
+        self.mask = w.M * w.K
+        self.base = 2 * w.M * w.K * self.N  # FLOPs of the base product
+        self.expand = 2 * w.M * self.up  # of u Bᵀ, of q and of P
+        self.shrink = 2 * w.M * w.K * self.u_ranks  # of u
+        self.down = 2 * w.M * w.K * self.R  # of dA and of q A
+
+
+def forward_works(strategy: str, w: Workload) -> list[Work]:
+    """The launches of the forward pass under a strategy."""
+    return _FORWARD[strategy](w, _Sizes(w))
+
+
+def backward_works(strategy: str, w: Workload) -> list[Work]:
+    """The launches of the backward pass under a strategy."""
+    return _BACKWARD[strategy](w, _Sizes(w)) if w.backward else []
+
+
+def works(strategy: str, w: Workload) -> list[Work]:
+    """The launches of the forward and, where one follows, of the backward pass under a strategy."""
+    return forward_works(strategy, w) + backward_works(strategy, w)
+
+
+def _triton(w: Workload, phase: str, flops: float, moved: float) -> Work:
+    return Work(phase, flops, moved, 1, w.dtype, True, w.M <= FEW_TOKENS)
+
+
+def _library(w: Workload, phase: str, flops: float, moved: float, launches: int = 1) -> Work:
+    return Work(phase, flops, moved, launches, w.dtype)
+
+
+def _split_forward(w: Workload, s: _Sizes) -> list[Work]:
+    z = s.y if w.trains_base and w.backward else 0
+    products = (2 if w.two_products else 1) * s.base + s.expand
+    return [
+        _triton(w, "shrink", s.shrink, s.x + s.A + s.u),
+        _triton(w, "linear", products, s.x + s.weight + s.u + s.B + s.y + z),
+    ]
+
+
+def _fused_forward(w: Workload, s: _Sizes) -> list[Work]:
+    _, linear = _split_forward(w, s)
+    # Each tile of columns needs its own member's part of u; the weight tile beside it is read anyway.
+    again = sum(2 * w.M * w.K * r * -(-n // _BLOCK_N) for n, r in zip(w.outputs, w.ranks, strict=True))
+    return [_triton(w, "linear", linear.flops + again, linear.bytes + s.A)]
+
+
+def _split_backward(w: Workload, s: _Sizes) -> list[Work]:
+    wants_q = w.wants_dx or w.trains_A
+    sums = [
+        (s.expand, s.B + s.q, wants_q),
+        (s.expand, s.B + s.u, w.trains_up),
+        (0, s.y, w.trains_base),
+    ]
+    found = []
+    if any(wanted for *_, wanted in sums):
+        flops = sum(flops for flops, _, wanted in sums if wanted)
+        found.append(_triton(w, "dy", flops, s.y + sum(moved for _, moved, wanted in sums if wanted)))
+    if w.wants_dx:
+        products = (2 if w.two_products else 1) * s.base + s.down
+        found.append(_triton(w, "dx", products, s.y + s.weight + s.q + s.A + s.x))
+    if w.trains_A:
+        found.append(_triton(w, "dA", s.down, s.x + s.q + s.dA))
+    return found
+
+
+def _library_forward(w: Workload, s: _Sizes) -> list[Work]:
+    members = len(w.outputs)
+    found = []
+    if w.dropout:
+        found.append(_library(w, "dropout", 0, 2 * s.x + s.mask, 2))
+    found.append(_library(w, "shrink", s.shrink, s.x + s.A + s.u))
+    found.append(_library(w, "base", s.base, members * s.x + s.weight + s.y, members))
+    if w.two_products:
+        found.append(_library(w, "base of dropped x", s.base, members * s.x + s.weight + s.y, members))
+        found.append(_library(w, "scale", 0, 3 * s.y, members))
+    elif w.base_scale:
+        found.append(_library(w, "scale", 0, 2 * s.y, members))
+    found.append(_library(w, "expand", s.expand, members * s.u + s.B + 2 * s.y, members))
+    return found
+
+
+def _library_backward(w: Workload, s: _Sizes) -> list[Work]:
+    members = len(w.outputs)
+    found = []
+    if w.wants_dx or w.trains_A:
+        found.append(_library(w, "q", s.expand, s.y + s.B + s.q, members))
+    if w.trains_up:
+        found.append(_library(w, "P", s.expand, s.y + members * s.u + s.B, members))
+    if w.trains_base:
+        found.append(_library(w, "dg", 0, 2 * s.y, members))
+    if w.trains_A:
+        if w.dropout:
+            found.append(_library(w, "dropout", 0, 2 * s.x + s.mask))
+        found.append(_library(w, "dA", s.down, s.x + s.q + s.dA))
+    if w.wants_dx:
+        if w.base_scale:
+            found.append(_library(w, "scaled dy", 0, 2 * s.y, members))
+        products = 2 if w.two_products else 1
+        for _ in range(products):
+            # Every product after a group's first adds to what is there.
+            moved = s.y + s.weight + (2 * members - 1) * s.x
+            found.append(_library(w, "dx", s.base, moved, members))
+        if w.dropout:
+            found.append(_library(w, "masked dx", s.down, s.q + s.A + (1 + 2 + 3) * s.x + s.mask, 3))
+        else:
+            found.append(_library(w, "low-rank dx", s.down, s.q + s.A + 2 * s.x))
+    return found
+
+
+def _recompose_forward(w: Workload, s: _Sizes) -> list[Work]:
+    members = len(w.outputs)
+    found = [_library(w, "recompose", 2 * w.K * s.up, 2 * s.weight + s.B + s.A, 2 * members)]
+    if w.backward and w.trains_up:
+        found.append(_library(w, "shrink", s.shrink, s.x + s.A + s.u))
+    found.append(_library(w, "linear", s.base, members * s.x + s.weight + s.y, members))
+    return found
+
+
+def _recompose_backward(w: Workload, s: _Sizes) -> list[Work]:
+    members = len(w.outputs)
+    found = []
+    if w.trains_up:
+        found.append(_library(w, "P", s.expand, s.y + members * s.u + s.B, members))
+    if w.wants_dx:
+        if not keeps_recomposed(w):
+            found.append(_library(w, "recompose", 2 * w.K * s.up, 2 * s.weight + s.B + s.A, 2 * members))
+        found.append(_library(w, "dx", s.base, s.y + s.weight + (2 * members - 1) * s.x, members))
+    return found
+
+
+_FORWARD = {
+    "split": _split_forward,
+    "fused": _fused_forward,
+    "library": _library_forward,
+    "recompose": _recompose_forward,
+}
+_BACKWARD = {
+    "split": _split_backward,
+    "fused": _split_backward,
+    "library": _library_backward,
+    "recompose": _recompose_backward,
+}
+
+
+def cannot_recompose(w: Workload) -> str | None:
+    """Why W' = W0 + diag(h) B diag(d) A cannot take the place of the two paths, or None where it can."""
+    if w.dtype not in ("float32", "float64"):
+        return f"in {w.dtype} a recomposed weight would round away deltas below its half-ulp"
+    if w.dropout:
+        return "under dropout the low-rank path does not read x itself"
+    if w.trains_base:
+        return "the gradient of base_scale needs the base product by itself"
+    return None
+
+
+def keeps_recomposed(w: Workload) -> bool:
+    """Whether W' is held until the backward, where remaking it would add more than a tenth of the frozen pass."""
+    return w.backward and w.wants_dx and max(w.ranks) > 2 * w.M * _KEEP_RECOMPOSED_ABOVE
+
+
+def recomposing_saves(w: Workload) -> bool:
+    """Whether making W' costs less than the products that it spares.
+
+    Halved FLOPs: it spares M·N·r (expand) and, in the backward, M·K·r (q A) and, where A does not train, M·N·r (q);
+    W' takes K·N·r, twice where the backward makes it again. u and P are needed either way; without a backward it
+    spares u, M·K·r, as well. Passes over memory that no product hides count with them, which decides at a low rank:
+    y or dx written once more, or W0 read and W' written.
+    """
+    if cannot_recompose(w) is not None or not any(w.ranks):
+        return False
+    s = _Sizes(w)
+    spared = w.M * s.up + _FLOPS_PER_ELEMENT * w.M * s.N
+    if w.backward and w.wants_dx:
+        spared += w.M * (w.K * s.R + (0 if w.trains_A else s.up)) + _FLOPS_PER_ELEMENT * w.M * w.K
+    elif not w.backward:
+        spared += w.M * w.K * s.u_ranks
+    times = 2 if w.backward and w.wants_dx and not keeps_recomposed(w) else 1
+    return spared > times * (w.K * s.up + 2 * _FLOPS_PER_ELEMENT * w.K * s.N)
+
+
+def cheapest(strategies: Iterable[str], w: Workload, device: Device) -> str:
+    """The strategy of those given that the model expects to be fastest; ValueError where none of them can run.
+
+    What no roofline says is a rule: "fused" only for decoding (M <= 64), "recompose" exactly where `recomposing_saves`.
+    Large K, few tokens and a pass without a backward favour the library by the numbers.
+    """
+    names = list(strategies)
+    if "recompose" in names and recomposing_saves(w):
+        return "recompose"
+    candidates = [name for name in names if name != "recompose" and (name != "fused" or w.M <= _DECODE_TOKENS)]
+    if not candidates:
+        raise ValueError(f"no strategy of {', '.join(names) or 'none'} can be chosen for {w}")
+    if len(candidates) == 1:
+        return candidates[0]
+    return min(candidates, key=lambda name: predicted_seconds(works(name, w), device))

@@ -1,0 +1,129 @@
+"""Layers that read the same x run together: q, k and v; gate and up."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .functional import adapter_linear_group, compute_dtype
+from .versions import optimizer_steps
+
+if TYPE_CHECKING:
+    from .layers import AdapterLinear
+
+# After so many rounds in which a layer did not come for its output, the guess that the layers share x was wrong.
+_MISSES = 2
+
+
+class _Round:
+    """The outputs of a group for one x that its layers have not fetched yet, and what they depend on."""
+
+    def __init__(self, x: Tensor, outputs: dict[int, tuple[Tensor, tuple[Any, ...]]], group: ProjectionGroup) -> None:
+        # Outputs live as long as x does: a layer that never comes does not keep them.
+        self.x = weakref.ref(x, lambda _: group.drop(self))
+        self.circumstances = _circumstances(x)
+        self.outputs = outputs
+
+    def serves(self, x: Tensor) -> bool:
+        return self.x() is x and self.circumstances == _circumstances(x)
+
+
+class ProjectionGroup:
+    """Linear layers that are expected to read the same x, run as one when the first of them is called.
+
+    That one computes the outputs of all (`adapter_linear_group`); the others find theirs when they are called with the
+    very same tensor, unwritten since, in the same grad and autocast mode and with the same parameters. Otherwise a
+    layer runs by itself, and after two rounds with outputs that nobody fetched so does every layer from then on.
+    Layers without an active adapter, merged, in another mode, of another dtype or on another device stay out. Under
+    dropout the layers of a group share one mask.
+    """
+
+    def __init__(self, layers: Sequence[AdapterLinear]) -> None:
+        self.layers = list(layers)
+        self._round: _Round | None = None
+        self._misses = 0
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles start empty
+        return {"layers": self.layers, "_round": None, "_misses": 0}
+
+    def output(self, layer: AdapterLinear, x: Tensor) -> Tensor | None:
+        """y of `layer` for x, or None where it has to run by itself."""
+        if self._misses >= _MISSES or torch.compiler.is_compiling() or x.is_inference():
+            return None
+        current = self._round
+        if current is not None:
+            if current.serves(x):
+                y, state = current.outputs.pop(id(layer), (None, None))
+                if not current.outputs:
+                    self._round = None
+                if y is not None and state == _state(layer):
+                    return y
+            else:
+                self.drop(current)
+        return self._lead(layer, x) if self._misses < _MISSES else None
+
+    def drop(self, old: _Round) -> None:
+        """Forgets a round; outputs that were not fetched count as a miss.
+
+        Not in a backward pass: there a checkpointed forward runs again, and stops as soon as it has what it needs.
+        """
+        if old is self._round:
+            self._round = None
+            if torch._C._current_graph_task_id() == -1:
+                self._misses += 1
+
+    def _lead(self, layer: AdapterLinear, x: Tensor) -> Tensor | None:
+        adapter = layer.active_adapter
+        members = [other for other in self.layers if other is layer or _joins(other, layer, x)]
+        if adapter is None or len(members) < 2 or not any(member is layer for member in members):
+            return None
+        weights = [member.weight_matrix for member in members]
+        forms = [member.form() for member in members]
+        ys = adapter_linear_group(
+            x,
+            weights,
+            forms,
+            dropout=adapter.dropout,
+            training=layer.training,
+            backend=layer.backend,
+            strategy=layer.strategy,
+        )
+        outputs = {id(member): (y, _state(member)) for member, y in zip(members, ys, strict=True)}
+        y, _ = outputs.pop(id(layer))
+        self._round = _Round(x, outputs, self)
+        return y
+
+
+def _joins(other: AdapterLinear, leader: AdapterLinear, x: Tensor) -> bool:
+    """Whether a layer can run together with the one that was called."""
+    adapter, first = other.active_adapter, leader.active_adapter
+    if adapter is None or first is None or other.merged or adapter.dropout != first.dropout:
+        return False
+    weight, own = other.weight_matrix, leader.weight_matrix
+    return (
+        # A sharded or offloaded weight is not what it seems to be until its own layer is called.
+        type(weight) is type(own)
+        and weight.dim() == 2
+        and weight.shape[1] == x.shape[-1]
+        and weight.dtype == own.dtype
+        and weight.device == x.device
+        and not weight.requires_grad
+        and (other.training, other.backend, other.strategy) == (leader.training, leader.backend, leader.strategy)
+    )
+
+
+def _circumstances(x: Tensor) -> tuple[Any, ...]:
+    return x._version, torch.is_grad_enabled(), compute_dtype(x), optimizer_steps()
+
+
+def _state(layer: AdapterLinear) -> tuple[Any, ...]:
+    """What a layer's output depends on beside x."""
+    adapter = layer.active_adapter
+    weight = layer.base_layer.weight
+    parameters = () if adapter is None else adapter._parameters.values()
+    versions = [0 if p is None or p.is_inference() else p._version for p in (weight, *parameters)]
+    return id(adapter), id(weight), layer.merged, layer.training, versions

@@ -1,0 +1,105 @@
+"""Which implementation runs an adapter form: the backends, the strategies on them, and the choice among these.
+
+split       Triton: u = x̃ Aᵀ, then one GEMM that adds the low-rank product, scales and bias to its accumulator
+fused       Triton: u computed inside that GEMM, one launch
+library     PyTorch's GEMM, the low-rank product added with addmm_
+recompose   W0 + diag(h) B diag(d) A made once, then PyTorch's GEMM: where that takes fewer FLOPs; fp32 and fp64
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from . import cost
+from .cost import Workload
+from .ops import STRATEGIES
+
+# The kernels' own limit (fastadapt_kernels.configs), which is not imported where there is no Triton.
+_MOST_FUSED_RANKS = 64
+
+BACKENDS = ("auto", "triton", "eager", "reference")
+
+# Finding out does not import it.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for a name that is no backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def check_strategy(strategy: str, backend: str) -> None:
+    """Raises ValueError for a name that is no strategy, or one that does not run on this backend."""
+    if strategy in ("auto", "tune"):
+        return
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of auto, tune, {', '.join(STRATEGIES)}, got {strategy!r}")
+    if backend not in ("auto", STRATEGIES[strategy]):
+        raise ValueError(
+            f'strategy "{strategy}" runs on backend "{STRATEGIES[strategy]}", got backend={backend!r}: leave one of '
+            'them "auto"'
+        )
+
+
+def resolve_backend(backend: str, *tensors: Tensor) -> str:
+    """The backend that these tensors run on: "triton", "eager" or "reference".
+
+    "auto" takes Triton for 16- and 32-bit tensors on a GPU that it supports, else eager. An explicit choice is never
+    replaced: where it cannot run it raises ValueError (unknown name, no Triton, tensors not on a GPU) or TypeError
+    (a dtype without a kernel). Under TRITON_INTERPRET=1 an explicit "triton" takes CPU tensors too.
+    """
+    kind = tensors[0].device.type
+    if backend == "auto":
+        on_gpu = kind == "cuda" and HAS_TRITON and all(t.dtype != torch.float64 for t in tensors)
+        return "triton" if on_gpu else "eager"
+    check_backend(backend)
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ValueError('backend "triton" needs the package triton: pip install "fastadapt[triton]"')
+        if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f'backend "triton" needs tensors on a GPU, got {kind}: move them, take backend="eager", '
+                "or set TRITON_INTERPRET=1 to run the kernels in the interpreter"
+            )
+        if any(t.dtype == torch.float64 for t in tensors):
+            raise TypeError('backend "triton" has no float64 kernels: take backend="eager"')
+    return backend
+
+
+_cached_cheapest = functools.lru_cache(maxsize=4096)(cost.cheapest)
+
+
+def candidates(workload: Workload, backend: str, x: Tensor, *tensors: Tensor) -> tuple[str, ...]:
+    """The strategies that could run a workload on these tensors, on the backend that was asked for.
+
+    Backend "auto" has all of them on a GPU that Triton supports, the eager ones elsewhere. Raises as `resolve_backend`.
+    """
+    resolved = resolve_backend(backend, x, *tensors)
+    everything = backend == "auto" and resolved == "triton"
+    names = {name for name, runs_on in STRATEGIES.items() if everything or runs_on == resolved}
+    if max(workload.ranks) > _MOST_FUSED_RANKS:
+        names.discard("fused")
+    if "recompose" in names and cost.cannot_recompose(workload) is not None:
+        names.discard("recompose")
+    return tuple([name for name in STRATEGIES if name in names])
+
+
+def check_explicit(strategy: str, workload: Workload, x: Tensor, *tensors: Tensor) -> None:
+    """Raises ValueError or TypeError where a strategy that was asked for by name cannot run."""
+    resolve_backend(STRATEGIES[strategy], x, *tensors)
+    refusal = cost.cannot_recompose(workload) if strategy == "recompose" else None
+    if refusal is not None:
+        raise ValueError(f'strategy "recompose" cannot run here: {refusal}; leave strategy="auto"')
+
+
+def cheapest(names: tuple[str, ...], workload: Workload, device: torch.device) -> str:
+    """The one of these strategies that the cost model takes to be the fastest."""
+    if torch.compiler.is_compiling():  # sizes may be symbols, which no cache can hold
+        return names[0] if STRATEGIES[names[0]] == "triton" else cost.cheapest(names, workload, cost.DEVICES["CPU"])
+    return _cached_cheapest(names, workload, cost.device_of(device))

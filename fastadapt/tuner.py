@@ -1,0 +1,368 @@
+"""The measured choice of a strategy: which was the fastest for a problem on this device, kept between processes.
+
+Measurements live in one JSON file for each environment (device, driver, torch, triton, fastadapt, format of the file)
+in the cache directory: `$FASTADAPT_CACHE`, or the platform's own. The cache only ever saves time: a file that is
+absent, damaged, foreign or not writable costs a line in the log and a measurement, never an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops import STRATEGIES
+from .reference import AdapterForm
+from .report import processor, versions
+
+FORMAT = 1
+
+NVIDIA_RELEASE = Path("/proc/driver/nvidia/version")
+
+# A call takes less than an hour: larger numbers in a file are damage.
+_LONGEST = 3600.0
+_WARM_UP = 3
+_FEWEST_ROUNDS = 3
+_LOCK_SECONDS = 1.0
+
+_log = logging.getLogger(__name__)
+
+Times = dict[str, float]
+
+
+class Key(NamedTuple):
+    """What a measurement holds for: the problem, with its rows rounded up to a power of two.
+
+    out_features and ranks name the members of a group in order; features what the forms have beyond A and B.
+    """
+
+    device: torch.device
+    rows: int
+    in_features: int
+    out_features: tuple[int, ...]
+    ranks: tuple[int, ...]
+    dtype: str
+    features: tuple[str, ...]
+    backward: bool
+
+    def __str__(self) -> str:
+        """The name in the file, which belongs to a device already."""
+        n, r = (",".join(map(str, sizes)) for sizes in (self.out_features, self.ranks))
+        features = "+".join(self.features) or "plain"
+        direction = "forward+backward" if self.backward else "forward"
+        return f"m{self.rows} k{self.in_features} n{n} r{r} {self.dtype} {features} {direction}"
+
+
+def row_bucket(rows: int) -> int:
+    """The power of two that a number of rows is measured as."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+def key_of(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    forms: Sequence[AdapterForm],
+    *,
+    dtype: str,
+    dropout: float,
+    backward: bool,
+) -> Key:
+    """The key of a group of linear layers that read x: `dtype` is that of the products, `dropout` the active one.
+
+    Shapes: x [..., K]; weights [N_i, K]; a single layer is a group of one.
+    """
+    features: set[str] = set()
+    for form in forms:
+        features.update(name for name in ("mid_scale", "base_scale", "bias") if getattr(form, name) is not None)
+        if isinstance(form.out_scale, Tensor):
+            features.add("out_scale")
+        if backward and form.A.requires_grad:
+            features.add("train_A")
+        if dropout:
+            features.add("dropout_on_base" if form.dropout_on_base else "dropout")
+    if len(forms) > 1 and all(form.A.data_ptr() == forms[0].A.data_ptr() for form in forms):
+        features.add("shared_A")
+    k = x.shape[-1]
+    rows = x.numel() // max(k, 1)
+    return Key(
+        x.device,
+        row_bucket(rows),
+        k,
+        tuple(weight.shape[0] for weight in weights),
+        tuple(form.A.shape[0] for form in forms),
+        dtype,
+        tuple(sorted(features)),
+        backward,
+    )
+
+
+def cache_directory() -> Path | None:
+    """Where measurements are kept; None where there is no such place."""
+    if chosen := os.environ.get("FASTADAPT_CACHE"):
+        return Path(chosen)
+    try:
+        if sys.platform == "win32":
+            return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastadapt"
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "fastadapt"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastadapt"
+    except RuntimeError:  # no home directory
+        return None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Everything that a measurement depends on besides its key."""
+    found = versions()
+    common = {"format": FORMAT, **{name: found[name] for name in ("torch", "triton", "fastadapt")}}
+    if device.type == "cuda":
+        return {**common, "device": torch.cuda.get_device_name(device), "driver": driver()}
+    return {**common, "device": f"{device.type}: {processor()}", "driver": f"{torch.get_num_threads()} threads"}
+
+
+def driver() -> str:
+    """The version of the GPU driver as far as it can be told: NVIDIA's release, else what the runtime reports."""
+    with contextlib.suppress(OSError):
+        if release := re.search(r"\d{3,}\.[\d.]+", NVIDIA_RELEASE.read_text(encoding="utf-8")):
+            return release[0]
+    if torch.version.hip is not None:
+        return f"hip {torch.version.hip}"
+    return f"cuda {getattr(torch._C, '_cuda_getDriverVersion', lambda: 'unknown')()}"
+
+
+def valid_times(times: object) -> bool:
+    """Whether `times` maps names of strategies, at least one, to plausible seconds."""
+    return (
+        isinstance(times, dict)
+        and bool(times)
+        and all(name in STRATEGIES for name in times)
+        # NaN fails both comparisons.
+        and all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 < t < _LONGEST for t in times.values())
+    )
+
+
+class Cache:
+    """The measurements of one environment: in memory, and in a file that processes share."""
+
+    def __init__(self, environment: dict[str, Any], directory: Path | None) -> None:
+        digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:16]
+        self.environment = environment
+        self.path = None if directory is None else directory / f"strategies-{digest}.json"
+        self._lock = threading.Lock()
+        self._entries = self._read()
+
+    def get(self, name: str) -> Times | None:
+        return self._entries.get(name)
+
+    def put(self, name: str, times: Times) -> None:
+        """Keep an entry, and write it together with what other processes have written meanwhile."""
+        with self._lock:
+            self._entries = {**self._entries, name: dict(times)}
+            if self.path is None:
+                return
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with _exclusive(self.path.with_suffix(".lock")):
+                    self._entries = {**self._read(), **self._entries}
+                    self._write(self.path)
+            except OSError as problem:
+                _log.warning("%s cannot be written (%s): measured strategies stay in memory", self.path, problem)
+                self.path = None
+
+    def _read(self) -> dict[str, Times]:
+        """The valid entries of the file."""
+        if self.path is None:
+            return {}
+        try:
+            document = json.loads(self.path.read_bytes())
+            if document["environment"] != self.environment:
+                raise ValueError("of another environment")
+            return {name: times for name, times in document["entries"].items() if valid_times(times)}
+        except FileNotFoundError:
+            return {}
+        # RecursionError: brackets without end.
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+            _log.warning(
+                "%s is left aside and will be written anew (%s: %s)", self.path, type(problem).__name__, problem
+            )
+            return {}
+
+    def _write(self, path: Path) -> None:
+        text = json.dumps({"environment": self.environment, "entries": self._entries}, indent=1, sort_keys=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".strategies-")
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+            os.replace(draft, path)
+        except BaseException:
+            os.unlink(draft)
+            raise
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Keep other processes from writing between our reading and writing.
+
+    Where there is no lock, or its holder does not let go, we go on without: the file stays whole, and at worst an entry
+    is measured again.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "a") as file:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.005)
+            except OSError:  # a file system without locks
+                break
+        yield
+
+
+_caches: dict[torch.device, Cache] = {}
+_choices: dict[Key, str | None] = {}
+# Keys for which no candidate ran: they are not tried at every call.
+_hopeless: set[Key] = set()
+_opening, _measuring = threading.Lock(), threading.Lock()
+
+
+def forget() -> None:
+    """Drop what is in memory; files stay."""
+    with _measuring, _opening:
+        _caches.clear()
+        _choices.clear()
+        _hopeless.clear()
+
+
+def _cache(device: torch.device) -> Cache:
+    with _opening:
+        if device not in _caches:
+            _caches[device] = Cache(environment(device), cache_directory())
+        return _caches[device]
+
+
+def lookup(key: Key) -> str | None:
+    """The fastest strategy that was measured for the key, None if none was."""
+    if key not in _choices:
+        times = _cache(key.device).get(str(key))
+        _choices[key] = None if times is None else min(times, key=times.__getitem__)
+    return _choices[key]
+
+
+def record(key: Key, times: Mapping[str, float]) -> None:
+    """Keep the seconds of each strategy for the key, in memory and on disk.
+
+    Raises ValueError for a name that is no strategy and for seconds that are not finite and positive.
+    """
+    kept = dict(times)
+    if not valid_times(kept):
+        raise ValueError(f"times must map strategies ({', '.join(STRATEGIES)}) to positive seconds, got {kept}")
+    _cache(key.device).put(str(key), kept)
+    _choices[key] = min(kept, key=kept.__getitem__)
+
+
+def best(key: Key, make_candidates: Callable[[], Mapping[str, Callable[[], object]]]) -> str | None:
+    """The fastest strategy for the key: from the cache, else by running the candidates now.
+
+    None where nothing can be measured: no candidate runs, or a CUDA graph is being captured.
+    """
+    choice = lookup(key)
+    capturing = key.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if choice is not None or key in _hopeless or capturing:
+        return choice
+    with _measuring:
+        choice = lookup(key)  # another thread may have been first
+        if choice is None and key not in _hopeless:
+            try:
+                times = measure(make_candidates(), key.device)
+            except torch.OutOfMemoryError:  # there is no room for the candidates' inputs
+                times = {}
+            if times:
+                record(key, times)
+                choice = lookup(key)
+            else:
+                _hopeless.add(key)
+    return choice
+
+
+def measure(
+    candidates: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int = 20,
+    seconds: float = 1.0,
+    on_failure: Callable[[str, Exception], None] | None = None,
+) -> Times:
+    """Median seconds of a call of each candidate; one that raises is left out and told to `on_failure`.
+
+    Each round runs all of them once in a new order, so that the device's drift is common to all; after three rounds
+    `seconds` end it early. On a GPU events time the device's work, each run after a write that pushes everything else
+    out of the L2 cache. PyTorch's random state is left as it was.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    stopwatch = _device_stopwatch(device) if device.type == "cuda" else _wall_seconds
+    shuffler = random.Random(0)
+    end = None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for index in range(-_WARM_UP, rounds):
+            if index == 0:
+                end = time.monotonic() + seconds
+            if end is not None and index >= _FEWEST_ROUNDS and time.monotonic() > end:
+                break
+            for name in shuffler.sample(list(samples), len(samples)):
+                try:
+                    elapsed = stopwatch(candidates[name])
+                except Exception as problem:  # out of memory or shared memory, a compiler's refusal: all end its run
+                    del samples[name]
+                    _log.debug("%s cannot run: %s", name, problem)
+                    if on_failure is not None:
+                        on_failure(name, problem)
+                    continue
+                if index >= 0:
+                    samples[name].append(elapsed)
+    # No less than a clock's tick: a time is positive.
+    return {name: max(statistics.median(times), 1e-9) for name, times in samples.items()}
+
+
+def _wall_seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _device_stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """Seconds between two events around a run, after the L2 cache was filled with something else."""
+    size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    flush = torch.empty(max(2 * size, 1 << 26), dtype=torch.int8, device=device)
+
+    def seconds(run: Callable[[], object]) -> float:
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # It also keeps the device busy while the host issues the launches that are timed.
+            flush.zero_()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return seconds

@@ -1,0 +1,158 @@
+"""Kernels as compiled for real GPUs, and the audit that reads what the compiler made."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from fastadapt_kernels import configs
+
+from bench import audit
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PTX = """
+	.param .u64 .ptr .global .align 1 _kernel_param_0,
+	@%p3 ld.global.v2.b32 { %r8, %r9 }, [ %rd16 + 0 ];
+	ld.global.L1::evict_last.b16 { %rs1 }, [ %rd17 + 0 ];
+	@%p30 cp.async.cg.shared.global [ %r4 + 0 ], [ %rd3 + 0 ], 0x10, %r7;
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 }, { %r3 }, { %r4 };
+	wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 { %r1 }, %rd1, %rd2, 1, 1, 1, 0, 1;
+	@%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r3, %p2;
+	wgmma.fence.sync.aligned;
+	@%p3 st.global.v4.b32 [ %rd14 + 0 ], { %r13, %r14, %r15, %r16 };
+	st.shared.v4.b32 [ %r1 + 0 ], { %r13, %r14, %r15, %r16 };
+"""
+AMDGCN = """
+	v_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]
+	global_load_dwordx4 v[4:7], v[0:1], off
+	global_load_lds_dword v[0:1], off
+	buffer_store_dwordx2 v[4:5], v0, s[0:3], 0 offen
+	global_store_short_d16_hi v[0:1], v4, off
+	ds_read_b128 v[0:3], v4
+    .private_segment_fixed_size: 12
+    .sgpr_spill_count: 4
+    .vgpr_count:     88
+    .vgpr_spill_count: 2
+"""
+USAGE = """ Function _kernel:
+  REG:198 STACK:8 SHARED:1024 LOCAL:16 CONSTANT[0]:640 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+def clean_row(**changes: Any) -> dict[str, Any]:
+    row = {"kernel": "_kernel", "target": "sm_80", "dtype": "bf16", "config": "BLOCK_M=64", "operands": "x"}
+    row |= {"registers": 128, "spill_bytes": 0, "shared_bytes": 166_912, "shared_limit": 166_912}
+    row |= {"tensor_memory": 512, "matrix_ops": 8, "dots_wanted": 1, "dots_left": 0, "code_bytes": 4096}
+    return row | {"widest_load": 128, "widest_store": 128} | changes
+
+
+def test_assembly_is_read_right() -> None:
+    assert audit.resource_usage(USAGE) == (198, 24)
+    assert audit.amd_registers(AMDGCN) == (88, 12)
+    assert (audit.matrix_ops(PTX), audit.matrix_ops(AMDGCN)) == (3, 1)
+    assert (audit.widest(PTX, "load"), audit.widest(PTX, "store")) == (128, 128)
+    assert audit.widest(PTX.replace("cp.async", "cp_async"), "load") == 64
+    assert (audit.widest(AMDGCN, "load"), audit.widest(AMDGCN, "store")) == (128, 64)
+    assert audit.widest("", "load") == 0
+
+
+def test_products_off_the_matrix_unit_are_found() -> None:
+    half = "%3 = tt.dot %0, %1, %2 : tensor<64x16xbf16> * tensor<16x64xbf16> -> tensor<64x64xf32>\n"
+    single = half.replace("bf16", "f32")
+    operand = "tensor<64x16xbf16, #ttg.dot_op<{opIdx = 0, parent = #mma}>>"
+    on = f"%3 = tt.dot %0, %1, %2 : {operand} -> tensor<64x64xf32, #mma>\n"
+    off = on.replace("#mma", "#blocked1")
+    assert audit.dots(half + half, on + off, fp32_unit=False) == (2, 1)
+    assert audit.dots(half, on + on, fp32_unit=False) == (1, 0)
+    assert audit.dots(single, off, fp32_unit=False) == (0, 0)
+    assert audit.dots(single, off, fp32_unit=True) == (1, 1)
+    assert audit.dots("", "", fp32_unit=True) == (0, 0)
+
+
+def test_code_is_what_can_be_executed() -> None:
+    """An ELF file of a header and three sections, of which one holds instructions."""
+    header = b"\x7fELF".ljust(40, b"\0") + struct.pack("<Q10xHHH", 64, 64, 3, 0)
+    sections = [
+        struct.pack("<IIQQQQIIQQ", 0, 1, flags, 0, 0, size, 0, 0, 0, 0) for flags, size in ((0, 7), (6, 640), (2, 9))
+    ]
+    assert audit.code_bytes(header + b"".join(sections)) == 640
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 166_913}, "166913 bytes of shared memory"),
+        ({"tensor_memory": 513}, "513 columns"),
+        ({"matrix_ops": 0}, "matrix unit"),
+        ({"dots_left": 1}, "matrix unit"),
+        ({"error": "CompilationError: no"}, "CompilationError"),
+    ],
+)
+def test_what_is_wrong_is_named_and_fails(
+    changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [clean_row(), clean_row(config="BLOCK_M=128", **changes)]
+    assert [len(audit.violations(row)) for row in rows] == [0, 1]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(audit, "compile_all", lambda pairs, quick: rows)
+    with pytest.raises(typer.Exit) as stop:
+        audit.main(targets="sm_80", dtypes="bf16")
+    assert stop.value.exit_code == 1
+    printed = capsys.readouterr().out
+    assert "_kernel sm_80 bf16 [BLOCK_M=128] (x): " in printed
+    assert words in printed
+    del rows[1]
+    audit.main()
+
+
+def test_every_kernel_compiles_for_real_gpus(tmp_path: Path) -> None:
+    """The quick audit, in a process without the interpreter: no spills, fits, matrix units, wide accesses."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", "bench", "audit", "--quick", "--json", str(tmp_path / "audit.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "audit.json").read_text())["rows"]
+    assert {f"{row['target']}:{row['dtype']}" for row in rows} == set(audit.QUICK_PAIRS)
+    products = [row for row in rows if row["kernel"].startswith("_adapter_linear")]
+    assert {row["kernel"] for row in products} == {"_adapter_linear_kernel", "_adapter_linear_dx_kernel"}
+    for row in rows:
+        assert audit.violations(row) == []
+    for row in products:
+        if row["dtype"] != "fp32":
+            assert row["matrix_ops"] > 0, row
+            assert row["widest_load"] == 128, row
+
+
+def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
+    """Random layers against the cases of the full audit, on GPUs of every size of shared memory."""
+    generator = random.Random(0)
+    cases = []
+    for _ in range(60):
+        width, Ns = (
+            generator.randint(100, 20_000),
+            [generator.randint(100, 20_000) for _ in range(generator.randint(1, 3))],
+        )
+        Rs = tuple(generator.randint(1, 256) for _ in Ns)
+        cases.append((2 ** generator.randint(0, 14), audit.Group(width, tuple(Ns), Rs), generator.choice(audit.FORMS)))
+
+    def found(dtype: torch.dtype, shared_limit: int, cases: list[audit.Case]) -> set[tuple[str, str]]:
+        with configs.recorded_launches(shared_limit) as launches:
+            for case in cases:
+                audit.launch_group(dtype, *case)
+        return {audit.config_of(launch) for launch in launches}
+
+    for dtype in (torch.float16, torch.float32):
+        for shared_limit in {target.shared_limit for target in audit.TARGETS.values()}:
+            assert found(dtype, shared_limit, cases) <= found(dtype, shared_limit, audit.BY_CONFIG)

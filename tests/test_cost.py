@@ -1,0 +1,152 @@
+"""The cost model: the facts that it must know, and that it counts what is there."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastadapt.cost import (
+    DEVICES,
+    Workload,
+    break_even,
+    cannot_recompose,
+    cheapest,
+    device_from,
+    device_of,
+    forward_works,
+    keeps_recomposed,
+    predicted_seconds,
+    recomposing_saves,
+    works,
+)
+
+A100, H100 = DEVICES["A100-SXM4-80GB"], DEVICES["H100-SXM"]
+GPUS = [device for name, device in DEVICES.items() if name != "CPU"]
+ALL = ("split", "fused", "library", "recompose")
+
+
+def layer(M: int, K: int, N: int, r: int = 16, **more: object) -> Workload:
+    return Workload(M, K, (N,), (r,), **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("K", "efficiency"), [(1024, 0.71), (4096, 0.91), (14336, 0.97)])
+def test_break_even_efficiencies_of_a_triton_gemm_on_an_h100(K: int, efficiency: float) -> None:
+    assert break_even(K, H100) == pytest.approx(efficiency, abs=0.01)
+
+
+def test_split_is_the_default_for_training_and_the_library_has_large_k_few_tokens_and_no_grad() -> None:
+    for device in (A100, H100):
+        assert cheapest(ALL, layer(8192, 4096, 4096), device) == "split"
+        assert cheapest(ALL, layer(8192, 1024, 1024), device) == "split"
+        assert cheapest(ALL, Workload(8192, 4096, (4096, 1024, 1024), (16,) * 3), device) == "split"
+        assert cheapest(ALL, layer(2048, 4096, 4096), device) == "library"
+        assert cheapest(ALL, layer(8192, 4096, 4096, backward=False), device) == "library"
+    for device in GPUS:
+        assert cheapest(ALL, layer(8192, 14336, 4096), device) == "library"
+        assert cheapest(ALL, layer(8192, 4096, 4096, dropout=True), device) == "split"
+
+
+@pytest.mark.parametrize("device", GPUS, ids=lambda device: device.name)
+def test_shrinking_inside_the_gemm_is_for_decoding_alone(device: object) -> None:
+    assert isinstance(device, type(H100))
+    assert cheapest(ALL, layer(64, 4096, 4096, backward=False), device) == "fused"
+    for tokens in (65, 512, 8192):
+        for backward in (True, False):
+            assert cheapest(ALL, layer(tokens, 4096, 4096, backward=backward), device) != "fused"
+
+
+def test_what_is_given_is_chosen_from() -> None:
+    assert cheapest(("library",), layer(8192, 1024, 1024), H100) == "library"
+    assert cheapest(("split",), layer(8192, 14336, 4096), H100) == "split"
+    with pytest.raises(ValueError, match="no strategy of fused can be chosen"):
+        cheapest(("fused",), layer(8192, 4096, 4096), H100)
+
+
+def vera(M: int, K: int, N: int, **more: object) -> Workload:
+    return layer(M, K, N, 256, dtype="float32", shared_A=True, trains_A=False, **more)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("tokens", [16, 64, 512, 800, 1300, 4096])
+def test_recomposing_is_chosen_where_it_has_fewer_flops(tokens: int, backward: bool) -> None:
+    w = vera(tokens, 576, 1536, backward=backward)
+    chosen = cheapest(("library", "recompose"), w, DEVICES["CPU"])
+    flops = {name: sum(work.flops for work in works(name, w)) for name in ("library", "recompose")}
+    assert (chosen == "recompose") == (flops["recompose"] < flops["library"])
+
+
+def test_a_low_rank_is_recomposed_only_for_many_tokens() -> None:
+    """There the passes over memory decide: y or dx once more, or W0 and W'."""
+
+    def chosen(tokens: int) -> str:
+        return cheapest(("library", "recompose"), layer(tokens, 576, 1536, 16, dtype="float32"), DEVICES["CPU"])
+
+    assert [chosen(tokens) for tokens in (64, 512, 1024, 16384)] == ["library", "library", "library", "recompose"]
+
+
+def test_what_cannot_be_recomposed_is_not() -> None:
+    w = vera(4096, 576, 1536)
+    assert recomposing_saves(w)
+    assert not keeps_recomposed(w)
+    assert keeps_recomposed(vera(800, 576, 1536))
+    for refused in ({"dtype": "bfloat16"}, {"dropout": True}, {"trains_base": True}):
+        assert cannot_recompose(w._replace(**refused))
+        assert not recomposing_saves(w._replace(**refused))
+        assert cheapest(("library", "recompose"), w._replace(**refused), DEVICES["CPU"]) == "library"
+    assert not recomposing_saves(w._replace(ranks=(0,)))
+
+
+def test_split_moves_the_bytes_that_were_aimed_at() -> None:
+    mib = 2**20
+    single = sum(work.bytes for work in works("split", layer(8192, 4096, 4096))) / mib
+    group = sum(work.bytes for work in works("split", Workload(8192, 4096, (4096, 1024, 1024), (16,) * 3))) / mib
+    assert single == pytest.approx(514, abs=3)
+    assert group == pytest.approx(640, abs=9)  # the 640 MiB leave out tensors of rank r
+
+
+def test_works_count_flops_and_launches() -> None:
+    M, K, N, r = 100, 64, 48, 8
+    forward = forward_works("split", layer(M, K, N, r))
+    assert [(work.flops, work.launches) for work in forward] == [(2 * M * K * r, 1), (2 * M * N * (K + r), 1)]
+    assert len(works("split", layer(M, K, N, r))) == 5
+    assert len(works("fused", layer(M, K, N, r))) == 4
+    for name in ("split", "library"):
+        both = sum(work.flops for work in works(name, layer(M, K, N, r)))
+        assert both == 2 * M * (2 * K * N + 3 * K * r + 3 * N * r)
+    two = layer(M, K, N, r, base_scale=True, dropout=True, dropout_on_base=True)
+    assert forward_works("split", two)[1].flops == 2 * M * N * (2 * K + r)
+    frozen = layer(M, K, N, r, trains_A=False, trains_up=False, wants_dx=False)
+    assert works("split", frozen) == forward_works("split", frozen)
+
+
+def test_time_is_the_longer_of_products_and_traffic_and_a_launch() -> None:
+    (product,) = forward_works("fused", layer(8192, 8192, 8192))
+    seconds = predicted_seconds([product], H100)
+    assert seconds == pytest.approx(product.flops / (989e12 * 0.65 * 0.90) + 3e-6)
+    shrink = forward_works("split", layer(8192, 8192, 8192))[0]
+    assert predicted_seconds([shrink], H100) == pytest.approx(shrink.bytes / (3.35e12 * 0.9) + 3e-6)
+
+
+def test_a_cpu_and_every_gpu_have_an_entry() -> None:
+    assert device_of(torch.device("cpu")) is DEVICES["CPU"]
+    known = SimpleNamespace(name="NVIDIA A100-SXM4-80GB", major=8, minor=0, multi_processor_count=108)
+    assert device_from(known) is A100
+    ada = SimpleNamespace(
+        name="NVIDIA GeForce RTX 4090",
+        major=8,
+        minor=9,
+        multi_processor_count=128,
+        clock_rate=2_520_000,
+        memory_clock_rate=10_501_000,
+        memory_bus_width=384,
+        L2_cache_size=72 << 20,
+    )
+    guess = device_from(ada)
+    assert guess.matmul["bfloat16"] == pytest.approx(330e12, rel=0.01)
+    assert guess.bandwidth == pytest.approx(1.008e12, rel=0.01)
+    assert guess.l2 == 72 << 20
+    stranger = device_from(SimpleNamespace(name="?", major=99, minor=9, multi_processor_count=200))
+    assert stranger.bandwidth > 0
+    assert cheapest(ALL, layer(8192, 4096, 4096), stranger) in ALL

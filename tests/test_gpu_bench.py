@@ -1,0 +1,320 @@
+"""The operator registry, `bench gpu` and the microbenchmarks on a CPU: results, rows and pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from bench import gpu, operators
+from bench.__main__ import main
+from bench.cases import SAVED_CASES
+from bench.microbench import compact
+from bench.operators import LLAMA_8B, SMALL, OperatorCase, check, judge, make_operands, prepare, providers
+from bench.plots import draw_gpu, draw_microbench, read
+from fastadapt import tuner
+from fastadapt.ops import STRATEGIES
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+PLAN = gpu.PLANS["cpu", True]._replace(layers=SMALL[:1], check_layers=SMALL[1:], seconds=0.001, product_size=64)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_and_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Threads of several test processes would wait for each other in products this small."""
+    monkeypatch.setenv("FASTADAPT_CACHE", str(tmp_path / "cache"))
+    tuner.forget()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    tuner.forget()
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench gpu` with two adapters on one group."""
+    monkeypatch.setitem(gpu.PLANS, ("cpu", True), PLAN)
+    monkeypatch.setattr(gpu, "ADAPTERS", (SAVED_CASES["lora"], SAVED_CASES["vera"]))
+
+
+def run_gpu(path: Path, *, tune: bool = False) -> tuple[int, dict[str, Any]]:
+    """The exit code and the document of a quick run on the CPU."""
+    code = 0
+    try:
+        gpu.main(path, "cpu", quick=True, tune=tune)
+    except typer.Exit as left:
+        code = left.exit_code
+    document: dict[str, Any] = json.loads(path.read_text())
+    return code, document
+
+
+def small_cases() -> list[OperatorCase]:
+    cases = []
+    for adapter, layers, dtype in itertools.product(SAVED_CASES.values(), SMALL, ("fp32", "bf16")):
+        smaller = dataclasses.replace(adapter, r=min(adapter.r, 24))
+        if not adapter.dropout:
+            cases.append(OperatorCase("forward", smaller, layers, 37, dtype))
+        cases.append(OperatorCase("step", smaller, layers, 37, dtype))
+    cases += [OperatorCase("weight_norm", SAVED_CASES["dora"], SMALL[0], 0, dtype) for dtype in ("fp32", "bf16")]
+    return cases
+
+
+@pytest.mark.parametrize("case", small_cases(), ids=lambda case: case.label)
+def test_every_provider_computes_the_formula(case: OperatorCase) -> None:
+    checked = 0
+    for provider in providers(case, CPU):
+        if provider in ("linear", "compile") or (case.dropout and provider not in STRATEGIES):
+            continue
+        try:
+            verdict = check(case, provider, CPU)
+        except ValueError as problem:
+            if provider != "recompose" or operators.refusal(problem) is None:
+                raise
+            continue
+        assert not verdict.failed, (provider, verdict.failed)
+        checked += 1
+    assert checked >= (1 if case.dropout else 3)
+
+
+@pytest.mark.parametrize("adapter", ["lora_dropout", "dora_dropout", "vera"])
+@pytest.mark.parametrize("strategy", ["split", "fused"])
+def test_what_a_gpu_checks_holds_in_the_interpreter(strategy: str, adapter: str) -> None:
+    device = torch.device("cuda") if torch.cuda.is_available() else CPU
+    smaller = dataclasses.replace(SAVED_CASES[adapter], r=24)
+    verdict = check(OperatorCase("step", smaller, SMALL[0], 37, "bf16"), strategy, device)
+    assert not verdict.failed, verdict.failed
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own
+def test_the_compiled_formula_is_the_formula() -> None:
+    case = OperatorCase("step", SAVED_CASES["lora"], SMALL[0], 37, "fp32")
+    assert not check(case, "compile", CPU).failed
+
+
+def test_a_step_returns_all_gradients_and_dropout_is_drawn_anew() -> None:
+    case = OperatorCase("step", SAVED_CASES["dora_dropout"], SMALL[0], 37, "fp32")
+    operands = make_operands(case, CPU)
+    names = {f"y{i}" for i in range(3)} | {f"d{name}{i}" for name in ("A", "B", "m") for i in range(3)} | {"dx"}
+    for provider in ("ours", "reference", "peft"):
+        run = prepare(case, provider, operands)
+        first, second = run(), run()
+        assert set(first) == names, provider
+        assert not torch.equal(first["y0"], second["y0"]), provider
+    assert set(prepare(case, "linear", operands)()) == {"y0", "y1", "y2", "dx"}
+
+
+def test_the_criterion() -> None:
+    exact = {"y": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    plain = {"y": torch.tensor([1.0, 2.0 + 1e-3])}
+    assert not judge({"y": torch.tensor([1.0, 2.0 + 1.9e-3])}, exact, plain).failed
+    assert judge({"y": torch.tensor([1.0, 2.0 + 2.1e-3])}, exact, plain).failed == ["y: error 2.10e-03 > 2.00e-03"]
+    for bad in (math.nan, math.inf):
+        verdict = judge({"y": torch.tensor([1.0, bad])}, exact, plain)
+        assert verdict.failed
+        assert verdict.worst == math.inf
+    empty = {"y": torch.empty(0, dtype=torch.float64)}
+    assert judge(empty, empty, empty) == (0.0, [])
+
+
+def test_compulsory_bytes_are_those_of_the_design_notes() -> None:
+    lora = SAVED_CASES["lora"]
+    minimum = {
+        layers.name: OperatorCase("step", lora, layers, 8192, "bf16").minimum_bytes / 2**20 for layers in LLAMA_8B[:2]
+    }
+    assert minimum["o"] == pytest.approx(385, abs=2)
+    assert minimum["qkv"] == pytest.approx(480, abs=4)
+
+
+def test_flops_are_counted_as_products() -> None:
+    m, k, n, r = 8192, 4096, 4096, 16
+    lora = OperatorCase("step", SAVED_CASES["lora"], LLAMA_8B[1], m, "bf16")
+    assert lora.flops == 2 * m * (2 * k * n + 3 * r * (k + n))
+    forward = OperatorCase("forward", SAVED_CASES["vera"], LLAMA_8B[2], m, "bf16")
+    assert forward.flops == 2 * m * (k * 28672 + 256 * (k + 28672))  # one u for both
+
+
+def test_gpu_runs_start_to_end_on_a_cpu(tmp_path: Path) -> None:
+    main(["gpu", "--device", "cpu", "--quick", "--json", str(tmp_path / "gpu.json")])
+    document = read(tmp_path / "gpu.json")
+    assert {"name", "machine", "versions", "commit", "rows", "device", "ceilings", "checks", "lost"} <= set(document)
+    assert (document["name"], document["device"]["type"], document["lost"]) == ("gpu", "cpu", "")
+    assert set(document["ceilings"]) == {"bytes", "fp32", "fp16", "bf16"}
+    assert all(value > 0 for value in document["ceilings"].values())
+    checks = document["checks"]
+    assert {row["dtype"] for row in checks} == {"fp32", "fp16", "bf16"}
+    assert {row["provider"] for row in checks} == {"library", "recompose", "ours"}
+    assert all(row["status"] == "ok" or (row["status"] == "skipped" and row["note"]) for row in checks)
+    assert all(0 <= row["x_allowed"] <= 1 for row in checks if row["status"] == "ok")
+    rows = document["rows"]
+    assert {row["operator"] for row in rows} == {"forward", "step", "weight_norm"}
+    assert {row["case"] for row in rows} == set(SAVED_CASES)
+    for row in rows:
+        assert all(not isinstance(value, (dict, list)) for value in row.values())
+        if row["status"] == "ok":
+            assert row["ms"] > 0
+            assert row["provider"] == "linear" or 0 < row["of_roofline"] == max(row["of_flops"], row["of_bandwidth"])
+            assert row["operator"] == "weight_norm" or row["x_linear"] > 0
+        else:
+            assert row["note"]
+            assert row["provider"] in ("compile", "recompose")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.png"]
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gpu_is_asked_for_every_method_group_dtype_and_size() -> None:
+    plan = gpu.PLANS["cuda", False]
+    checked, timed = list(gpu.checked_cases(plan)), list(gpu.timed_cases(plan))
+    for cases in (checked, timed):
+        assert {case.adapter.name for case in cases} == set(SAVED_CASES)
+        assert {case.operator for case in cases} == {"forward", "step", "weight_norm"}
+        assert {case.dtype for case in cases} == {"fp32", "fp16", "bf16"}
+        assert {len(case.layers.out_features) for case in cases} == {1, 2, 3}
+        assert len(set(cases)) == len(cases)
+    assert {case.tokens for case in timed if case.operator == "forward"} == {64, 2048, 8192}
+    assert {case.layers for case in timed} == set(LLAMA_8B) <= {case.layers for case in checked}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_wrong_result_is_a_row_and_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(case: OperatorCase, provider: str, operands: Any) -> Any:
+        run = prepare(case, provider, operands)
+        if provider != "library" or case.dtype != "fp16":
+            return run
+        return lambda: {name: value * 1.1 for name, value in run().items()}
+
+    monkeypatch.setattr(operators, "prepare", off)
+    code, document = run_gpu(tmp_path / "gpu.json", tune=True)
+    assert code == 1
+    failed = [row for row in document["checks"] if row["status"] == "failed"]
+    assert {(row["provider"], row["dtype"]) for row in failed} == {("library", "fp16")}
+    assert all("error" in row["note"] for row in failed)
+    assert len(document["rows"]) > 0
+    # What is wrong anywhere must not be chosen for its speed.
+    (cache,) = (tmp_path / "cache").glob("*.json")
+    entries = json.loads(cache.read_text())["entries"]
+    assert entries
+    assert all(set(times) == {"recompose"} for times in entries.values())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_tune_gives_the_tuner_its_times(tmp_path: Path) -> None:
+    code, document = run_gpu(tmp_path / "gpu.json", tune=True)
+    assert code == 0
+    case = OperatorCase("step", SAVED_CASES["vera"], PLAN.layers[0], PLAN.tokens[0], PLAN.dtype)
+    key = operators.tuner_key(case, make_operands(case, CPU))
+    rows = [row for row in document["rows"] if (row["operator"], row["case"]) == ("step", "vera")]
+    times = {row["provider"]: row["ms"] for row in rows if row["provider"] in ("library", "recompose")}
+    assert tuner.lookup(key) == min(times, key=lambda name: times[name])
+    assert {"shared_A", "mid_scale", "out_scale"} == set(key.features)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_is_missing_or_breaks_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+
+    def short_of_memory(case: OperatorCase, device: torch.device, seed: int = 0) -> Any:
+        if (case.operator, case.adapter.name) == ("step", "vera"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB\nmore")
+        return make_operands(case, device, seed)
+
+    def breaks(case: OperatorCase, provider: str, operands: Any) -> Any:
+        if provider == "reference":
+            raise RuntimeError("no compiler here")
+        return prepare(case, provider, operands)
+
+    monkeypatch.setattr(gpu, "make_operands", short_of_memory)
+    monkeypatch.setattr(gpu, "prepare", breaks)
+    code, document = run_gpu(tmp_path / "gpu.json")
+    assert code == 0
+    rows = document["rows"]
+    assert {row["status"] for row in rows if row["provider"] in ("peft", "reference")} == {"skipped"}
+    starved = [row for row in rows if (row["operator"], row["case"]) == ("step", "vera")]
+    assert {row["note"] for row in starved} == {"out of memory"}
+    assert {row["status"] for row in starved if row["provider"] in gpu.OURS} == {"failed"}
+    assert {row["note"] for row in rows if row["provider"] == "reference"} <= {
+        "RuntimeError: no compiler here",
+        "out of memory",
+    }
+    draw_gpu(document, tmp_path / "again.png")
+    assert (tmp_path / "again.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_lost_device_ends_the_run_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+    checked = gpu.check_row
+
+    def lost_at_third(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise gpu.DeviceLostError("an illegal memory access was encountered")
+        return checked(*arguments)
+
+    monkeypatch.setattr(gpu, "check_row", lost_at_third)
+    code, document = run_gpu(tmp_path / "gpu.json")
+    assert code == 1
+    assert len(document["checks"]) == 2
+    assert "illegal memory access" in document["lost"]
+    assert document["rows"] == []
+
+
+def test_a_device_that_takes_no_work_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Any) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    with pytest.raises(gpu.DeviceLostError, match="ValueError: first"):
+        gpu.require_alive(torch.device("cuda"), ValueError("first"))
+    gpu.require_alive(CPU, ValueError("first"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_said() -> None:
+    with pytest.raises(typer.BadParameter, match="needs a GPU"):
+        gpu.chosen_device("cuda")
+    with pytest.raises(typer.BadParameter, match="must be cuda or cpu"):
+        gpu.chosen_device("meta")
+    assert gpu.chosen_device("") == CPU
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="needs pytest-benchmark")
+def test_microbenchmarks_become_rows_and_a_picture(tmp_path: Path) -> None:
+    raw = tmp_path / "raw.json"
+    quick = ("--benchmark-max-time=0.001", "--benchmark-min-rounds=1")
+    chosen = ("-k", "forward and lora and qkv or norm and o")
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", f"--benchmark-json={raw}", *quick, *chosen]
+    # Whatever runs this test: pytest-benchmark does not measure under xdist.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "benchmark 'forward lora qkv M" in done.stdout
+    main(["microbench", str(raw), "--json", str(tmp_path / "micro.json")])
+    document = read(tmp_path / "micro.json")
+    assert document["name"] == "microbench"
+    rows = document["rows"]
+    assert rows == compact(json.loads(raw.read_text()))
+    assert {row["operator"] for row in rows} == {"forward", "weight_norm"}
+    assert {"ours", "ungrouped", "reference", "peft", "linear"} <= {row["provider"] for row in rows}
+    assert all(0 < row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] for row in rows)
+    assert (tmp_path / "micro.png").read_bytes().startswith(b"\x89PNG")
+    # The picture needs nothing but the document.
+    draw_microbench(document, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "micro.png").read_bytes()
+
+
+def test_plain_pytest_leaves_the_microbenchmarks_alone(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.getini("testpaths") == ["tests"]

@@ -1,0 +1,310 @@
+"""Layers that read the same x run as one, and a guess that was wrong never changes a result."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import llama, randomise, tokens
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastadapt
+from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, functional, groups
+from fastadapt.layers import AdapterLinear
+from fastadapt.targets import shared_inputs
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+class Attention(nn.Module):
+    """Three projections of one input, as models write them; `keys` may take the place of x for k and v."""
+
+    def __init__(self, biased: bool = False) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(12, 16, bias=biased)
+        self.k_proj = nn.Linear(12, 8, bias=biased)
+        self.v_proj = nn.Linear(12, 8, bias=biased)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        keys = x if keys is None else keys
+        return torch.cat([self.q_proj(x), self.k_proj(keys), self.v_proj(keys)], dim=-1)
+
+
+def attention(config: Any = None, **named: Any) -> Any:
+    torch.manual_seed(0)
+    model = Attention(**named).eval()
+    fastadapt.inject(model, config or LoRAConfig(r=4, target_modules=list(QKV)))
+    randomise(p for p in model.parameters() if p.requires_grad)
+    return model
+
+
+def ungrouped(model: Any) -> Any:
+    """A copy whose layers know of no group."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, AdapterLinear):
+            module.group = None
+    return model
+
+
+def grads(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def step(model: Any, x: Tensor, *more: Tensor) -> dict[str, Tensor]:
+    leaf = x.clone().requires_grad_()
+    y = model(leaf, *more)
+    y.square().sum().backward()
+    assert leaf.grad is not None
+    return {"y": y.detach(), "dx": leaf.grad, **grads(model)}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many layers each run of the operator had, in order."""
+    found: list[int] = []
+    run = functional.adapter_linear_group
+
+    def counted(x: Tensor, weights: Any, forms: Any, **named: Any) -> tuple[Tensor, ...]:
+        found.append(len(weights))
+        return run(x, weights, forms, **named)
+
+    monkeypatch.setattr(functional, "adapter_linear_group", counted)
+    monkeypatch.setattr(groups, "adapter_linear_group", counted)
+    return found
+
+
+CONFIGS = {
+    "LoRA": LoRAConfig(r=4, target_modules=list(QKV)),
+    "ranks that differ": LoRAConfig(r=4, rank_pattern={"k_proj": 7}, target_modules=list(QKV)),
+    "DoRA": DoRAConfig(r=4, target_modules=list(QKV)),
+    "VeRA": VeRAConfig(r=5, target_modules=list(QKV)),
+    "DVoRA": VeRAConfig(r=5, use_dora=True, target_modules=list(QKV)),
+    "two of three": LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_group_gives_what_its_layers_give(name: str, biased: bool, sizes: list[int]) -> None:
+    model = attention(copy.deepcopy(CONFIGS[name]), biased=biased)
+    x = torch.randn(3, 5, 12)
+    together = step(model, x)
+    assert sizes == [2 if name == "two of three" else 3]
+    assert_same(together, step(ungrouped(model), x))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), ungrouped(model)(x))
+
+
+@pytest.mark.parametrize("config", [LoRAConfig(r=4), DoRAConfig(r=4), VeRAConfig(r=8)], ids=lambda c: type(c).__name__)
+def test_a_language_model_runs_grouped(config: Any, sizes: list[int]) -> None:
+    config.target_modules = "all-linear"
+    model = fastadapt.inject(llama(), config)
+    randomise(p for p in model.parameters() if p.requires_grad)
+    alone = ungrouped(model)
+    ids = tokens()
+    model(ids, labels=ids).loss.backward()
+    assert sizes == [3, 1, 2, 1] * 2  # q k v, o, gate up, down
+    together = grads(model)
+    alone(ids, labels=ids).loss.backward()
+    assert sizes[8:] == [1] * 14
+    assert_same(together, grads(alone))
+    with torch.no_grad():
+        generated = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert torch.equal(generated, alone.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0))
+
+
+def without_adapter(model: Any) -> None:
+    model.k_proj.active = None
+
+
+def merged(model: Any) -> None:
+    model.k_proj.merge()
+
+
+def other_mode(model: Any) -> None:
+    model.k_proj.train()
+
+
+def other_device(model: Any) -> None:
+    model.k_proj.to("meta")
+
+
+@pytest.mark.parametrize("change", [without_adapter, merged, other_mode, other_device])
+def test_a_member_that_differs_stays_out(change: Callable[[Any], None], sizes: list[int]) -> None:
+    model = attention()
+    x = torch.randn(5, 12)
+    expected = {name: ungrouped(model).get_submodule(name)(x) for name in QKV}
+    change(model)
+    sizes.clear()
+    for name in ("q_proj", "v_proj"):
+        torch.testing.assert_close(model.get_submodule(name)(x), expected[name])
+    assert sizes == [2]
+    if change is not other_device:
+        y = model.k_proj(x)
+        torch.testing.assert_close(y, model.k_proj.base_layer(x) if change is without_adapter else expected["k_proj"])
+
+
+def test_another_x_is_never_taken_for_the_same(sizes: list[int]) -> None:
+    model = attention()
+    alone = ungrouped(model)
+    x, keys = torch.randn(5, 12), torch.randn(5, 12)
+    for _ in range(3):
+        assert_same(step(model, x, keys), step(alone, x, keys))
+    assert sizes[-3:] == [1, 1, 1], "the guess was wrong: no more groups"
+    fresh = attention()
+    q = fresh.q_proj(x)
+    x.mul_(2)  # written in place between the layers
+    torch.testing.assert_close(fresh.k_proj(x), alone.k_proj(x))
+    torch.testing.assert_close(q, alone.q_proj(x / 2))
+
+
+@pytest.mark.parametrize("change", ["parameter", "weight", "adapter", "grad mode", "optimizer", "autocast"])
+def test_what_changed_between_the_layers_counts(change: str) -> None:
+    model = attention()
+    x = torch.randn(5, 12)
+    model.q_proj(x)
+    with torch.no_grad():
+        if change == "parameter":
+            model.k_proj.adapters["default"].lora_B.add_(1)
+        elif change == "weight":
+            model.k_proj.base_layer.weight.add_(1)
+        elif change == "adapter":
+            model.k_proj.active = None
+        elif change == "grad mode":
+            assert not model.k_proj(x).requires_grad
+    if change == "optimizer":  # a fused one raises no version counter
+        parameters = list(model.k_proj.adapters.parameters())
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.AdamW(parameters, lr=0.5, fused=True).step()
+    with torch.autocast("cpu", enabled=change == "autocast", dtype=torch.bfloat16):
+        y = model.k_proj(x)
+        torch.testing.assert_close(y, ungrouped(model).k_proj(x))
+        assert y.dtype == (torch.bfloat16 if change == "autocast" else torch.float32)
+
+
+def test_outputs_that_nobody_fetches_die_with_x() -> None:
+    model = attention()
+    x = torch.randn(5, 12)
+    with torch.no_grad():
+        model.q_proj(x)
+        (output, _), *_ = model.q_proj.group._round.outputs.values()
+        alive = weakref.ref(output)
+        del output
+        assert alive() is not None
+        del x
+        gc.collect()
+    assert alive() is None
+    assert model.q_proj.group._round is None
+
+
+def test_a_layer_that_is_never_called_ends_the_group(sizes: list[int]) -> None:
+    model = attention()
+    for _ in range(4):
+        x = torch.randn(5, 12)
+        model.q_proj(x)
+        del x
+    assert sizes == [3, 3, 1, 1]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_checkpointing_recomputes_the_group(reentrant: bool, p: float, sizes: list[int]) -> None:
+    model = attention(LoRAConfig(r=4, lora_dropout=p, target_modules=list(QKV))).train()
+    x = torch.randn(5, 12)
+    torch.manual_seed(3)
+    plain = step(model, x)
+    torch.manual_seed(3)
+    assert_same(
+        step(lambda_module(model, reentrant), x), {f"model.{n}" if "." in n else n: v for n, v in plain.items()}
+    )
+    assert sizes == [3, 3, 3]
+
+
+def lambda_module(model: Any, reentrant: bool) -> Any:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.model, x, use_reentrant=reentrant)
+
+    return Checkpointed()
+
+
+def test_a_meta_model_runs_grouped(sizes: list[int]) -> None:
+    model = attention().to("meta")
+    assert model(torch.empty(5, 12, device="meta")).shape == (5, 32)
+    assert sizes == [3]
+
+
+def test_one_mask_serves_the_group() -> None:
+    model = attention(LoRAConfig(r=4, lora_dropout=0.5, target_modules=list(QKV))).train()
+    with torch.no_grad():
+        for name in QKV[1:]:  # the same layer three times
+            layer, first = model.get_submodule(name), model.q_proj
+            layer.base_layer.weight.copy_(first.base_layer.weight[:8])
+            layer.adapters["default"].lora_A.copy_(first.adapters["default"].lora_A)
+            layer.adapters["default"].lora_B.copy_(first.adapters["default"].lora_B[:8])
+    x = torch.randn(5, 12)
+    q, k, v = model(x).split([16, 8, 8], dim=-1)
+    torch.testing.assert_close(k, q[:, :8])
+    torch.testing.assert_close(v, k)
+
+
+def test_copies_and_pickles_are_groups_of_their_own(sizes: list[int]) -> None:
+    model = attention()
+    x = torch.randn(5, 12)
+    model.q_proj(x)  # leaves outputs behind
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.q_proj.group is other.k_proj.group is not model.q_proj.group
+        sizes.clear()
+        torch.testing.assert_close(other(x), model(x))
+        assert sizes[0] == 3
+    lonely = copy.deepcopy(model.k_proj)
+    torch.testing.assert_close(lonely(x), model.k_proj(x))
+
+
+def test_inference_mode_and_compile_leave_groups_alone(sizes: list[int]) -> None:
+    model = attention()
+    with torch.inference_mode():
+        x = torch.randn(5, 12)
+        torch.testing.assert_close(model(x), ungrouped(model)(x))
+    assert set(sizes) == {1}
+    x = torch.randn(5, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), ungrouped(model)(x))
+
+
+def test_cross_attention_groups_keys_and_values() -> None:
+    model = nn.ModuleDict({"encoder_attn": Attention(), "self_attn": Attention()})
+    fastadapt.inject(model, LoRAConfig(r=2, target_modules=list(QKV)))
+    found = [[model_path(model, layer) for layer in layers] for layers in shared_inputs(model)]
+    assert found == [
+        ["encoder_attn.k_proj", "encoder_attn.v_proj"],
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ]
+    x, keys = torch.randn(5, 12), torch.randn(5, 12)
+    cross: Any = model["encoder_attn"]
+    torch.testing.assert_close(cross(x, keys), ungrouped(model)["encoder_attn"](x, keys))
+
+
+def model_path(model: nn.Module, wanted: nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is wanted)
