@@ -213,7 +213,7 @@ def make_form(adapter: AdapterCase, weight: Tensor, values: dict[str, Tensor], n
     if adapter.method == "lora":
         return AdapterForm(A, B, out_scale=SCALING)
     g = values["m"] / norm(weight, A.detach(), B.detach())
-    return AdapterForm(A, B, out_scale=SCALING * g, base_scale=g, dropout_on_base=True)
+    return AdapterForm(A, B, out_scale=g, base_scale=g, dropout_on_base=True, scaling=SCALING)
 
 
 def _reference_norm(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:

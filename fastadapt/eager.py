@@ -31,6 +31,7 @@ _POSITIONS_UP_TO = 0.25
 class Member(NamedTuple):
     """One linear layer of a group and the adapter form on it, h = scaling · out_scale.
 
+    Where out_scale is base_scale itself, that multiplies the sum of both paths, and z is that sum.
     Shapes: weight [N, K]; A [R, K]; B [N, R]; mid_scale [R]; out_scale, base_scale and bias [N].
     """
 
@@ -155,16 +156,15 @@ def _ignored(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=dtype, device=device)
 
 
-def _low_rank(u: Tensor, member: Member) -> Tensor:
-    """h ⊙ B (d ⊙ u) + β: [M, N] in new memory, to which the base product is then added.
+def _low_rank(u: Tensor, member: Member, up: Tensor, bias: Tensor | None) -> Tensor:
+    """scaling · up (d ⊙ u) + bias: [M, N] in new memory, to which the base product is then added.
 
     In this order, because a large product hides the reading of what it is added to, and a thin one does not.
     """
     t = u if member.mid_scale is None else u * cast(member.mid_scale, u.dtype)
-    up = _up(member, u.dtype).T
-    if member.bias is None:
-        return _product(t, up, member.scaling)
-    return torch.addmm(cast(member.bias, u.dtype), t, up, alpha=member.scaling)
+    if bias is None:
+        return _product(t, up.T, member.scaling)
+    return torch.addmm(cast(bias, u.dtype), t, up.T, alpha=member.scaling)
 
 
 def _add_scaled(y: Tensor, z: Tensor, scale: Tensor) -> Tensor:
@@ -176,22 +176,39 @@ def _add_scaled(y: Tensor, z: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
+def _scaled(v: Tensor, scale: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+    """scale ⊙ v + bias; in v's memory unless v is to be kept. Shapes: v [M, N]; scale and bias [N]."""
+    y = torch.empty_like(v) if keep else v
+    if scale.dtype == v.dtype:
+        return torch.mul(v, scale, out=y) if bias is None else torch.addcmul(cast(bias, v.dtype), v, scale, out=y)
+    for rows in _row_blocks(*v.shape):
+        block = v[rows] * scale
+        y[rows] = block if bias is None else block.add_(bias)
+    return y
+
+
 def _base_and_low_rank(
     x: Tensor, x_dropped: Tensor | None, u: Tensor, member: Member, keep_base: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, z) of one member; z is None unless it is to be kept."""
-    weight, g = member.weight, member.base_scale
+    """(y, z) of one member; z, what its base_scale multiplies, is None unless it is to be kept."""
+    weight, g, dtype = member.weight, member.base_scale, x.dtype
     if u.shape[1] == 0 and g is None:
-        return F.linear(x, weight, None if member.bias is None else cast(member.bias, x.dtype)), None
-    y = _low_rank(u, member)
+        return F.linear(x, weight, None if member.bias is None else cast(member.bias, dtype)), None
+    x_base = x_dropped if member.dropout_on_base and x_dropped is not None and g is not None else x
+    if g is not None and member.out_scale is g:
+        v = _low_rank(u, member, cast(member.B, dtype), None).addmm_(x_base, weight.T)
+        y = _scaled(v, g, member.bias, keep_base)
+        if x_base is not x:
+            y.addmm_(x - x_base, weight.T)
+        return y, v if keep_base else None
+    y = _low_rank(u, member, _up(member, dtype), member.bias)
     if g is None:
         return y.addmm_(x, weight.T), None
-    if member.dropout_on_base and x_dropped is not None:
-        z = F.linear(x_dropped, weight)
-        _add_scaled(y.addmm_(x, weight.T), z, g - 1)
-    else:
-        z = F.linear(x, weight)
+    z = F.linear(x_base, weight)
+    if x_base is x:
         _add_scaled(y, z, g)
+    else:
+        _add_scaled(y.addmm_(x, weight.T), z, g - 1)
     return y, z if keep_base else None
 
 

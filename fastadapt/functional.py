@@ -61,15 +61,23 @@ _KINDS = 7
 
 
 def _group(
-    tensors: Sequence[Tensor | None], scalings: Sequence[float], on_base: Sequence[bool], dtype: torch.dtype
+    tensors: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    on_base: Sequence[bool],
+    tied: Sequence[bool],
+    dtype: torch.dtype,
 ) -> list[Member]:
-    """The members of a group from their tensors in a flat list, base weights cast to the dtype of the products."""
+    """The members of a group from their tensors in a flat list, base weights cast to the dtype of the products.
+
+    The out_scale of a tied member is its base_scale.
+    """
     members = []
     for index, (scaling, dropped) in enumerate(zip(scalings, on_base, strict=True)):
         weight, A, B, mid, out, base, bias = tensors[_KINDS * index : _KINDS * (index + 1)]
         assert weight is not None
         assert A is not None
         assert B is not None
+        out = base if tied[index] else out
         members.append(Member(cast(weight, dtype), A, B, mid, out, scaling, base, bias, dropped))
     return members
 
@@ -93,6 +101,7 @@ class AdapterLinearFunction(torch.autograd.Function):
         p: float,
         scalings: tuple[float, ...],
         on_base: tuple[bool, ...],
+        tied: tuple[bool, ...],
         shared_A: bool,
         strategy: str,
         keep_weight: bool,
@@ -102,11 +111,13 @@ class AdapterLinearFunction(torch.autograd.Function):
         dtype = compute_dtype(x)
         # needs_input_grad does not know of no_grad, where nothing needs to be kept or prepared.
         needs = _needs(ctx, len(tensors)) if backward else _Needs()
-        needs_u = needs.B or needs.mid_scale or needs.out_scale
+        # The kernels give g's gradient without what a tied out_scale adds to it, and that needs u.
+        through_u = any(tied) and needs.base_scale and STRATEGIES[strategy] == "triton"
+        needs_u = needs.B or needs.mid_scale or needs.out_scale or through_u
         backward = any(needs)
         with _without_autocast(x):
             rows = cast(_rows(x), dtype)
-            members = _group(tensors, scalings, on_base, dtype)
+            members = _group(tensors, scalings, on_base, tied, dtype)
             ys, u, kept = ops.adapter_linear(
                 rows, members, None, drop, p, shared_A, needs_u, needs.base_scale, keep_weight, strategy
             )
@@ -119,7 +130,7 @@ class AdapterLinearFunction(torch.autograd.Function):
                 *kept,  # the z of members with a base_scale, or the recomposed weights
             )
             ctx.x_shape, ctx.dtype, ctx.strategy, ctx.keep_weight = x.shape, dtype, strategy, keep_weight
-            ctx.p, ctx.scalings, ctx.on_base, ctx.shared_A = p, scalings, on_base, shared_A
+            ctx.p, ctx.scalings, ctx.on_base, ctx.tied, ctx.shared_A = p, scalings, on_base, tied, shared_A
         return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in ys])
 
     @staticmethod
@@ -129,7 +140,7 @@ class AdapterLinearFunction(torch.autograd.Function):
         needs = _needs(ctx, count)
         rows, u, drop, *saved = ctx.saved_tensors
         with _without_autocast(dys[0]):
-            members = _group(saved[:count], ctx.scalings, ctx.on_base, ctx.dtype)
+            members = _group(saved[:count], ctx.scalings, ctx.on_base, ctx.tied, ctx.dtype)
             # Either the z of the members that have a base_scale or the recomposed weights.
             weights, z = (saved[count:], []) if ctx.keep_weight else ([], saved[count:])
             scaled = [index for index in range(len(z) and len(members)) if members[index].base_scale is not None]
@@ -149,20 +160,22 @@ class AdapterLinearFunction(torch.autograd.Function):
             )
             grads: list[Tensor | None] = []
             for index, member in enumerate(members):
-                wanted = ctx.needs_input_grad[-count:][index * _KINDS :][2:5]
-                factors = _factor_grads(found.P[index], member, wanted) if found.P else (None, None, None)
-                grads += [
-                    None,
-                    found.A[index] if found.A else None,
-                    *factors,
-                    found.base_scale[scaled.index(index)] if index in scaled else None,
-                    found.bias[index] if found.bias else None,
-                ]
+                needs_B, needs_mid, needs_out = ctx.needs_input_grad[-count:][index * _KINDS :][2:5]
+                dbase = found.base_scale[scaled.index(index)] if index in scaled else None
+                add_out = ctx.tied[index] and dbase is not None and STRATEGIES[ctx.strategy] == "triton"
+                dB = dmid = dout = None
+                if found.P:
+                    wanted = (needs_B, needs_mid, needs_out or add_out)
+                    dB, dmid, dout = _factor_grads(found.P[index], member, wanted)
+                if add_out:
+                    dbase, dout = dbase + dout, None
+                dA, dbias = found.A[index] if found.A else None, found.bias[index] if found.bias else None
+                grads += [None, dA, dB, dmid, dout, dbase, dbias]
         dx = None if found.x is None else found.x.view(ctx.x_shape)
         # What one member needs is made for all. In other dtypes than their tensors' the gradients are sums in fp32:
         # autograd casts them.
         needed = [grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad[-count:], strict=True)]
-        return dx, None, None, None, None, None, None, None, None, *needed
+        return dx, None, None, None, None, None, None, None, None, None, *needed
 
 
 class _Needs(NamedTuple):
@@ -283,10 +296,10 @@ def adapter_linear_group(
     scalings: list[float] = []
     tensors: list[Tensor | None] = []
     for weight, form in zip(weights, forms, strict=True):
-        scaling, out_scale = 1.0, None
+        scaling, out_scale = form.scaling, None
         if not isinstance(form.out_scale, Tensor):
-            scaling = float(form.out_scale)
-        else:
+            scaling *= form.out_scale
+        elif form.out_scale is not form.base_scale:
             out_scale = form.out_scale if form.out_scale.dim() > 0 else form.out_scale.expand(weight.shape[0])
         scalings.append(scaling)
         tensors += [weight, form.A, form.B, form.mid_scale, out_scale, form.base_scale, form.bias]
@@ -296,6 +309,7 @@ def adapter_linear_group(
         p,
         tuple(scalings),
         tuple([form.dropout_on_base for form in forms]),
+        tuple([form.base_scale is not None and form.out_scale is form.base_scale for form in forms]),
         shared_A,
         strategy,
         strategy == "recompose" and keeps_recomposed(workload),
@@ -366,11 +380,15 @@ def _trial(
 ) -> Callable[[], object]:
     """One run of a strategy, to be timed, with the backward where one will follow; it leaves no trace."""
 
-    def leaf(value: Any) -> Any:
-        return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+    made: dict[int, Tensor] = {}
+
+    def leaf(value: Any) -> Any:  # the same for the same, so that what is tied stays so
+        if not isinstance(value, Tensor):
+            return value
+        return made.setdefault(id(value), value.detach().requires_grad_(value.requires_grad))
 
     x, forms, grad = leaf(x), [AdapterForm(*map(leaf, form)) for form in forms], torch.is_grad_enabled()
-    trained = [v for v in (x, *(v for form in forms for v in form)) if isinstance(v, Tensor) and v.requires_grad]
+    trained = [tensor for tensor in made.values() if tensor.requires_grad]
 
     def run() -> None:
         with torch.set_grad_enabled(grad):

@@ -235,7 +235,7 @@ class AdapterEmbedding(AdapterLayer):
             x, form.A.T, base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse
         )
         y: Tensor = base(x)
-        return y + (form.out_scale * (u @ form.B.T)).to(y.dtype)
+        return y + (form.scaling * form.out_scale * (u @ form.B.T)).to(y.dtype)
 
 
 class AdapterConv2d(AdapterLayer):
@@ -258,7 +258,7 @@ class AdapterConv2d(AdapterLayer):
         form = adapter.form(self.weight_matrix, self.base_bias)
         kernel = form.A.unflatten(1, base.weight.shape[1:])
         u = base._conv_forward(F.dropout(x, adapter.dropout, self.training).to(kernel.dtype), kernel, None)
-        low_rank = form.out_scale * F.conv2d(u, form.B[:, :, None, None])
+        low_rank = form.scaling * form.out_scale * F.conv2d(u, form.B[:, :, None, None])
         y: Tensor = base(x) if form.bias is base.bias else base._conv_forward(x, base.weight, None)
         y = y + low_rank.to(y.dtype)
         return y if form.bias is base.bias or form.bias is None else y + form.bias.to(y.dtype)[:, None, None]

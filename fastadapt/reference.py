@@ -20,8 +20,9 @@ class AdapterForm(NamedTuple):
 
         y = W0 x + (g − 1) ⊙ (W0 x̃) + h ⊙ (B (d ⊙ (A x̃))) + β
 
-    Shapes: A [r, in], B [out, r], mid_scale d [r], out_scale h scalar or [out], base_scale g [out], bias β [out];
-    r may be 0. An absent scale is 1. ``bias`` is the whole β: the base layer's own bias is part of it.
+    Shapes: A [r, in], B [out, r], mid_scale d [r], out_scale scalar or [out], base_scale g [out], bias β [out]; r may
+    be 0. h = scaling · out_scale. An absent scale is 1. ``bias`` is the whole β: the base layer's own bias is part of
+    it. Where out_scale is the very tensor base_scale (DoRA), g scales the sum of both paths, which costs less.
     """
 
     A: Tensor
@@ -31,6 +32,7 @@ class AdapterForm(NamedTuple):
     base_scale: Tensor | None = None
     bias: Tensor | None = None
     dropout_on_base: bool = False
+    scaling: float = 1.0
 
 
 def dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
@@ -55,7 +57,7 @@ def adapter_linear_reference(
     u = x_dropped @ form.A.T
     if form.mid_scale is not None:
         u = form.mid_scale * u
-    y = y + form.out_scale * (u @ form.B.T)
+    y = y + form.scaling * form.out_scale * (u @ form.B.T)
     return y if form.bias is None else y + form.bias
 
 
@@ -69,7 +71,7 @@ def merged_weight_reference(weight: Tensor, form: AdapterForm) -> Tensor:
         form.out_scale if isinstance(form.out_scale, float) or form.out_scale.dim() == 0 else form.out_scale[:, None]
     )
     base = weight if form.base_scale is None else form.base_scale[:, None] * weight
-    return base + out_scale * (up @ form.A)
+    return base + form.scaling * out_scale * (up @ form.A)
 
 
 def weight_norm_reference(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

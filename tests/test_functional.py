@@ -61,10 +61,11 @@ def form_of(values: dict[str, Tensor], parts: tuple[str, ...], on_base: bool) ->
         values["A"],
         values["B"],
         values["mid_scale"] if "mid_scale" in parts else None,
-        values["out_scale"] if "out_scale" in parts else 0.5,
+        values["base_scale"] if "tied" in parts else values["out_scale"] if "out_scale" in parts else 0.5,
         values["base_scale"] if "base_scale" in parts else None,
         values["bias"] if "bias" in parts else None,
         on_base,
+        0.5 if "tied" in parts else 1.0,
     )
 
 
@@ -77,7 +78,7 @@ def outputs_and_grads(
     leaves = {name: v.detach().clone().requires_grad_() for name, v in values.items()}
     y = run(leaves)
     y.backward(dy.to(y.dtype))
-    wanted = ("x", "A", "B", *parts)
+    wanted = ("x", "A", "B", *(part for part in parts if part != "tied"))
     results = {"y": y.detach()}
     for name in wanted:
         grad = leaves[name].grad
@@ -143,7 +144,8 @@ def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
 FORMS: dict[str, tuple[tuple[str, ...], bool]] = {
     "lora": ((), False),
     "lora bias": (("bias",), False),
-    "dora": (("out_scale", "base_scale", "bias"), True),
+    "dora": (("tied", "base_scale", "bias"), True),
+    "scales of both paths": (("out_scale", "base_scale", "bias"), True),
     "vera": (("mid_scale", "out_scale"), False),
     "all": (("mid_scale", "out_scale", "base_scale", "bias"), False),
 }
@@ -168,7 +170,7 @@ def test_odd_shapes(m: int, k: int, n: int, r: int, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("p", [0.1, 0.6])
-@pytest.mark.parametrize("name", ["lora", "dora", "vera", "all"])
+@pytest.mark.parametrize("name", ["lora", "dora", "scales of both paths", "vera", "all"])
 def test_dropout_agrees_between_forward_and_backward(name: str, p: float, dtype: torch.dtype, backend: str) -> None:
     parts, on_base = FORMS[name]
     judge(19, 40, 24, 4, dtype, backend, parts, p=p, on_base=on_base)
@@ -517,7 +519,7 @@ def test_a_group_is_its_members(kinds: str, p: float, dtype: torch.dtype, strate
         leaves, forms, weights = {"x": leaf}, [], []
         for index, ((values, weight), (name, _)) in enumerate(zip(members, MIXED[kinds], strict=True)):
             own = {key: v.detach().clone() if to is None else v.to(to) for key, v in values.items() if key != "x"}
-            for key in ("A", "B", *FORMS[name][0]):
+            for key in ("A", "B", *(part for part in FORMS[name][0] if part != "tied")):
                 leaves[f"{key}{index}"] = own[key].requires_grad_()
             forms.append(form_of(own, *FORMS[name]))
             weights.append(weight if to is None else weight.to(to))

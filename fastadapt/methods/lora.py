@@ -84,7 +84,7 @@ class LoRAAdapter(Adapter):
         if self.row_norm is None or self.lora_magnitude_vector is None:
             return AdapterForm(A, B, out_scale=self.scaling, bias=bias)
         g = self.lora_magnitude_vector / self._norm(self.row_norm, weight)
-        return AdapterForm(A, B, out_scale=self.scaling * g, base_scale=g, bias=bias, dropout_on_base=True)
+        return AdapterForm(A, B, out_scale=g, base_scale=g, bias=bias, dropout_on_base=True, scaling=self.scaling)
 
     def extra_repr(self) -> str:
         return f"r={self.factors[0].shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}"
