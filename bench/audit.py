@@ -125,6 +125,8 @@ Case = tuple[int, Group, Form]
 BY_CONFIG: list[Case] = [
     *((M, Group.qkv(R), form) for form in (ON_BASE, EVERYTHING) for M in TOKENS for R in RANKS),
     *((M, Group.square(R), LORA) for M in TOKENS for R in RANKS),
+    # Widths that divide by nothing.
+    *((M, Group(577, (577, 193, 1), (R, R, R)), ON_BASE) for M in TOKENS for R in RANKS),
 ]
 # Every combination of operands that the methods need, in bf16 only: other dtypes take no other branch for them.
 BY_OPERANDS: list[Case] = [
@@ -133,7 +135,7 @@ BY_OPERANDS: list[Case] = [
     (8192, Group(4096, (14336, 14336), (64, 64)), LORA),
     (16, Group.square(16), LORA),
     (8192, Group.square(8), EVERYTHING),
-    # Widths that divide by nothing, and members without a rank.
+    # Widths and ranks that divide by nothing, and a member without a rank.
     (1, Group(577, (577,), (3,)), EVERYTHING),
     (4099, Group(577, (577, 193, 1), (3, 100, 0)), ON_BASE),
 ]
