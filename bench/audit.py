@@ -125,7 +125,8 @@ Case = tuple[int, Group, Form]
 BY_CONFIG: list[Case] = [
     *((M, Group.qkv(R), form) for form in (ON_BASE, EVERYTHING) for M in TOKENS for R in RANKS),
     *((M, Group.square(R), LORA) for M in TOKENS for R in RANKS),
-    # Widths that divide by nothing.
+    # A narrow model; and widths that divide by nothing.
+    *((8192, Group(576, (576,), (R,)), EVERYTHING) for R in RANKS),
     *((M, Group(577, (577, 193, 1), (R, R, R)), ON_BASE) for M in TOKENS for R in RANKS),
 ]
 # Every combination of operands that the methods need, in bf16 only: other dtypes take no other branch for them.
