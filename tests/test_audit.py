@@ -139,11 +139,8 @@ def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
     """Random layers against the cases of the full audit, on GPUs of every size of shared memory."""
     generator = random.Random(0)
     cases = []
-    for _ in range(60):
-        width, Ns = (
-            generator.randint(100, 20_000),
-            [generator.randint(100, 20_000) for _ in range(generator.randint(1, 3))],
-        )
+    for step in [1, 16] * 40:
+        width, *Ns = (step * generator.randint(100, 20_000 // step) for _ in range(generator.randint(2, 4)))
         Rs = tuple(generator.randint(1, 256) for _ in Ns)
         cases.append((2 ** generator.randint(0, 14), audit.Group(width, tuple(Ns), Rs), generator.choice(audit.FORMS)))
 
@@ -155,4 +152,4 @@ def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
 
     for dtype in (torch.float16, torch.float32):
         for shared_limit in {target.shared_limit for target in audit.TARGETS.values()}:
-            assert found(dtype, shared_limit, cases) <= found(dtype, shared_limit, audit.BY_CONFIG)
+            assert found(dtype, shared_limit, cases) - found(dtype, shared_limit, audit.BY_CONFIG) == set()

@@ -214,7 +214,9 @@ def _product(
     elif M <= 32:
         # A few tokens: as many programs as it takes to stream the weight.
         block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
-        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+        block_k, stages = 32 if wide else 64, 4 if shared_memory >= _MEDIUM else 3
+        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
+        tiles["num_stages"] = stages
     elif programs(128) < _WANTED_PROGRAMS // 4:
         block_k = 32 if wide else 64
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
