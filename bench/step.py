@@ -164,18 +164,21 @@ def run(
 
 def _run_shape(cases: list[AdapterCase], shape: Shape, rounds: int, *, peft: bool, peaks: bool) -> list[report.Row]:
     torch.set_num_threads(shape.threads)
-    base = base_model(shape)
     sides: list[Side] = ["ours", "peft"] if peft else ["ours"]
+    # Before this process holds models of its own: at many tokens both would not fit.
+    frozen_peak = peak(cases[0], "frozen", shape) if peaks else None
+    pairs = list(itertools.product(cases, sides))
+    peak_of = {(case.name, side): peak(case, side, shape) if peaks else None for case, side in pairs}
+    base = base_model(shape)
     variants = dict.fromkeys(FROZEN, make_step(base, shape))
     trainable = {}
-    for case, side in itertools.product(cases, sides):
+    for case, side in pairs:
         model = adapted(base, case, side)
         trainable[case.name, side] = sum(parameter.numel() for parameter in trained(model))
         variants[f"{case.name} {side}"] = make_step(model, shape)
     results = measure.interleave(variants, rounds)
 
     rows: list[report.Row] = []
-    frozen_peak = peak(cases[0], "frozen", shape) if peaks else None
     for case in cases:
         with_bytes, flops = floor(case, shape)
         row: report.Row = {"case": case.name, "floor": with_bytes, "floor_flops": flops}
@@ -185,7 +188,7 @@ def _run_shape(cases: list[AdapterCase], shape: Shape, rounds: int, *, peft: boo
             row[f"{prefix}x_best"] = measure.best_ratio(results, f"{case.name} {side}", FROZEN)
             row |= {f"{prefix}x_frozen": wall.median, f"{prefix}x_low": wall.low, f"{prefix}x_high": wall.high}
             row |= {f"{prefix}x_cpu": cpu.median, f"{prefix}x_cpu_low": cpu.low, f"{prefix}x_cpu_high": cpu.high}
-            row[f"{prefix}peak_mb"] = peak(case, side, shape) if peaks else None
+            row[f"{prefix}peak_mb"] = peak_of[case.name, side]
             row[f"{prefix}step_s"] = sorted(round_[f"{case.name} {side}"].wall for round_ in results)[rounds // 2]
             row[f"{prefix}trainable"] = trainable[case.name, side]
         row |= {"frozen_peak_mb": frozen_peak, "r": case.r, "dropout": case.dropout, "rounds": rounds} | asdict(shape)

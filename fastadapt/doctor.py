@@ -152,9 +152,15 @@ def _run(case: Case, values: Values, function: Callable[[Values], Tensor], dy: T
 
 
 def _form(case: Case, values: Values) -> AdapterForm:
-    named = {name: values[name] for name in ("mid_scale", "base_scale", "bias") if name in values}
-    out_scale = values.get("out_scale", 0.5)
-    return AdapterForm(values["A"], values["B"], out_scale=out_scale, dropout_on_base=case.dropout_on_base, **named)
+    return AdapterForm(
+        values["A"],
+        values["B"],
+        values.get("mid_scale"),
+        values.get("out_scale", 0.5),
+        values.get("base_scale"),
+        values.get("bias"),
+        case.dropout_on_base,
+    )
 
 
 def _mask(case: Case, x: Tensor, backend: str) -> Tensor | None:

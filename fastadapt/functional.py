@@ -162,13 +162,13 @@ class AdapterLinearFunction(torch.autograd.Function):
             for index, member in enumerate(members):
                 needs_B, needs_mid, needs_out = ctx.needs_input_grad[-count:][index * _KINDS :][2:5]
                 dbase = found.base_scale[scaled.index(index)] if index in scaled else None
-                add_out = ctx.tied[index] and dbase is not None and STRATEGIES[ctx.strategy] == "triton"
+                through_u = ctx.tied[index] and dbase is not None and STRATEGIES[ctx.strategy] == "triton"
                 dB = dmid = dout = None
                 if found.P:
-                    wanted = (needs_B, needs_mid, needs_out or add_out)
+                    wanted = (needs_B, needs_mid, needs_out or through_u)
                     dB, dmid, dout = _factor_grads(found.P[index], member, wanted)
-                if add_out:
-                    dbase, dout = dbase + dout, None
+                if through_u and dbase is not None and dout is not None:
+                    dbase = dbase + dout
                 dA, dbias = found.A[index] if found.A else None, found.bias[index] if found.bias else None
                 grads += [None, dA, dB, dmid, dout, dbase, dbias]
         dx = None if found.x is None else found.x.view(ctx.x_shape)
