@@ -207,7 +207,7 @@ def _product(
     tiles: Config
     if x.dtype == torch.float32:
         # IEEE fp32 has no matrix unit on NVIDIA: the tile is bound by registers.
-        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 8, "num_warps": 8, "num_stages": 3}
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 8, "num_warps": 8, "num_stages": 2}
     elif not _aligned(operands):
         # Every element has a load, an address and a mask of its own.
         tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
