@@ -364,8 +364,11 @@ def cannot_recompose(w: Workload) -> str | None:
 
 
 def keeps_recomposed(w: Workload) -> bool:
-    """Whether W' is held until the backward, where remaking it would add more than a tenth of the frozen pass."""
-    return w.backward and w.wants_dx and max(w.ranks) > 2 * w.M * _KEEP_RECOMPOSED_ABOVE
+    """Whether W' is held until the backward, where remaking it would add more than a tenth of the frozen pass.
+
+    Not where A trains: x is kept for dA already, and with W' beside it a layer would keep more than a plain one.
+    """
+    return w.backward and w.wants_dx and not w.trains_A and max(w.ranks) > 2 * w.M * _KEEP_RECOMPOSED_ABOVE
 
 
 def recomposing_saves(w: Workload) -> bool:

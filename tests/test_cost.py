@@ -91,6 +91,7 @@ def test_what_cannot_be_recomposed_is_not() -> None:
     assert recomposing_saves(w)
     assert not keeps_recomposed(w)
     assert keeps_recomposed(vera(800, 576, 1536))
+    assert not keeps_recomposed(vera(800, 576, 1536)._replace(trains_A=True))
     for refused in ({"dtype": "bfloat16"}, {"dropout": True}, {"trains_base": True}):
         assert cannot_recompose(w._replace(**refused))
         assert not recomposing_saves(w._replace(**refused))
