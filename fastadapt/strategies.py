@@ -1,9 +1,12 @@
 """Which implementation runs an adapter form: the backends, the strategies on them, and the choice among these.
 
-split       Triton: u = x̃ Aᵀ, then one GEMM that adds the low-rank product, scales and bias to its accumulator
-fused       Triton: u computed inside that GEMM, one launch
-library     PyTorch's GEMM, the low-rank product added with addmm_
-recompose   W0 + diag(h) B diag(d) A made once, then PyTorch's GEMM: where that takes fewer FLOPs; fp32 and fp64
+* split: Triton; u = x̃ Aᵀ, then one GEMM that adds the low-rank product, scales and bias to its accumulator
+* fused: Triton; u computed inside that GEMM, one launch
+* library: PyTorch's GEMM on top of the low-rank product, with addmm_
+* recompose: W0 + diag(h) B diag(d) A made once, then PyTorch's GEMM: where that takes fewer FLOPs; fp32 and fp64
+
+"auto" takes what was measured for this problem on this GPU, or else what the cost model expects to be the fastest;
+"tune" measures first, where nothing was, and keeps the result on disk (see tuner.py).
 """
 
 from __future__ import annotations
