@@ -156,6 +156,10 @@ def _ignored(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=dtype, device=device)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, None if bias is None else cast(bias, x.dtype))
+
+
 def _low_rank(u: Tensor, member: Member, up: Tensor, bias: Tensor | None) -> Tensor:
     """scaling · up (d ⊙ u) + bias: [M, N] in new memory, to which the base product is then added.
 
@@ -188,18 +192,18 @@ def _scaled(v: Tensor, scale: Tensor, bias: Tensor | None, keep: bool) -> Tensor
 
 
 def _base_and_low_rank(
-    x: Tensor, x_dropped: Tensor | None, u: Tensor, member: Member, keep_base: bool
+    x: Tensor, x_dropped: Tensor | None, x_rest: Tensor | None, u: Tensor, member: Member, keep_base: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, z) of one member; z, what its base_scale multiplies, is None unless it is to be kept."""
+    """(y, z) of one member; z, what its base_scale multiplies, is None unless it is to be kept. x_rest = x − x̃."""
     weight, g, dtype = member.weight, member.base_scale, x.dtype
     if u.shape[1] == 0 and g is None:
-        return F.linear(x, weight, None if member.bias is None else cast(member.bias, dtype)), None
+        return _linear(x, weight, member.bias), None
     x_base = x_dropped if member.dropout_on_base and x_dropped is not None and g is not None else x
     if g is not None and member.out_scale is g:
         v = _low_rank(u, member, cast(member.B, dtype), None).addmm_(x_base, weight.T)
         y = _scaled(v, g, member.bias, keep_base)
-        if x_base is not x:
-            y.addmm_(x - x_base, weight.T)
+        if x_base is not x and x_rest is not None:
+            y.addmm_(x_rest, weight.T)
         return y, v if keep_base else None
     y = _low_rank(u, member, _up(member, dtype), member.bias)
     if g is None:
@@ -246,14 +250,13 @@ def adapter_linear(
     kept = [u] if u is not None and keep_u and not given else []
     if strategy == "recompose":
         weights = [recomposed_weight(member) for member in members]
-        ys = [
-            F.linear(x, weight, None if member.bias is None else cast(member.bias, x.dtype))
-            for member, weight in zip(members, weights, strict=True)
-        ]
+        ys = [_linear(x, weight, member.bias) for member, weight in zip(members, weights, strict=True)]
         return ys + kept + (weights if keep_weight else [])
     assert u is not None
+    tied = any([member.dropout_on_base and member.out_scale is member.base_scale is not None for member in members])
+    x_rest = x - x_dropped if tied and x_dropped is not None else None
     pairs = [
-        _base_and_low_rank(x, x_dropped, part, member, keep_base)
+        _base_and_low_rank(x, x_dropped, x_rest, part, member, keep_base)
         for member, part in zip(members, _parts(u, members, shared_A), strict=True)
     ]
     return [y for y, _ in pairs] + kept + [z for _, z in pairs if z is not None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .functional import adapter_linear_group, compute_dtype
-from .versions import optimizer_steps
+from .versions import optimizer_steps, version
 
 if TYPE_CHECKING:
     from .layers import AdapterLinear
@@ -125,5 +125,5 @@ def _state(layer: AdapterLinear) -> tuple[Any, ...]:
     adapter = layer.active_adapter
     weight = layer.base_layer.weight
     parameters = () if adapter is None else adapter._parameters.values()
-    versions = [0 if p is None or p.is_inference() else p._version for p in (weight, *parameters)]
+    versions = [version(p) for p in (weight, *parameters) if p is not None]
     return id(adapter), id(weight), layer.merged, layer.training, versions

@@ -95,7 +95,7 @@ def _run_linear(x: Tensor, members: Sequence[Member], *rest: Any) -> list[Tensor
         return eager.adapter_linear(x, members, *rest)
     ys, made, zs = _kernels("adapter_linear").adapter_linear(
         x,
-        [_kernels("group").Member(*member) for member in members],
+        members,
         u=u,
         seed=drop,
         p=p,
@@ -180,7 +180,7 @@ def _run_backward(dys: Sequence[Tensor], members: Sequence[Member], *rest: Any) 
         return eager.adapter_linear_backward(dys, members, *rest)
     found = _kernels("adapter_linear").adapter_linear_backward(
         dys,
-        [_kernels("group").Member(*member) for member in members],
+        members,
         x=x,
         u=u,
         zs=zs,

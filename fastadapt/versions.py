@@ -25,7 +25,11 @@ def optimizer_steps() -> int:
     return _optimizer_steps
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written, except by fused optimizers and through `.data`; inference tensors do not tell."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal as long as a tensor is the same memory and has not been written, except by fused optimizers and `.data`."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device
+    """Equal as long as a tensor is the same memory and its `version` is."""
+    return tensor.data_ptr(), version(tensor), tensor.dtype, tensor.device
