@@ -16,6 +16,7 @@ BENCHES = {
     "predictions": "bench.predictions",
     "gpu": "bench.gpu",
     "microbench": "bench.microbench",
+    "methods": "bench.methods",
 }
 
 

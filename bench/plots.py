@@ -281,3 +281,38 @@ def _multiple(rows: Sequence[Row], provider: str) -> float | None:
     """The provider's time as a multiple of the frozen layers' in the same group of rows."""
     times = {row["provider"]: row["median_ms"] for row in rows}
     return times[provider] / times["linear"] if provider in times and "linear" in times else None
+
+
+def draw_methods(document: Document, path: Path) -> None:
+    """Accuracy against trained parameters: a dot for each method's mean, a line from its worst to its best seed."""
+    rows = document["rows"]
+    figure = _figure(9, 6)
+    axes = figure.add_subplot()
+    for index, row in enumerate(rows):
+        color = f"C{index % 10}"
+        low, high = row["accuracy"] - row["accuracy_low"], row["accuracy_high"] - row["accuracy"]
+        marker = MARKERS[index // 10 % len(MARKERS)]
+        axes.errorbar(
+            row["trainable"],
+            row["accuracy"],
+            [[low], [high]],
+            color=color,
+            marker=marker,
+            capsize=3,
+            label=row["method"],
+        )
+        # Neighbours of like size and accuracy would lie on each other: their names go up and down in turn.
+        offset = (6, 8 if index % 2 else -12)
+        axes.annotate(
+            row["method"], (row["trainable"], row["accuracy"]), offset, textcoords="offset points", fontsize=9
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters in the adapters (the head apart)")
+    axes.set_ylabel("accuracy on 2,000 test sentences")
+    axes.set_title(
+        f"Movie-review sentences, MiniLM, {rows[0]['steps']} steps, {rows[0]['seeds']} seeds: mean, worst and best"
+    )
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    figure.text(0.995, 0.005, _provenance(document), ha="right", va="bottom", fontsize=7, color="#666666")
+    _save(figure, path)

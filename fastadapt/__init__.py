@@ -1,8 +1,10 @@
 """fastadapt: one fused engine for low-rank adapters."""
 
-from . import functional
-from .checkpoint import load_adapter, save_adapter
+from . import functional, optim
+from .checkpoint import export_lora, load_adapter, save_adapter
+from .combine import add_weighted_adapter
 from .inject import (
+    control,
     disable_adapter,
     inject,
     merge,
@@ -12,21 +14,29 @@ from .inject import (
     unmerge,
 )
 from .layers import AdapterLinear
-from .methods import DoRAConfig, LoRAConfig, VeRAConfig
+from .methods import DeltaLoRAConfig, DoRAConfig, LoRAConfig, LoRADropConfig, VeRAConfig
 from .reference import AdapterForm
+from .selection import select_layers
 
 __all__ = [
     "AdapterForm",
     "AdapterLinear",
+    "DeltaLoRAConfig",
     "DoRAConfig",
     "LoRAConfig",
+    "LoRADropConfig",
     "VeRAConfig",
+    "add_weighted_adapter",
+    "control",
     "disable_adapter",
+    "export_lora",
     "functional",
     "inject",
     "load_adapter",
     "merge",
+    "optim",
     "save_adapter",
+    "select_layers",
     "set_adapter",
     "trainable_parameters",
     "unload",

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .inject import Injection, ModelType, adapter_configs, adapter_layers, attach, check_known, prepare, saved_modules
+from .forms import PlainLoRA, plain_lora
+from .inject import Injection, ModelType, attach, prepare, present
 from .layers import Adapter
 from .methods import METHODS, AdapterConfig
+from .methods.lora import lora_of
+from .methods.lora_drop import recognised
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -45,8 +48,8 @@ def _adapter_tensors(adapters: dict[str, Adapter], config: AdapterConfig) -> Ite
         for name, tensor in module.state_dict().items():
             yield f"{PREFIX}{prefix}{name}", tensor
     for path, adapter in adapters.items():
-        for name, suffix in adapter.checkpoint_names.items():
-            yield f"{PREFIX}model.{path}.{suffix}", adapter.get_parameter(name)
+        for suffix, tensor in adapter.checkpoint_tensors().items():
+            yield f"{PREFIX}model.{path}.{suffix}", tensor
 
 
 def _copy_tensors(copies: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
@@ -62,19 +65,6 @@ def _named_tensors(injection: Injection) -> dict[str, Tensor]:
     }
 
 
-def _present(model: nn.Module, adapter_name: str) -> Injection:
-    """An adapter that is in the model, as an Injection."""
-    check_known(model, adapter_name)
-    layers = {path: layer for path, layer in adapter_layers(model).items() if adapter_name in layer.adapters}
-    adapters: dict[str, Adapter] = {path: layer.adapters[adapter_name] for path, layer in layers.items()}  # type: ignore[misc]
-    copies = {
-        path: module.copies[adapter_name]
-        for path, module in saved_modules(model).items()
-        if adapter_name in module.copies
-    }
-    return Injection(adapter_name, adapter_configs(model)[adapter_name], layers, adapters, copies)
-
-
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Saves one adapter as a PEFT directory: adapter_config.json and adapter_model.safetensors.
 
@@ -82,13 +72,58 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     was there before as it was. Raises ValueError for an unknown adapter name, OSError where the directory cannot
     be written.
     """
-    injection = _present(model, adapter_name)
-    fields = injection.config.to_peft(list(injection.layers))
+    injection = present(model, adapter_name)
+    _write(model, Path(directory), injection.config.to_peft(list(injection.layers)), _named_tensors(injection))
+
+
+def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Saves an adapter of any method that is low-rank alone as a plain LoRA, which every library reads.
+
+    ΔW is the same: A' = diag(d) A, B' = diag(h) B, with each layer's rank and lora_alpha in the patterns (Delta-LoRA
+    has rank 2r, AdaLoRA the triplets that it kept; LoRA-drop's shared pairs are repeated). A layer of rank 0 is left
+    out. Raises ValueError for an unknown name, a method that scales the base path (DoRA, DVoRA) or a bias where the
+    base has none; OSError where the directory cannot be written.
+    """
+    injection = present(model, adapter_name)
+    factors: dict[str, PlainLoRA] = {}
+    biases: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for path, adapter in injection.adapters.items():
+            layer = injection.layers[path]
+            form = adapter.form(layer.weight_matrix, layer.base_bias)
+            try:
+                lora = plain_lora(form)
+            except ValueError as error:
+                raise ValueError(f"adapter {adapter_name!r} is no LoRA: {path}: {error}") from None
+            if form.bias is not None and layer.base_bias is None:
+                raise ValueError(f"adapter {adapter_name!r} is no plain LoRA: it adds a bias to {path}, which has none")
+            if form.bias is not None and form.bias is not layer.base_bias:
+                biases[path] = form.bias
+            if lora.A.shape[0]:
+                factors[path] = lora
+        old = injection.config
+        config, adapters = lora_of(
+            {path: injection.layers[path] for path in factors},
+            factors,
+            bias="lora_only" if biases else "none",
+            modules_to_save=old.modules_to_save,
+            task_type=old.task_type,
+            base_model_name_or_path=old.base_model_name_or_path,
+            revision=old.revision,
+            fan_in_fan_out=old.fan_in_fan_out,
+        )
+        for path, bias in biases.items():
+            adapters[path].get_parameter("bias").copy_(bias)
+    exported = injection._replace(config=config, adapters=adapters)
+    _write(model, Path(directory), config.to_peft(list(factors)), _named_tensors(exported))
+
+
+def _write(model: nn.Module, target: Path, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes both files of a PEFT directory, whole or not at all."""
     if fields.get("base_model_name_or_path") is None:
         fields["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in _named_tensors(injection).items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    target = Path(directory)
+    # Shared tensors are cloned: a safetensors file has no aliases.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as scratch:
         try:
@@ -191,6 +226,11 @@ def _fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> Non
                 f"{source}: {name} must have shape {tuple(parameter.shape)} for this config and model, got "
                 f"{tuple(tensors[name].shape)}: is this adapter for another model?"
             )
+    first: dict[int, str] = {}
+    for name, parameter in wanted.items():
+        same = first.setdefault(id(parameter), name)
+        if not torch.equal(tensors[same], tensors[name]):
+            raise ValueError(f"{source}: {same} and {name} must be equal: their layers share one tensor (LoRA-drop)")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
@@ -226,8 +266,8 @@ def load_adapter(
     require grad. Returns the model. Raises FileNotFoundError or ValueError that names the file, the tensor or the
     field and the cure; the model is then as it was.
     """
-    config = read_config(directory)
     tensors = read_tensors(directory)
+    config = recognised(read_config(directory), tensors)
     injection = prepare(
         model,
         config,

@@ -77,9 +77,8 @@ class ProjectionGroup:
                 self._misses += 1
 
     def _lead(self, layer: AdapterLinear, x: Tensor) -> Tensor | None:
-        adapter = layer.active_adapter
         members = [other for other in self.layers if other is layer or _joins(other, layer, x)]
-        if adapter is None or len(members) < 2 or not any(member is layer for member in members):
+        if len(members) < 2 or not any(member is layer for member in members):
             return None
         weights = [member.weight_matrix for member in members]
         forms = [member.form() for member in members]
@@ -87,7 +86,7 @@ class ProjectionGroup:
             x,
             weights,
             forms,
-            dropout=adapter.dropout,
+            dropout=layer.dropout,
             training=layer.training,
             backend=layer.backend,
             strategy=layer.strategy,
@@ -100,8 +99,7 @@ class ProjectionGroup:
 
 def _joins(other: AdapterLinear, leader: AdapterLinear, x: Tensor) -> bool:
     """Whether a layer can run together with the one that was called."""
-    adapter, first = other.active_adapter, leader.active_adapter
-    if adapter is None or first is None or other.merged or adapter.dropout != first.dropout:
+    if not other.active or other.merged or other.dropout != leader.dropout:
         return False
     weight, own = other.weight_matrix, leader.weight_matrix
     return (
@@ -122,8 +120,8 @@ def _circumstances(x: Tensor) -> tuple[Any, ...]:
 
 def _state(layer: AdapterLinear) -> tuple[Any, ...]:
     """What a layer's output depends on beside x."""
-    adapter = layer.active_adapter
     weight = layer.base_layer.weight
-    parameters = () if adapter is None else adapter._parameters.values()
-    versions = [version(p) for p in (weight, *parameters) if p is not None]
-    return id(adapter), id(weight), layer.merged, layer.training, versions
+    adapters = layer.active_adapters
+    tensors = [t for adapter in adapters for t in (*adapter._parameters.values(), *adapter._buffers.values())]
+    versions = [version(tensor) for tensor in (weight, *tensors) if tensor is not None]
+    return [id(adapter) for adapter in adapters], id(weight), layer.merged, layer.training, versions

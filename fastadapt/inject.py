@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .groups import ProjectionGroup
 from .layers import Adapter, AdapterLayer, AdapterLinear, ModuleToSave, adapter_layer
-from .methods import AdapterConfig
+from .methods import AdapterConfig, Control
 from .strategies import check_backend, check_strategy
 from .targets import saved_paths, shared_inputs, target_paths
 
@@ -56,11 +56,16 @@ def trainable_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
 
-def _check_name(name: str) -> None:
+def check_new(model: nn.Module, name: str) -> None:
+    """Raises ValueError for a name that an adapter of `model` has or none can have, and for a merged model."""
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
         raise ValueError(
             f"adapter_name must be a non-empty name without dots that is no attribute of a module, got {name!r}"
         )
+    if name in adapter_configs(model):
+        raise ValueError(f"adapter {name!r} is in the model already: take another name, or unload(model) first")
+    if any(layer.merged for layer in adapter_layers(model).values()):
+        raise ValueError("the model has a merged adapter: call unmerge(model) before adding another")
 
 
 def check_known(model: nn.Module, name: str) -> None:
@@ -105,13 +110,9 @@ def prepare(
     every_target: whether each name in target_modules must match a module, or only one of them. Raises ValueError as
     `inject` does.
     """
-    _check_name(adapter_name)
+    check_new(model, adapter_name)
     check_backend(backend)
     check_strategy(strategy, backend)
-    if adapter_name in adapter_configs(model):
-        raise ValueError(f"adapter {adapter_name!r} is in the model already: take another name, or unload(model) first")
-    if any(layer.merged for layer in adapter_layers(model).values()):
-        raise ValueError("the model has a merged adapter: call unmerge(model) before adding another")
     modules = dict(model.named_modules())
     layers: dict[str, AdapterLayer] = {}
     for path in target_paths(model, config, every_name=every_target):
@@ -132,6 +133,40 @@ def prepare(
         fan_in_fan_out=any(isinstance(layer, AdapterLinear) and layer.fan_in_fan_out for layer in layers.values()),
     )
     return Injection(adapter_name, config, layers, adapters, copies)
+
+
+def present(model: nn.Module, adapter_name: str) -> Injection:
+    """An adapter that is in the model, as an Injection. Raises ValueError for an unknown name."""
+    check_known(model, adapter_name)
+    layers = {path: layer for path, layer in adapter_layers(model).items() if adapter_name in layer.adapters}
+    adapters: dict[str, Adapter] = {path: layer.adapters[adapter_name] for path, layer in layers.items()}  # type: ignore[misc]
+    copies = {
+        path: module.copies[adapter_name]
+        for path, module in saved_modules(model).items()
+        if adapter_name in module.copies
+    }
+    return Injection(adapter_name, adapter_configs(model)[adapter_name], layers, adapters, copies)
+
+
+def rebuild(model: nn.Module, adapter_name: str, config: AdapterConfig) -> dict[str, Adapter]:
+    """Puts new adapters, made by `config`, in the place of those of that name. Returns them by module path.
+
+    Their dtype, mode and requires_grad are those of the old ones. Raises what config.build raises; the model is then as
+    it was.
+    """
+    old = present(model, adapter_name)
+    dtypes = {id(layer.base_layer.weight): _dtype(old.adapters[path]) for path, layer in old.layers.items()}
+    adapters = config.build(old.layers, lambda weight: dtypes[id(weight)])
+    for path, layer in old.layers.items():
+        adapters[path].train(old.adapters[path].training)
+        layer.adapters[adapter_name] = adapters[path]
+        adapters[path].requires_grad_(adapter_name in layer.active and not config.inference_mode)
+    adapter_configs(model)[adapter_name] = config
+    return adapters
+
+
+def _dtype(adapter: Adapter) -> torch.dtype:
+    return next(tensor.dtype for tensor in adapter.checkpoint_tensors().values())
 
 
 def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
@@ -190,34 +225,63 @@ def inject(
     return model
 
 
-def _switch(model: nn.Module, name: str | None) -> None:
+def _switch(model: nn.Module, names: Sequence[str]) -> None:
     for layer in adapter_layers(model).values():
-        layer.active = name if name is not None and name in layer.adapters else None
+        layer.active = tuple([name for name in names if name in layer.adapters])
     for module in saved_modules(model).values():
-        module.active = name
+        module.active = next((name for name in names if name in module.copies), None)
 
 
-def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
-    """Activates one adapter, or none for None.
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the active adapters, in the order in which they were added to the model."""
+    parts = [*(layer.active for layer in adapter_layers(model).values())]
+    parts += [(module.active,) for module in saved_modules(model).values() if module.active is not None]
+    active = {name for names in parts for name in names}
+    return [name for name in adapter_configs(model) if name in active]
 
-    Only the active adapter's parameters require grad, and not if it was loaded with trainable=False. Raises ValueError
-    for an unknown name or a merged model.
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str] | None) -> None:
+    """Activates one adapter, several at once, or none for None.
+
+    Adapters that are active together add up: their forms are stacked along r and run in one pass, under one dropout
+    mask. Only active adapters' parameters require grad, and not of those that were loaded with trainable=False. Raises
+    ValueError for an unknown name or one named twice, for two adapters that both replace a module (modules_to_save),
+    and for a merged model.
     """
-    if adapter_name is not None:
-        check_known(model, adapter_name)
-    if any(layer.merged for layer in adapter_layers(model).values()):
+    names = [] if adapter_name is None else [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    for name in names:
+        check_known(model, name)
+        if names.count(name) > 1:
+            raise ValueError(f"adapter {name!r} is named twice: each can be active once")
+    layers, modules = adapter_layers(model).values(), saved_modules(model)
+    if any(layer.merged for layer in layers):
         raise ValueError("the model has a merged adapter: call unmerge(model) before switching adapters")
-    _switch(model, adapter_name)
+    for path, module in modules.items():
+        owners = [name for name in names if name in module.copies]
+        if len(owners) > 1:
+            raise ValueError(
+                f"adapters {', '.join(map(repr, owners))} both replace {path} (modules_to_save): only one of them can "
+                "be active"
+            )
+    _switch(model, names)
     configs = adapter_configs(model)
-    layers, modules = adapter_layers(model).values(), saved_modules(model).values()
-    for parts in (*(layer.adapters for layer in layers), *(module.copies for module in modules)):
+    for parts in (*(layer.adapters for layer in layers), *(module.copies for module in modules.values())):
         for name, part in parts.items():
-            part.requires_grad_(name == adapter_name and not configs[name].inference_mode)
+            part.requires_grad_(name in names and not configs[name].inference_mode)
+
+
+def control(model: nn.Module, adapter_name: str = "default") -> Control:
+    """What the adapter's method does between the steps of training: see methods.Control.
+
+    Its `step` follows the optimizer's, before gradients are zeroed, and `regularizer` is added to the loss; for most
+    methods both do nothing, so that one training loop serves all. Raises ValueError for an unknown name.
+    """
+    return adapter_configs(model)[adapter_name].control(present(model, adapter_name).layers, adapter_name)
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """The base model alone inside the `with` block; then the adapter that was active is active again.
+    """The base model alone inside the `with` block; then the adapters that were active are active again.
 
     Raises ValueError for a merged model: its base weights hold the adapter.
     """
@@ -226,16 +290,16 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         raise ValueError("the model has a merged adapter: call unmerge(model) before disabling it")
     parts = [*layers.values(), *modules.values()]
     active = [part.active for part in parts]
-    _switch(model, None)
+    _switch(model, ())
     try:
         yield
     finally:
-        for part, name in zip(parts, active, strict=True):
-            part.active = name
+        for part, names in zip(parts, active, strict=True):
+            part.active = names
 
 
 def merge(model: nn.Module) -> None:
-    """Writes the active adapter into the base weights: W' = diag(g) W0 + diag(h) B diag(d) A, b' = β.
+    """Writes the active adapters into the base weights: W' = diag(g) W0 + diag(h) B diag(d) A, b' = β.
 
     Exact up to the rounding of the base dtype. The base weights are set aside for `unmerge`. Raises ValueError when no
     adapter is active, or when a merged weight would have NaN or infinite values; the model is then as it was.
@@ -260,7 +324,7 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Puts the base weights back, bit for bit; the adapter that was merged is active again."""
+    """Puts the base weights back, bit for bit; the adapters that were merged are active again."""
     for layer in adapter_layers(model).values():
         layer.unmerge()
 

@@ -1,7 +1,7 @@
-"""Layers that carry adapters: a frozen base layer, named adapters beside it, one of them active or none.
+"""Layers that carry adapters: a frozen base layer, named adapters beside it, none, one or several of them active.
 
 An `Adapter` is one adapter of one layer: its parameters and the form that they fill in. An `AdapterLayer` wraps a base
-layer and applies the active adapter's form; AdapterLinear (nn.Linear, transformers' Conv1D), AdapterEmbedding and
+layer and applies the form of the active adapters; AdapterLinear (nn.Linear, transformers' Conv1D), AdapterEmbedding and
 AdapterConv2d differ only in how they see the base weight as a matrix [out, in] and how they apply a form.
 """
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from .forms import stacked
 from .functional import merged_weight
 from .groups import ProjectionGroup
 from .ops import STRATEGIES
@@ -23,8 +24,8 @@ from .reference import AdapterForm
 class Adapter(nn.Module):
     """The parameters of one adapter of one layer. A method subclasses it and says what they mean in `form`.
 
-    `checkpoint_names` maps each parameter to its suffix in a PEFT checkpoint; `bias` is the adapter's own copy of the
-    base bias where it trains one.
+    `checkpoint_names` maps each tensor to its suffix in a PEFT checkpoint; what is frozen is a buffer, the rest are
+    parameters. `bias` is the adapter's own copy of the base bias where it trains one.
     """
 
     bias: nn.Parameter | None
@@ -37,12 +38,27 @@ class Adapter(nn.Module):
         self.register_parameter("lora_magnitude_vector", None)
         self.register_parameter("bias", None)
 
-    def add_parameter(
-        self, name: str, value: Tensor, like: Tensor, dtype: torch.dtype, checkpoint_name: str | None = None
+    def add_tensor(
+        self,
+        name: str,
+        value: Tensor,
+        like: Tensor,
+        dtype: torch.dtype,
+        checkpoint_name: str | None = None,
+        *,
+        frozen: bool = False,
     ) -> None:
         """Registers a copy of `value`, on like's device, that checkpoints call `checkpoint_name`, or else `name`."""
-        self.register_parameter(name, nn.Parameter(value.detach().to(like.device, dtype, copy=True)))
+        value = value.detach().to(like.device, dtype, copy=True)
+        if frozen:
+            self.register_buffer(name, value)
+        else:
+            self.register_parameter(name, nn.Parameter(value))
         self.checkpoint_names[name] = checkpoint_name or name
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint holds of this adapter, by their suffix in it."""
+        return {suffix: getattr(self, name) for name, suffix in self.checkpoint_names.items()}
 
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         """The adapter form for the base weight [out, in] and bias [out], differentiable in the parameters."""
@@ -53,9 +69,9 @@ class Adapter(nn.Module):
 
 
 class AdapterLayer(nn.Module):
-    """A frozen base layer with named adapters. `active` is the name of the one that runs, or None for the base alone.
+    """A frozen base layer with named adapters. `active` has the names of those that run; without any the base does.
 
-    While merged, the base layer's own tensors hold the active adapter; `unmerge` puts the untouched ones back.
+    While merged, the base layer's own tensors hold the active adapters; `unmerge` puts the untouched ones back.
     """
 
     base_layer: Any
@@ -64,7 +80,7 @@ class AdapterLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
-        self.active: str | None = None
+        self.active: tuple[str, ...] = ()
         self.backend = backend
         self.strategy = strategy
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
@@ -84,11 +100,20 @@ class AdapterLayer(nn.Module):
         return self._unmerged is not None
 
     @property
-    def active_adapter(self) -> Adapter | None:
-        if self.active is None:
-            return None
-        adapter: Adapter = self._modules["adapters"]._modules[self.active]  # type: ignore[assignment,union-attr]
-        return adapter
+    def active_adapters(self) -> list[Adapter]:
+        adapters: Any = self._modules["adapters"]
+        return [adapters._modules[name] for name in self.active]
+
+    @property
+    def dropout(self) -> float:
+        """The active adapters' drop probability. Raises ValueError where they differ and the layer is in training."""
+        probabilities = {adapter.dropout for adapter in self.active_adapters}
+        if len(probabilities) > 1 and self.training:
+            raise ValueError(
+                f"adapters {', '.join(map(repr, self.active))} have different dropout, {sorted(probabilities)}, and "
+                "one mask serves all that are active together: give them the same, or call eval()"
+            )
+        return max(probabilities, default=0.0)
 
     @property
     def weight_matrix(self) -> Tensor:
@@ -101,21 +126,23 @@ class AdapterLayer(nn.Module):
         return getattr(self.base_layer, "bias", None)
 
     def form(self) -> AdapterForm:
-        """The active adapter's form. Raises ValueError when no adapter is active."""
-        adapter = self.active_adapter
-        if adapter is None:
+        """The form of the active adapters. Raises ValueError when none is active."""
+        adapters = self.active_adapters
+        if not adapters:
             raise ValueError("no adapter is active on this layer: call set_adapter(model, name) first")
-        return adapter.form(self.weight_matrix, self.base_bias)
+        weight, bias = self.weight_matrix, self.base_bias
+        if len(adapters) == 1:
+            return adapters[0].form(weight, bias)
+        return stacked([adapter.form(weight, bias) for adapter in adapters], bias)
 
     def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """(W' as a matrix [out, in], b') of the active adapter. Raises ValueError where they are not finite."""
+        """(W' as a matrix [out, in], b') of the active adapters. Raises ValueError where they are not finite."""
         with torch.no_grad():
             form = self.form()
             weight = merged_weight(self.weight_matrix, form)
             if not torch.isfinite(weight).all() or (form.bias is not None and not torch.isfinite(form.bias).all()):
-                raise ValueError(
-                    f"adapter {self.active!r} cannot be merged: its merged weight has NaN or infinite values"
-                )
+                names = ", ".join(map(repr, self.active))
+                raise ValueError(f"adapter {names} cannot be merged: the merged weight has NaN or infinite values")
             return weight, None if form.bias is None else form.bias.to(weight.dtype).clone()
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
@@ -123,12 +150,12 @@ class AdapterLayer(nn.Module):
         return matrix
 
     def merge(self) -> None:
-        """Writes the active adapter into the base layer: W' = diag(g) W0 + diag(h) B diag(d) A, b' = β.
+        """Writes the active adapters into the base layer: W' = diag(g) W0 + diag(h) B diag(d) A, b' = β.
 
         The base layer gets new parameters; the old ones are set aside untouched for `unmerge`, so that whoever shares
         them (a tied head) is not changed.
         """
-        if self.merged or self.active is None:
+        if self.merged or not self.active:
             return
         weight, bias = self.merged_tensors()
         base = self.base_layer
@@ -150,14 +177,13 @@ class AdapterLayer(nn.Module):
         self._unmerged = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = None if self.merged else self.active_adapter
-        if adapter is None:
+        if self.merged or not self.active:
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
-        return self.adapted(x, adapter)
+        return self.adapted(x)
 
-    def adapted(self, x: Tensor, adapter: Adapter) -> Tensor:
-        """The base layer with `adapter` applied to x."""
+    def adapted(self, x: Tensor) -> Tensor:
+        """The base layer with the active adapters applied to x."""
         raise TypeError(f"{type(self).__name__} does not say how it applies a form")
 
     def _refuse_triton(self) -> None:
@@ -174,7 +200,7 @@ class AdapterLayer(nn.Module):
 class AdapterLinear(AdapterLayer):
     """An adapter over nn.Linear, or over a layer that stores its weight as [in, out] (transformers' Conv1D).
 
-    y = g ⊙ (W0 x) + h ⊙ (B (d ⊙ (A x̃))) + β with the active adapter's form; the base layer's result without one.
+    y = g ⊙ (W0 x) + h ⊙ (B (d ⊙ (A x̃))) + β with the active adapters' form; the base layer's result without any.
     `group` holds the layers that are expected to read the same x: they run as one.
     Shapes: x [..., in]; y [..., out].
     """
@@ -192,17 +218,16 @@ class AdapterLinear(AdapterLayer):
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous() if self.fan_in_fan_out else matrix
 
-    def adapted(self, x: Tensor, adapter: Adapter) -> Tensor:
+    def adapted(self, x: Tensor) -> Tensor:
         if self.group is not None:
             y = self.group.output(self, x)
             if y is not None:
                 return y
-        weight = self.weight_matrix
         return functional.adapter_linear(
             x,
-            weight,
-            adapter.form(weight, self.base_bias),
-            dropout=adapter.dropout,
+            self.weight_matrix,
+            self.form(),
+            dropout=self.dropout,
             training=self.training,
             backend=self.backend,
             strategy=self.strategy,
@@ -227,9 +252,9 @@ class AdapterEmbedding(AdapterLayer):
     def base_bias(self) -> nn.Parameter | None:
         return None
 
-    def adapted(self, x: Tensor, adapter: Adapter) -> Tensor:
+    def adapted(self, x: Tensor) -> Tensor:
         self._refuse_triton()
-        form = adapter.form(self.weight_matrix, None)
+        form = self.form()
         base = self.base_layer
         u = F.embedding(
             x, form.A.T, base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse
@@ -252,12 +277,12 @@ class AdapterConv2d(AdapterLayer):
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.view_as(self.base_layer.weight)
 
-    def adapted(self, x: Tensor, adapter: Adapter) -> Tensor:
+    def adapted(self, x: Tensor) -> Tensor:
         self._refuse_triton()
         base = self.base_layer
-        form = adapter.form(self.weight_matrix, self.base_bias)
+        form = self.form()
         kernel = form.A.unflatten(1, base.weight.shape[1:])
-        u = base._conv_forward(F.dropout(x, adapter.dropout, self.training).to(kernel.dtype), kernel, None)
+        u = base._conv_forward(F.dropout(x, self.dropout, self.training).to(kernel.dtype), kernel, None)
         low_rank = form.scaling * form.out_scale * F.conv2d(u, form.B[:, :, None, None])
         y: Tensor = base(x) if form.bias is base.bias else base._conv_forward(x, base.weight, None)
         y = y + low_rank.to(y.dtype)

@@ -16,10 +16,23 @@ LAYERS = [
     {"fastadapt_kernels"},
     {"reference", "report", "versions", "eager", "ops", "cost"},
     {"checks", "strategies", "tuner", "functional"},
-    {"groups", "layers"},
+    {"forms", "groups", "layers"},
     {"methods"},
-    {"targets", "inject", "checkpoint"},
-    {"serving", "integrations", "doctor", "demo", "demo_assets", "demo_compare", "demo_training", "cli"},
+    {"targets", "inject", "checkpoint", "combine", "selection", "optim", "incremental_pca", "eva"},
+    {"recipes"},
+    {
+        "serving",
+        "integrations",
+        "doctor",
+        "demo",
+        "demo_assets",
+        "demo_compare",
+        "demo_training",
+        "train",
+        "train_data",
+        "train_state",
+        "cli",
+    },
 ]
 
 

@@ -130,7 +130,7 @@ def test_a_language_model_runs_grouped(config: Any, sizes: list[int]) -> None:
 
 
 def without_adapter(model: Any) -> None:
-    model.k_proj.active = None
+    model.k_proj.active = ()
 
 
 def merged(model: Any) -> None:
@@ -185,7 +185,7 @@ def test_what_changed_between_the_layers_counts(change: str) -> None:
         elif change == "weight":
             model.k_proj.base_layer.weight.add_(1)
         elif change == "adapter":
-            model.k_proj.active = None
+            model.k_proj.active = ()
         elif change == "grad mode":
             assert not model.k_proj(x).requires_grad
     if change == "optimizer":  # a fused one raises no version counter

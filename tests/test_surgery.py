@@ -79,7 +79,7 @@ def test_inject_starts_as_the_identity_and_freezes_the_base() -> None:
         assert trainable == set(adapter_parameters(model)), method
         assert isinstance(model.up, fastadapt.AdapterLinear)
         assert isinstance(model.up.base_layer, nn.Linear)
-        assert model.up.active == "default"
+        assert model.up.active == ("default",)
 
 
 def test_parameters_have_the_names_and_shapes_that_peft_gives_them() -> None:
@@ -102,7 +102,7 @@ def test_several_adapters_one_active() -> None:
         results[name] = model(inputs())
         trainable = {parameter for parameter, p in model.named_parameters() if p.requires_grad}
         assert trainable == (set() if name is None else set(adapter_parameters(model, name)))
-    assert model.up.active is None
+    assert model.up.active == ()
     assert torch.equal(results[None], tiny_models.mlp()(inputs()))
     values = list(results.values())
     assert all(not torch.allclose(a, b) for i, a in enumerate(values) for b in values[:i])
@@ -586,7 +586,7 @@ def test_a_taken_or_unknown_name_is_named() -> None:
         fastadapt.inject(model, CONFIGS["dora"](target_modules=["up"]), "mine")
     with pytest.raises(ValueError, match=r"'other'.*'mine'"):
         fastadapt.set_adapter(model, "other")
-    assert model.up.active == "mine"
+    assert model.up.active == ("mine",)
     assert torch.equal(model(inputs()), expected)
 
 

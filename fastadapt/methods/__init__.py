@@ -5,14 +5,28 @@ A new linear method is one file beside these (its config, its parameters and the
 
 from __future__ import annotations
 
-from .config import AdapterConfig
-from .lora import DoRAConfig, LoRAConfig
+from .config import AdapterConfig, Control
+from .delta_lora import DeltaLoRAConfig
+from .lora import DoRAConfig, EVAConfig, LoRAConfig
+from .lora_drop import LoRADropConfig
 from .vera import VeRAConfig
 
 METHODS: dict[str, type[AdapterConfig]] = {
     "LORA": LoRAConfig,
+    "LORA_DROP": LoRADropConfig,
+    "DELTA_LORA": DeltaLoRAConfig,
     "VERA": VeRAConfig,
     "DVORA": VeRAConfig,
 }
 
-__all__ = ["METHODS", "AdapterConfig", "DoRAConfig", "LoRAConfig", "VeRAConfig"]
+__all__ = [
+    "METHODS",
+    "AdapterConfig",
+    "Control",
+    "DeltaLoRAConfig",
+    "DoRAConfig",
+    "EVAConfig",
+    "LoRAConfig",
+    "LoRADropConfig",
+    "VeRAConfig",
+]

@@ -44,6 +44,29 @@ def _spell(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
 
 
+class Control:
+    """What a method does between the steps of training. This one, of most methods, does nothing.
+
+        (loss + control.regularizer()).backward(); optimizer.step(); control.step(); optimizer.zero_grad()
+
+    Its state goes into a checkpoint of the training, so that it can go on as if it had not stopped.
+    """
+
+    def regularizer(self) -> Tensor | float:
+        """What the method adds to the loss: a scalar."""
+        return 0.0
+
+    def step(self) -> None:
+        """Call once after each optimizer step, while the parameters still have the gradients of that step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `step` goes by beside the parameters: tensors, and numbers, strings, lists, dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+
+
 @dataclass
 class AdapterConfig:
     """Fields that all methods share, with PEFT's names, defaults and rules.
@@ -113,6 +136,10 @@ class AdapterConfig:
         for a layer or a setting that the method cannot adapt; nothing is attached before all adapters are built.
         """
         raise TypeError(f"{type(self).__name__} does not say how its adapters are built")
+
+    def control(self, layers: dict[str, AdapterLayer], adapter_name: str) -> Control:
+        """What happens between the steps of training to the adapters of that name in these layers."""
+        return Control()
 
     def shared_tensors(self, adapters: dict[str, Adapter]) -> dict[str, nn.Module]:
         """Modules whose tensors all layers share, by the prefix of their names in a checkpoint; most have none."""

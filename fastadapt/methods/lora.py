@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
+from ..forms import PlainLoRA
 from ..layers import Adapter, AdapterConv2d, AdapterEmbedding, AdapterLayer
 from ..reference import AdapterForm
 from .config import AdapterConfig, pattern_value
 from .row_norm import RowNorm
 
-INITS = (True, False, "gaussian")
+INITS = (True, False, "gaussian", "eva")
 
 
 class LoRAAdapter(Adapter):
@@ -37,7 +39,7 @@ class LoRAAdapter(Adapter):
         super().__init__(config.lora_dropout)
         weight = layer.weight_matrix
         n, k = weight.shape
-        add = partial(self.add_parameter, like=weight, dtype=dtype)
+        add = partial(self.add_tensor, like=weight, dtype=dtype)
         self.scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
         in_embedding = isinstance(layer, AdapterEmbedding)
         A, B = _initial(config.init_lora_weights, r, k, n, embedding=in_embedding)
@@ -45,7 +47,8 @@ class LoRAAdapter(Adapter):
             A, B = A.unflatten(1, layer.base_layer.weight.shape[1:]), B[:, :, None, None]
         self._names = ("lora_embedding_A", "lora_embedding_B") if in_embedding else ("lora_A", "lora_B")
         for name, value in zip(self._names, (A, B), strict=True):
-            add(name, value, checkpoint_name=name if in_embedding else f"{name}.weight")
+            frozen = config.freeze_A and name == "lora_A"
+            add(name, value, checkpoint_name=name if in_embedding else f"{name}.weight", frozen=frozen)
         self.register_parameter("lora_B_bias", None)
         if config.lora_bias:
             add("lora_B_bias", torch.zeros(n), checkpoint_name="lora_B.bias")
@@ -62,11 +65,15 @@ class LoRAAdapter(Adapter):
         return self
 
     @property
+    def up(self) -> nn.Parameter:
+        """B, in the shape that it has in a file."""
+        up: nn.Parameter = getattr(self, self._names[1])
+        return up
+
+    @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] as matrices."""
-        A, B = [self._parameters[name] for name in self._names]
-        assert A is not None
-        assert B is not None
+        A, B = [getattr(self, name) for name in self._names]
         return (A, B) if A.dim() == 2 else (A.flatten(1), B.flatten(1))
 
     def _norm(self, row_norm: RowNorm, weight: Tensor) -> Tensor:
@@ -98,7 +105,33 @@ def _initial(init: bool | str, r: int, k: int, n: int, *, embedding: bool) -> tu
         return torch.randn(r, k) / r, torch.zeros(n, r)
     # Kaiming-uniform with a = √5 is U(±1/√fan_in).
     A = torch.empty(r, k).uniform_(-1 / math.sqrt(k), 1 / math.sqrt(k))
-    return A, torch.zeros(n, r) if init is True else torch.randn(n, r)
+    return A, torch.randn(n, r) if init is False else torch.zeros(n, r)
+
+
+@dataclass
+class EVAConfig:
+    """How `initialize_eva` finds A and the ranks from activations. Fields and defaults are PEFT's.
+
+    rho: ranks may grow up to rho times a layer's own; 1 keeps them uniform. tau: cosine similarity of a component
+    before and after a batch from which on it counts as converged. use_label_mask, label_mask_value: leave out the
+    tokens whose label is that value. whiten: divide each row of A by the square root of its singular value.
+    adjust_scaling_factors: a layer's lora_alpha grows with its rank, so that s stays what it was.
+    Raises ValueError for a value outside its range, by name.
+    Source: Paischer et al. 2024, arXiv:2410.07170, sections 3.2 and 3.3.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.rho >= 1.0:
+            raise ValueError(f"rho must be at least 1, got {self.rho!r}")
+        if not 0.0 <= self.tau <= 1.0:
+            raise ValueError(f"tau must be in [0, 1], got {self.tau!r}")
 
 
 @dataclass
@@ -112,13 +145,17 @@ class LoRAConfig(AdapterConfig):
         norm n is a constant for the gradient, and active dropout follows the authors' rule.
     lora_bias: a bias behind B, trained.
     rank_pattern, alpha_pattern: other r and lora_alpha for module paths that match `(.*\\.)?(key)$`; the first key
-    wins. init_lora_weights: True (A uniform(±1/√in), B zero), "gaussian" (A normal(0, 1/r²)), or False (B is not zero).
+    wins. init_lora_weights: True (A uniform(±1/√in), B zero), "gaussian" (A normal(0, 1/r²)), "eva" (like True until
+    `initialize_eva` is called, which goes by eva_config), or False (B is not zero).
+    freeze_A: LoRA-FA, A stays as it was drawn, so that nothing needs to keep x for a backward (Zhang et al. 2023,
+        arXiv:2308.03303); its optimizer is optim.LoRAFAAdamW. An adapter file does not say it: it is an ordinary LoRA.
     Linear and Conv1D layers; Embedding and Conv2d without use_dora, lora_bias and bias="lora_only".
     Raises ValueError for a value outside its range, by name.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
 
     peft_type: ClassVar[str] = "LORA"
+    adapter_class: ClassVar[type[LoRAAdapter]] = LoRAAdapter
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "lora_only")
     neutral_fields: ClassVar[dict[str, tuple[Any, ...]]] = {
         name: (None, False, {}, [])
@@ -145,17 +182,23 @@ class LoRAConfig(AdapterConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     init_lora_weights: bool | str = True
+    eva_config: EVAConfig | None = None
+    freeze_A: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_probability("lora_dropout", self.lora_dropout)
         if self.init_lora_weights not in INITS:
             raise ValueError(
-                f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}; an init that "
-                "changes the base weight (pissa, olora, corda, lora_ga) must be converted with PEFT first"
+                f"init_lora_weights must be True, False, 'gaussian' or 'eva', got {self.init_lora_weights!r}; an init "
+                "that changes the base weight (pissa, olora, corda, lora_ga) must be converted with PEFT first"
             )
         if self.use_dora and self.lora_bias:
             raise ValueError("lora_bias cannot go with use_dora: DoRA does not scale a bias")
+        if self.eva_config is not None and self.init_lora_weights != "eva":
+            raise ValueError('eva_config goes with init_lora_weights="eva"')
+        if self.init_lora_weights == "eva" and self.eva_config is None:
+            self.eva_config = EVAConfig()
         for key, r in self.rank_pattern.items():
             if r <= 0:
                 raise ValueError(f"rank_pattern[{key!r}] must be a positive integer, got {r!r}")
@@ -166,10 +209,20 @@ class LoRAConfig(AdapterConfig):
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any]) -> LoRAConfig:
-        init = fields.get("init_lora_weights")
-        if isinstance(init, str) and init in ("eva", "orthogonal"):  # they leave the base weight as it is
+        eva = fields.get("eva_config")
+        if fields.get("init_lora_weights") == "orthogonal":  # it leaves the base weight as it is
             fields = {**fields, "init_lora_weights": True}
-        return super().from_peft(fields)
+        if isinstance(eva, dict):
+            known = {field.name for field in dataclasses.fields(EVAConfig)}
+            eva = EVAConfig(**{name: value for name, value in eva.items() if name in known})
+        if fields.get("init_lora_weights") != "eva":
+            eva = None
+        return super().from_peft({**fields, "eva_config": eva})
+
+    def to_peft(self, paths: list[str]) -> dict[str, Any]:
+        fields = super().to_peft(paths)
+        del fields["freeze_A"]
+        return fields
 
     def rank(self, path: str) -> int:
         return pattern_value(self.rank_pattern, path, self.r)
@@ -182,8 +235,10 @@ class LoRAConfig(AdapterConfig):
                         f"{refused} cannot go with {path}, a {type(layer.base_layer).__name__}: it is for linear "
                         "layers; name only those in target_modules"
                     )
+            if self.freeze_A and isinstance(layer, AdapterEmbedding):
+                raise ValueError(f"freeze_A cannot go with {path}, an Embedding: its A starts at zero")
         return {
-            path: LoRAAdapter(
+            path: self.adapter_class(
                 layer,
                 self,
                 self.rank(path),
@@ -203,3 +258,31 @@ class DoRAConfig(LoRAConfig):
     """
 
     use_dora: bool = True
+
+
+def lora_of(
+    layers: dict[str, AdapterLayer], factors: Mapping[str, PlainLoRA], **fields: Any
+) -> tuple[LoRAConfig, dict[str, Adapter]]:
+    """(config, adapters) of the LoRA that has these factors, of any rank and scale, at these module paths.
+
+    `fields` are more of LoRAConfig's. Raises ValueError for no layers.
+    """
+    if not factors:
+        raise ValueError("the adapter adds nothing to any layer: there is no LoRA to make of it")
+    ranks = {path: lora.A.shape[0] for path, lora in factors.items()}
+    config = LoRAConfig(
+        r=max(ranks.values()),
+        target_modules=list(factors),
+        rank_pattern=ranks,
+        alpha_pattern={path: lora.scaling * lora.A.shape[0] for path, lora in factors.items()},
+        **fields,
+    )
+    dtypes = {id(layers[path].base_layer.weight): lora.A.dtype for path, lora in factors.items()}
+    adapters = config.build(layers, lambda weight: dtypes[id(weight)])
+    with torch.no_grad():
+        for path, lora in factors.items():
+            adapter = adapters[path]
+            assert isinstance(adapter, LoRAAdapter)
+            for parameter, value in zip(adapter.factors, (lora.A, lora.B), strict=True):
+                parameter.copy_(value)
+    return config, adapters

@@ -50,7 +50,7 @@ class VeRAAdapter(Adapter):
         super().__init__(config.vera_dropout)
         weight = layer.weight_matrix
         n = weight.shape[0]
-        add = partial(self.add_parameter, like=weight, dtype=dtype)
+        add = partial(self.add_tensor, like=weight, dtype=dtype)
         self.projection = projection
         add("vera_lambda_b", torch.zeros(n) if config.init_weights else torch.randn(n))
         add("vera_lambda_d", torch.full((config.r,), config.d_initial))
@@ -147,4 +147,6 @@ class VeRAConfig(AdapterConfig):
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any]) -> VeRAConfig:
-        return super().from_peft({**fields, "use_dora": fields.get("peft_type") == "DVORA"})
+        return super().from_peft(
+            {**fields, "use_dora": fields.get("peft_type") == "DVORA" or bool(fields.get("use_dora"))}
+        )

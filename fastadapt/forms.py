@@ -1,0 +1,79 @@
+"""Forms out of forms: several adapters as one, and any adapter that is low-rank alone as a plain LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import AdapterForm
+
+
+class PlainLoRA(NamedTuple):
+    """ΔW = scaling · B A. Shapes: A [r, in]; B [out, r]."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+def plain_lora(form: AdapterForm) -> PlainLoRA:
+    """The form's low-rank path as a plain LoRA: A' = diag(d) A, B' = diag(h) B, the scalar part of h as its scaling.
+
+    Exact; what d switches off (AdaLoRA's pruned triplets) is left out. Shapes: A' [r, in]; B' [out, r]. Raises
+    ValueError for a form that scales the base path (DoRA): that is no low-rank addition.
+    """
+    if form.base_scale is not None:
+        raise ValueError("it scales the base weight, which no low-rank addition can do")
+    A, B, scaling = form.A, form.B, form.scaling
+    if form.mid_scale is not None:
+        used = form.mid_scale != 0
+        A, B = A[used] * form.mid_scale[used, None], B[:, used]
+    if isinstance(form.out_scale, Tensor):
+        B = B * (form.out_scale[:, None] if form.out_scale.dim() else form.out_scale)
+    else:
+        scaling *= form.out_scale
+    return PlainLoRA(A, B, scaling)
+
+
+def stacked(forms: Sequence[AdapterForm], bias: Tensor | None) -> AdapterForm:
+    """Adapters that are active together as one form: what each adds to the base layer, added.
+
+        y = W0 x + b0 + Σ ((gᵢ − 1) ⊙ (W0 x) + hᵢ ⊙ (Bᵢ (dᵢ ⊙ (Aᵢ x̃))) + βᵢ − b0)
+
+    that is g = 1 + Σ (gᵢ − 1), A and B stacked along r with hᵢ and dᵢ inside Bᵢ, and β = b0 + Σ (βᵢ − b0). One
+    dropout mask serves all. Shapes: A [Σ rᵢ, in]; B [out, Σ rᵢ]; bias b0 [out]. Raises ValueError where some but not
+    all of those that scale the base path drop its input.
+    """
+    if len(forms) == 1:
+        return forms[0]
+    scaling = [form for form in forms if form.base_scale is not None]
+    if len({form.dropout_on_base for form in scaling}) > 1:
+        raise ValueError("adapters that are active together must agree on dropout_on_base")
+    ups = []
+    for form in forms:
+        B = form.B if form.mid_scale is None else form.B * form.mid_scale
+        out_scale = form.out_scale
+        if isinstance(out_scale, Tensor) and out_scale.dim():
+            out_scale = out_scale[:, None]
+        ups.append(B * (form.scaling * out_scale))
+    dtype = reduce(torch.promote_types, [up.dtype for up in ups])
+    base_scale: Tensor | None = None
+    for form in scaling:
+        # The first counts whole, each further one what it differs from 1.
+        base_scale = form.base_scale if base_scale is None else base_scale + (form.base_scale - 1)  # type: ignore[operator]
+    beta = bias
+    for form in forms:
+        if form.bias is not None and form.bias is not bias:
+            added = form.bias if bias is None else form.bias - bias
+            beta = added if beta is None else beta + added
+    return AdapterForm(
+        torch.cat([form.A.to(dtype) for form in forms]),
+        torch.cat([up.to(dtype) for up in ups], dim=1),
+        base_scale=base_scale,
+        bias=beta,
+        dropout_on_base=any(form.dropout_on_base for form in scaling),
+    )

@@ -1,0 +1,123 @@
+"""How each method is trained: its config, its optimizer and what comes before the first step.
+
+The methods differ in these three and in nothing else, so one training loop serves all of them: `fastadapt train`, the
+demo and `bench methods` run the same recipes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .methods import AdapterConfig, DeltaLoRAConfig, DoRAConfig, LoRAConfig, LoRADropConfig, VeRAConfig
+from .optim import LoRAFAAdamW, parameter_groups
+from .selection import select_layers
+
+Batch = Mapping[str, Any]
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW on what requires grad."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+
+
+def loraplus(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW on LoRA+'s groups, with the rate of B; A's is a sixteenth of it."""
+    return torch.optim.AdamW(parameter_groups(model, lr / 16, 16, weight_decay=weight_decay))
+
+
+def lora_fa(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW with LoRA-FA's corrected gradient."""
+    return LoRAFAAdamW(model, lr, weight_decay=weight_decay)
+
+
+# A tenth of the data, as in the paper, but no more than this: the probe has to find an order, not to learn the task.
+_PROBE_BATCHES = 16
+
+
+def probe(model: nn.Module, batches: Iterable[Batch], adapter_name: str) -> None:
+    """LoRA-drop's first half: plain LoRA trained on a few batches, then the selection on the same."""
+    some = list(itertools.islice(batches, _PROBE_BATCHES))
+    optimizer = adamw(model, 5e-4, 0.0)
+    training = model.training
+    model.train()
+    for batch in some:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.train(training)
+    select_layers(model, some, adapter_name)
+
+
+def nothing(model: nn.Module, batches: Iterable[Batch], adapter_name: str) -> None:
+    """Most methods start as they were drawn."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method: `config` makes its config, `optimizer(model, lr, weight_decay)` its optimizer.
+
+    prepare(model, batches, adapter_name) runs once, after `inject` and before the optimizer is made; `batches` gives
+    the same batches (keyword arguments of the model, labels among them) each time it is iterated. rank, learning_rate:
+    where to start, relative to each other as the papers have them.
+    """
+
+    title: str
+    config: Callable[..., AdapterConfig]
+    learning_rate: float
+    rank: int = 16
+    optimizer: Callable[[nn.Module, float, float], torch.optim.Optimizer] = adamw
+    prepare: Callable[[nn.Module, Iterable[Batch], str], None] = nothing
+
+
+def _lora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    return LoRAConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, **common)
+
+
+def _lora_fa(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    return LoRAConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, freeze_A=True, **common)
+
+
+def _lora_drop(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    return LoRADropConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, **common)
+
+
+def _delta_lora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    # Without dropout, which the method cannot have; the weight moves once a tenth of the steps has settled A and B.
+    return DeltaLoRAConfig(r=r, lora_alpha=alpha, delta_lambda=0.5, start_step=steps // 10, **common)
+
+
+def _rslora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    return LoRAConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=True, **common)
+
+
+def _dora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    return DoRAConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, **common)
+
+
+def _vera(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    return VeRAConfig(r=r, vera_dropout=dropout, **common)
+
+
+def _dvora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    return VeRAConfig(r=r, vera_dropout=dropout, use_dora=True, **common)
+
+
+# The name on the command line -> the recipe. A config takes (r, alpha, dropout, steps, **fields of all methods).
+RECIPES: dict[str, Recipe] = {
+    "lora": Recipe("LoRA", _lora, 5e-4),
+    "lora+": Recipe("LoRA+", _lora, 5e-3, optimizer=loraplus),
+    "lora-fa": Recipe("LoRA-FA", _lora_fa, 5e-4, optimizer=lora_fa),
+    "lora-drop": Recipe("LoRA-drop", _lora_drop, 5e-4, prepare=probe),
+    "delta-lora": Recipe("Delta-LoRA", _delta_lora, 5e-4),
+    "rslora": Recipe("rsLoRA", _rslora, 2e-4),
+    "dora": Recipe("DoRA", _dora, 5e-4),
+    "vera": Recipe("VeRA", _vera, 1e-2, rank=256),
+    "dvora": Recipe("DVoRA", _dvora, 1e-2, rank=256),
+}
