@@ -14,11 +14,12 @@ from .inject import (
     unmerge,
 )
 from .layers import AdapterLinear
-from .methods import DeltaLoRAConfig, DoRAConfig, LoRAConfig, LoRADropConfig, VeRAConfig
+from .methods import AdaLoRAConfig, DeltaLoRAConfig, DoRAConfig, LoRAConfig, LoRADropConfig, VeRAConfig
 from .reference import AdapterForm
 from .selection import select_layers
 
 __all__ = [
+    "AdaLoRAConfig",
     "AdapterForm",
     "AdapterLinear",
     "DeltaLoRAConfig",

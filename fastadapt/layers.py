@@ -264,9 +264,9 @@ class AdapterEmbedding(AdapterLayer):
 
 
 class AdapterConv2d(AdapterLayer):
-    """A low-rank adapter over nn.Conv2d: y = W0 * x + h · B (A * x̃), A with the base kernel, B 1×1. Eager PyTorch only.
+    """A low-rank adapter over nn.Conv2d: y = W0 * x + h · B (d ⊙ (A * x̃)), A with the base kernel, B 1×1.
 
-    In the matrix view a patch is a token: weight [out, in·kh·kw], A [r, in·kh·kw], B [out, r].
+    Eager PyTorch only. In the matrix view a patch is a token: weight [out, in·kh·kw], A [r, in·kh·kw], B [out, r].
     """
 
     @property
@@ -281,11 +281,13 @@ class AdapterConv2d(AdapterLayer):
         self._refuse_triton()
         base = self.base_layer
         form = self.form()
-        kernel = form.A.unflatten(1, base.weight.shape[1:])
-        u = base._conv_forward(F.dropout(x, self.dropout, self.training).to(kernel.dtype), kernel, None)
-        low_rank = form.scaling * form.out_scale * F.conv2d(u, form.B[:, :, None, None])
         y: Tensor = base(x) if form.bias is base.bias else base._conv_forward(x, base.weight, None)
-        y = y + low_rank.to(y.dtype)
+        if form.A.shape[0]:  # torch has no convolution to zero channels
+            kernel = form.A.unflatten(1, base.weight.shape[1:])
+            u = base._conv_forward(F.dropout(x, self.dropout, self.training).to(kernel.dtype), kernel, None)
+            B = form.B if form.mid_scale is None else form.B * form.mid_scale
+            low_rank = form.scaling * form.out_scale * F.conv2d(u, B[:, :, None, None])
+            y = y + low_rank.to(y.dtype)
         return y if form.bias is base.bias or form.bias is None else y + form.bias.to(y.dtype)[:, None, None]
 
 

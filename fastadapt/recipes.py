@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .methods import AdapterConfig, DeltaLoRAConfig, DoRAConfig, LoRAConfig, LoRADropConfig, VeRAConfig
+from .methods import AdaLoRAConfig, AdapterConfig, DeltaLoRAConfig, DoRAConfig, LoRAConfig, LoRADropConfig, VeRAConfig
 from .optim import LoRAFAAdamW, parameter_groups
 from .selection import select_layers
 
@@ -88,6 +88,21 @@ def _lora_drop(r: int, alpha: float, dropout: float, steps: int, **common: Any) 
     return LoRADropConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, **common)
 
 
+def _adalora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    # The paper's proportions: half as much again to start with, a tenth of the steps before and a fifth after pruning.
+    return AdaLoRAConfig(
+        target_r=r,
+        init_r=r + r // 2,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        total_step=steps,
+        tinit=steps // 10,
+        tfinal=steps // 5,
+        orth_reg_weight=0.1,
+        **common,
+    )
+
+
 def _delta_lora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
     # Without dropout, which the method cannot have; the weight moves once a tenth of the steps has settled A and B.
     return DeltaLoRAConfig(r=r, lora_alpha=alpha, delta_lambda=0.5, start_step=steps // 10, **common)
@@ -115,6 +130,7 @@ RECIPES: dict[str, Recipe] = {
     "lora+": Recipe("LoRA+", _lora, 5e-3, optimizer=loraplus),
     "lora-fa": Recipe("LoRA-FA", _lora_fa, 5e-4, optimizer=lora_fa),
     "lora-drop": Recipe("LoRA-drop", _lora_drop, 5e-4, prepare=probe),
+    "adalora": Recipe("AdaLoRA", _adalora, 2e-3),
     "delta-lora": Recipe("Delta-LoRA", _delta_lora, 5e-4),
     "rslora": Recipe("rsLoRA", _rslora, 2e-4),
     "dora": Recipe("DoRA", _dora, 5e-4),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt import (
+    AdaLoRAConfig,
     DeltaLoRAConfig,
     DoRAConfig,
     LoRAConfig,
@@ -21,7 +22,9 @@ from fastadapt import (
     trainable_parameters,
     unmerge,
 )
+from fastadapt.inject import control
 from fastadapt.methods import METHODS, AdapterConfig
+from fastadapt.methods.adalora import BudgetAllocator
 from fastadapt.methods.row_norm import RowNorm
 
 TARGETS = ["first", "second"]
@@ -57,6 +60,8 @@ CONFIGS: dict[str, AdapterConfig] = {
     "VeRA, only the key": VeRAConfig(r=16, target_modules=TARGETS, save_projection=False, projection_prng_key=7),
     "VeRA, trained bias": VeRAConfig(r=16, target_modules=TARGETS, bias="vera_only"),
     "DVoRA": VeRAConfig(r=16, target_modules=TARGETS, use_dora=True),
+    "AdaLoRA": AdaLoRAConfig(init_r=6, target_r=4, total_step=20, target_modules=TARGETS),
+    "AdaLoRA, trained bias": AdaLoRAConfig(total_step=20, target_modules=TARGETS, bias="lora_only"),
 }
 
 
@@ -258,6 +263,15 @@ def test_gpt3_vera_with_its_shared_factors() -> None:
     projection = model.get_submodule("blocks.0.q.adapters.default.projection")
     shared = sum(buffer.numel() for buffer in projection.buffers())
     assert trainable_parameters(model).trainable + shared == 2_755_584
+
+
+def test_adalora_on_deberta_with_its_budgets() -> None:
+    """DeBERTaV3-base, all six matrices of a block."""
+    model = inject(Blocks(12, DEBERTA), AdaLoRAConfig(target_modules=list(DEBERTA), total_step=100))
+    assert trainable_parameters(model).trainable == 1_991_520
+    allocator = control(model)
+    assert isinstance(allocator, BudgetAllocator)
+    assert (allocator.budget(0), allocator.budget(100)) == (864, 576)
 
 
 @pytest.mark.parametrize(

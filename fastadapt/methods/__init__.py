@@ -5,6 +5,7 @@ A new linear method is one file beside these (its config, its parameters and the
 
 from __future__ import annotations
 
+from .adalora import AdaLoRAConfig
 from .config import AdapterConfig, Control
 from .delta_lora import DeltaLoRAConfig
 from .lora import DoRAConfig, EVAConfig, LoRAConfig
@@ -17,10 +18,12 @@ METHODS: dict[str, type[AdapterConfig]] = {
     "DELTA_LORA": DeltaLoRAConfig,
     "VERA": VeRAConfig,
     "DVORA": VeRAConfig,
+    "ADALORA": AdaLoRAConfig,
 }
 
 __all__ = [
     "METHODS",
+    "AdaLoRAConfig",
     "AdapterConfig",
     "Control",
     "DeltaLoRAConfig",
