@@ -3,6 +3,7 @@
 from . import functional, optim
 from .checkpoint import export_lora, load_adapter, save_adapter
 from .combine import add_weighted_adapter
+from .eva import initialize_eva
 from .inject import (
     control,
     disable_adapter,
@@ -14,7 +15,7 @@ from .inject import (
     unmerge,
 )
 from .layers import AdapterLinear
-from .methods import AdaLoRAConfig, DeltaLoRAConfig, DoRAConfig, LoRAConfig, LoRADropConfig, VeRAConfig
+from .methods import AdaLoRAConfig, DeltaLoRAConfig, DoRAConfig, EVAConfig, LoRAConfig, LoRADropConfig, VeRAConfig
 from .reference import AdapterForm
 from .selection import select_layers
 
@@ -24,6 +25,7 @@ __all__ = [
     "AdapterLinear",
     "DeltaLoRAConfig",
     "DoRAConfig",
+    "EVAConfig",
     "LoRAConfig",
     "LoRADropConfig",
     "VeRAConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "disable_adapter",
     "export_lora",
     "functional",
+    "initialize_eva",
     "inject",
     "load_adapter",
     "merge",

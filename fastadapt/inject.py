@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -148,27 +148,6 @@ def present(model: nn.Module, adapter_name: str) -> Injection:
     return Injection(adapter_name, adapter_configs(model)[adapter_name], layers, adapters, copies)
 
 
-def rebuild(model: nn.Module, adapter_name: str, config: AdapterConfig) -> dict[str, Adapter]:
-    """Puts new adapters, made by `config`, in the place of those of that name. Returns them by module path.
-
-    Their dtype, mode and requires_grad are those of the old ones. Raises what config.build raises; the model is then as
-    it was.
-    """
-    old = present(model, adapter_name)
-    dtypes = {id(layer.base_layer.weight): _dtype(old.adapters[path]) for path, layer in old.layers.items()}
-    adapters = config.build(old.layers, lambda weight: dtypes[id(weight)])
-    for path, layer in old.layers.items():
-        adapters[path].train(old.adapters[path].training)
-        layer.adapters[adapter_name] = adapters[path]
-        adapters[path].requires_grad_(adapter_name in layer.active and not config.inference_mode)
-    adapter_configs(model)[adapter_name] = config
-    return adapters
-
-
-def _dtype(adapter: Adapter) -> torch.dtype:
-    return next(tensor.dtype for tensor in adapter.checkpoint_tensors().values())
-
-
 def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
     """Puts a built adapter into the model, freezes the base and activates the adapter."""
     configs = adapter_configs(model)
@@ -180,10 +159,7 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
         if modules[path] is not layer:
             _replace(model, path, layer)
         layer.adapters[injection.name] = injection.adapters[path]
-    for layers in shared_inputs(model):
-        group = ProjectionGroup(layers)
-        for member in layers:
-            member.group = group
+    _group(model)
     for path, copy in injection.copies.items():
         module = modules[path]
         if not isinstance(module, ModuleToSave):
@@ -193,6 +169,59 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
         module.copies[injection.name] = copy
     configs[injection.name] = replace(injection.config, inference_mode=not trainable)
     set_adapter(model, injection.name)
+
+
+def _group(model: nn.Module) -> None:
+    """Groups the linear adapter layers that read the same input, from scratch."""
+    for layer in adapter_layers(model).values():
+        if isinstance(layer, AdapterLinear):
+            layer.group = None
+    for layers in shared_inputs(model):
+        group = ProjectionGroup(layers)
+        for member in layers:
+            member.group = group
+
+
+def exchange(
+    model: nn.Module, adapter_name: str, config: AdapterConfig, adapters: Mapping[str, Adapter | None]
+) -> None:
+    """Puts other adapters of that name into the layers at these paths, and their config into the model.
+
+    None takes the adapter out of the layer, and a layer without another one gives its place back to its base layer.
+    What is active stays active.
+    """
+    layers = adapter_layers(model)
+    for path, adapter in adapters.items():
+        layer = layers[path]
+        if adapter is not None:
+            layer.adapters[adapter_name] = adapter
+            continue
+        del layer.adapters[adapter_name]
+        layer.active = tuple([name for name in layer.active if name != adapter_name])
+        if not layer.adapters:
+            _replace(model, path, layer.base_layer)
+    adapter_configs(model)[adapter_name] = config
+    _group(model)
+
+
+def rebuild(model: nn.Module, adapter_name: str, config: AdapterConfig) -> dict[str, Adapter]:
+    """Puts new adapters, made by `config`, in the place of those of that name. Returns them by module path.
+
+    Their dtype, mode and requires_grad are those of the old ones. Raises what config.build raises; the model is then as
+    it was.
+    """
+    old = present(model, adapter_name)
+    dtypes = {id(layer.base_layer.weight): _dtype(old.adapters[path]) for path, layer in old.layers.items()}
+    adapters = config.build(old.layers, lambda weight: dtypes[id(weight)])
+    for path, layer in old.layers.items():
+        adapters[path].train(old.adapters[path].training)
+        adapters[path].requires_grad_(adapter_name in layer.active and not config.inference_mode)
+    exchange(model, adapter_name, config, adapters)
+    return adapters
+
+
+def _dtype(adapter: Adapter) -> torch.dtype:
+    return next(tensor.dtype for tensor in adapter.checkpoint_tensors().values())
 
 
 def inject(

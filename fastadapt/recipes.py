@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .eva import initialize_eva
 from .methods import AdaLoRAConfig, AdapterConfig, DeltaLoRAConfig, DoRAConfig, LoRAConfig, LoRADropConfig, VeRAConfig
 from .optim import LoRAFAAdamW, parameter_groups
 from .selection import select_layers
@@ -53,6 +54,11 @@ def probe(model: nn.Module, batches: Iterable[Batch], adapter_name: str) -> None
         optimizer.zero_grad(set_to_none=True)
     model.train(training)
     select_layers(model, some, adapter_name)
+
+
+def eva(model: nn.Module, batches: Iterable[Batch], adapter_name: str) -> None:
+    """A and the ranks from the activations of the data."""
+    initialize_eva(model, batches, adapter_name)
 
 
 def nothing(model: nn.Module, batches: Iterable[Batch], adapter_name: str) -> None:
@@ -108,6 +114,10 @@ def _delta_lora(r: int, alpha: float, dropout: float, steps: int, **common: Any)
     return DeltaLoRAConfig(r=r, lora_alpha=alpha, delta_lambda=0.5, start_step=steps // 10, **common)
 
 
+def _eva(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    return LoRAConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="eva", **common)
+
+
 def _rslora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
     return LoRAConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=True, **common)
 
@@ -132,6 +142,7 @@ RECIPES: dict[str, Recipe] = {
     "lora-drop": Recipe("LoRA-drop", _lora_drop, 5e-4, prepare=probe),
     "adalora": Recipe("AdaLoRA", _adalora, 2e-3),
     "delta-lora": Recipe("Delta-LoRA", _delta_lora, 5e-4),
+    "eva": Recipe("EVA", _eva, 5e-4, prepare=eva),
     "rslora": Recipe("rsLoRA", _rslora, 2e-4),
     "dora": Recipe("DoRA", _dora, 5e-4),
     "vera": Recipe("VeRA", _vera, 1e-2, rank=256),
