@@ -136,13 +136,16 @@ def test_components_converge_when_batches_change_them_no_more() -> None:
 
 
 def test_directions_in_which_nothing_varies_do_not_keep_it_from_converging() -> None:
-    flat = draw(60, 2) @ draw(2, 24, seed=1)
-    pca = fitted(4, [flat])
+    plane = draw(2, 24, seed=1)
+    pca = fitted(4, [draw(60, 2) @ plane])
     assert pca.in_noise.tolist() == [False, False, True, True]
-    for _ in range(3):
+    similar = []
+    for seed in range(2, 5):
         previous = pca.components
-        pca.partial_fit(flat)
-        assert pca.converged(previous, 0.99).all()
+        pca.partial_fit(draw(60, 2, seed=seed) @ plane)
+        similar.append(torch.nn.functional.cosine_similarity(pca.components, previous)[2:] >= 0.99)
+        assert pca.converged(previous, 0.9)[2:].all()
+    assert not torch.stack(similar).all(), "what is in noise is stable here by itself"
     constant = fitted(2, [torch.ones(5, 6), torch.ones(5, 6)])
     assert constant.explained_variance_ratio.tolist() == [0, 0]
     assert constant.in_noise.all()
