@@ -1,4 +1,4 @@
-"""The command `fastadapt`: demo, doctor, info, merge. Heavy imports wait until a command needs them."""
+"""The command `fastadapt`: demo, doctor, info, merge, train. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ except ModuleNotFoundError as missing:
     # The console script imports this module before it calls anything in it: here alone can the cure be one line.
     print(f'fastadapt: the command line needs {missing.name}: pip install "fastadapt[demo]"', file=sys.stderr)
     raise SystemExit(2) from None
+
+from .recipes import RECIPES
 
 app = typer.Typer(
     help="One fused engine for low-rank adapters: LoRA, DoRA, VeRA and their family.",
@@ -276,10 +278,7 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
     if local and not (Path(model_dir) / "config.json").is_file():
         raise ValueError(f"{model_dir} must be the directory of a transformers model, but it has no config.json")
     report(f"loading {model_dir}")
-    architectures = transformers.AutoConfig.from_pretrained(model_dir).architectures or []
-    # The model's own class, so that the saved model has every part that the base has.
-    model_class = getattr(transformers, architectures[0], None) if architectures else None
-    model = (model_class or transformers.AutoModelForCausalLM).from_pretrained(model_dir, dtype="auto")
+    model = _base_of(config, model_dir, adapter_dir)
     report(f"merging {adapter_dir}")
     load_adapter(model, adapter_dir)
     merge_adapter(model)
@@ -307,6 +306,117 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
         f"merged {config.peft_type} adapter {adapter_dir} into {output_dir}: {count:,} parameters, {model.dtype}",
         *notes,
     ]
+
+
+def _base_of(config: Any, model_dir: str, adapter_dir: Path) -> Any:
+    """The base model in the class that the adapter was trained in."""
+    import transformers
+
+    if config.task_type == "SEQ_CLS":
+        # `train` leaves the config with its classes beside the adapter, which brings the head along.
+        settings = adapter_dir if (adapter_dir / "config.json").is_file() else model_dir
+        classes = transformers.AutoConfig.from_pretrained(settings)
+        kind = transformers.AutoModelForSequenceClassification
+        return kind.from_pretrained(model_dir, config=classes, dtype="auto", ignore_mismatched_sizes=True)
+    architectures = transformers.AutoConfig.from_pretrained(model_dir).architectures or []
+    # The model's own class, so that the saved model has every part that the base has.
+    model_class = getattr(transformers, architectures[0], None) if architectures else None
+    return (model_class or transformers.AutoModelForCausalLM).from_pretrained(model_dir, dtype="auto")
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="Base model: local directory or hub name.")],
+    data: Annotated[Path, typer.Argument(help="A .jsonl or .csv file.")],
+    output: Annotated[Path, typer.Argument(help="Where the adapter and its checkpoints go.")],
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "lora",
+    r: Annotated[int | None, typer.Option("--r", help="Rank; by default the method's.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="lora_alpha; 2r by default.")] = None,
+    dropout: Annotated[float, typer.Option(help="Drop probability of the adapters' input.")] = 0.0,
+    target_modules: Annotated[
+        str, typer.Option(help='Names of the layers to adapt with commas between, or "all-linear".')
+    ] = "all-linear",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Times that every row is seen; 3 by default.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows that go through the model at once.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Such batches in one optimizer step.")] = 1,
+    lr: Annotated[float | None, typer.Option(help="Greatest learning rate; by default the method's.")] = None,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of the optimizer.")] = 0.0,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
+    schedule: Annotated[
+        str, typer.Option(help="Learning rate behind it: linear (to 0), constant or cosine.")
+    ] = "linear",
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm; 0 for none.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Governs the adapters' start, the order, dropout and the split.")] = 0,
+    device: Annotated[str | None, typer.Option(help="PyTorch device; cuda where there is one, else cpu.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the base model: float32 or bfloat16; adapters are float32.")
+    ] = "float32",
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Greatest length of a row in tokens; by default the model's positions, 1024 at most."),
+    ] = None,
+    evaluate: Annotated[Path | None, typer.Option("--eval", metavar="FILE", help="Rows to evaluate on.")] = None,
+    eval_share: Annotated[
+        float | None, typer.Option(help="Share of DATA to evaluate on instead, 0.1 by default; 0 for none.")
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; by default a tenth.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; by default a tenth.")] = None,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 1,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew where OUTPUT is from a run with other options.")
+    ] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Fine-tune a model on DATA with any method; stopped at any moment, the same command goes on where it was.
+
+    The columns of DATA decide what is trained. prompt and completion: the completion. messages: the assistant's turns.
+    text: all of it. text and label: a classifier. OUTPUT is a PEFT directory with train.json and train.png.
+    """
+    require("transformers", "matplotlib")
+    with one_line_errors():
+        if json_file is not None:
+            require_writable(json_file)
+        from .train import run
+        from .train_loop import Interrupted
+        from .train_options import Options
+
+        options = Options(
+            model=model,
+            data=data,
+            output=output,
+            method=method,
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            target_modules=target_modules,
+            steps=steps,
+            epochs=epochs,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            schedule=schedule,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            max_length=max_length,
+            eval=evaluate,
+            eval_share=eval_share,
+            eval_every=eval_every,
+            save_every=save_every,
+            keep=keep,
+            overwrite=overwrite,
+            json=json_file,
+        )
+        out = console()
+        try:
+            run(options, out)
+        except Interrupted as stop:
+            out.print(str(stop), highlight=False, soft_wrap=True)
+            raise typer.Exit(128 + stop.signum) from None
 
 
 def main() -> None:

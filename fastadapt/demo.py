@@ -21,6 +21,7 @@ from .demo_assets import Topic, load_model, load_topic, quiet_transformers
 from .inject import inject, set_adapter, trainable_parameters
 from .methods import AdapterConfig, DoRAConfig, LoRAConfig, VeRAConfig
 from .report import write_json
+from .train_data import Row, collate, length
 
 ANSWER_TOKENS = 20
 
@@ -73,7 +74,7 @@ class Trained:
 
     plan: Plan
     topic: Topic
-    heldout: list[training.Row]
+    heldout: list[Row]
     directory: Path
     trainable: int
     curve: training.Curve
@@ -176,9 +177,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One flat row for each adapter: what the table shows and the JSON holds."""
     # Four rows of middling length, the same for all: the ratios need a typical step, not a long one.
-    everything = sorted((row for adapter in trained for row in adapter.heldout), key=training.length)
+    everything = sorted((row for adapter in trained for row in adapter.heldout), key=length)
     middle = max(0, len(everything) // 2 - 2)
-    batch = training.collate(everything[middle : middle + 4], tokenizer.eos_token_id, base.device)
+    batch = collate(everything[middle : middle + 4], tokenizer.eos_token_id, base.device)
     task = progress.add_task("steps beside PEFT", total=None, note="in shuffled order")
 
     def advance(done: int, total: int) -> None:

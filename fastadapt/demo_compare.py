@@ -16,7 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .checkpoint import load_adapter
 from .demo_assets import quiet_transformers
-from .demo_training import Batch, skeleton
+from .demo_training import skeleton
+from .train_data import Batch
 
 
 def ours(base: nn.Module, directory: Path) -> Any:

@@ -9,27 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .demo_assets import Pair
+from .train_data import Row, collate, joined, length, shuffled_batches
+from .train_loop import evaluate
 
 BATCH_ROWS = 6
 MAX_TOKENS = 64
-IGNORED = -100
-
-
-class Row(NamedTuple):
-    """Token ids of a prompt and its answer; the loss counts the answer alone."""
-
-    prompt: list[int]
-    answer: list[int]
-
-
-Batch = dict[str, Tensor]
-
-
-def length(row: Row) -> int:
-    return len(row.prompt) + len(row.answer)
 
 
 def prompt_text(tokenizer: Any, question: str) -> str:
@@ -42,29 +29,15 @@ def prompt_text(tokenizer: Any, question: str) -> str:
 def encode(tokenizer: Any, pairs: list[Pair]) -> list[Row]:
     """Rows of at most MAX_TOKENS tokens; longer ones are left out, since cut answers would teach to stop anywhere."""
     rows = [
-        Row(
-            tokenizer(prompt_text(tokenizer, pair.question), add_special_tokens=False)["input_ids"],
-            tokenizer(pair.answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"],
+        joined(
+            [
+                (tokenizer(prompt_text(tokenizer, pair.question), add_special_tokens=False)["input_ids"], False),
+                (tokenizer(pair.answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"], True),
+            ]
         )
         for pair in pairs
     ]
     return [row for row in rows if length(row) <= MAX_TOKENS]
-
-
-def collate(rows: list[Row], padding: int, device: torch.device) -> Batch:
-    """input_ids, attention_mask and labels, each [rows, longest row], padded on the right."""
-    width = max(map(length, rows))
-    ids = torch.full((len(rows), width), padding)
-    labels = torch.full((len(rows), width), IGNORED)
-    mask = torch.zeros((len(rows), width), dtype=torch.int64)
-    for i, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[i, :end] = torch.tensor(prompt + answer)
-        labels[i, len(prompt) : end] = torch.tensor(answer)
-        mask[i, :end] = 1
-    return {
-        name: value.to(device) for name, value in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
-    }
 
 
 def skeleton(model: nn.Module) -> Any:
@@ -74,34 +47,18 @@ def skeleton(model: nn.Module) -> Any:
 
 
 def seeded_batches(rows: list[Row], steps: int, seed: int) -> Iterator[list[Row]]:
-    """`steps` batches of BATCH_ROWS rows in a shuffled order, epoch after epoch.
-
-    Rows of like length go together, within pools of a few batches: padding would cost a fifth of the time.
-    """
+    """`steps` batches of BATCH_ROWS rows in a shuffled order, epoch after epoch."""
     generator = random.Random(seed)
-    batches: list[list[Row]] = []
+    batches: list[list[int]] = []
     for _ in range(steps):
         if not batches:
-            shuffled = generator.sample(rows, len(rows))
-            pools = [shuffled[start : start + 4 * BATCH_ROWS] for start in range(0, len(rows), 4 * BATCH_ROWS)]
-            ordered = [row for pool in pools for row in sorted(pool, key=length)]
-            batches = [ordered[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS)]
-            generator.shuffle(batches)
-        yield batches.pop()
+            batches = shuffled_batches([length(row) for row in rows], BATCH_ROWS, generator)
+        yield [rows[index] for index in batches.pop()]
 
 
-@torch.no_grad()
 def heldout_loss(model: Any, rows: list[Row], padding: int) -> float:
     """Mean cross-entropy in nats over all answer tokens of `rows`."""
-    model.eval()
-    total, tokens = 0.0, 0
-    ordered = sorted(rows, key=length)
-    for start in range(0, len(ordered), BATCH_ROWS):
-        part = ordered[start : start + BATCH_ROWS]
-        counted = sum(len(row.answer) for row in part)
-        total += float(model(**collate(part, padding, model.device)).loss) * counted
-        tokens += counted
-    return total / tokens
+    return evaluate(model, rows, BATCH_ROWS, padding).loss
 
 
 class Curve(NamedTuple):

@@ -20,19 +20,8 @@ LAYERS = [
     {"methods"},
     {"targets", "inject", "checkpoint", "combine", "selection", "optim", "incremental_pca", "eva"},
     {"recipes"},
-    {
-        "serving",
-        "integrations",
-        "doctor",
-        "demo",
-        "demo_assets",
-        "demo_compare",
-        "demo_training",
-        "train",
-        "train_data",
-        "train_state",
-        "cli",
-    },
+    {"serving", "integrations", "doctor", "demo", "demo_assets", "demo_compare", "demo_training", "cli"}
+    | {"train", "train_data", "train_loop", "train_options", "train_report", "train_state"},
 ]
 
 

@@ -1,0 +1,256 @@
+"""`fastadapt train`: fine-tunes a transformers model on a file with any of the recipes, and goes on after any stop."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from . import train_state
+from .checkpoint import CONFIG_FILE, TENSOR_FILE, save_adapter
+from .demo_assets import quiet_transformers
+from .inject import trainable_parameters
+from .report import write_json
+from .train_data import Encoded, Record, Row, encode, format_of, label_names, read_records, split
+from .train_loop import Training
+from .train_options import DTYPES, Options, differences
+from .train_report import Bar, draw, summary
+
+JSON_FILE, PICTURE = "train.json", "train.png"
+# The base model's config with the classes that were trained.
+CLASSES_FILE = "config.json"
+MAX_LENGTH = 1024
+
+
+class Base(NamedTuple):
+    """The model to adapt, its tokenizer, and the modules that must be trained whole because they start at random."""
+
+    model: Any
+    tokenizer: Any
+    new_modules: list[str]
+
+    @property
+    def padding(self) -> int:
+        """The token that fills rows up; the attention mask hides it."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def max_length(self, wanted: int | None) -> int:
+        """The longest row in tokens. Raises ValueError where the model has fewer positions than are wanted."""
+        limits = (getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        limit = min((value for value in limits if isinstance(value, int) and value > 0), default=MAX_LENGTH)
+        if wanted is not None and wanted > limit:
+            raise ValueError(f"--max-length must be at most {limit}, the model's positions, got {wanted}")
+        return wanted or min(limit, MAX_LENGTH)
+
+
+def load_base(name: str, dtype: str, labels: Sequence[str]) -> Base:
+    """A causal language model, or with labels a classifier of these classes, and its tokenizer.
+
+    Raises ValueError where it cannot be loaded, or lacks weights that nothing would train.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name} must be the directory of a transformers model, but it has no config.json")
+    kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    classes: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+        "ignore_mismatched_sizes": True,  # a head for other classes gives way to a new one
+    }
+    try:
+        model, found = kind.from_pretrained(
+            name, dtype=DTYPES[dtype], output_loading_info=True, **(classes if labels else {})
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model {name}: {str(error).strip().splitlines()[0]}") from error
+    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if missing and not labels:
+        raise ValueError(
+            f"{name} has no weights for {missing[0]} of {type(model).__name__}: choose a model for text generation, or "
+            "give DATA the columns text and label to train a classifier"
+        )
+    model.config.use_cache = False  # it would copy keys and values for tokens that are never generated
+    base = Base(model, tokenizer, _new_modules(model, missing) if labels else [])
+    if labels:
+        model.config.pad_token_id = base.padding  # decoders read the class at the last token before the padding
+    return base
+
+
+def _new_modules(model: Any, missing: list[str]) -> list[str]:
+    """The classifier's own modules beside the base model, and whatever else the checkpoint has no weights for."""
+    heads = [
+        name
+        for name, child in model.named_children()
+        if model.base_model is not model and child is not model.base_model and any(True for _ in child.parameters())
+    ]
+    others = {key.rpartition(".")[0] for key in missing if key.split(".", 1)[0] not in heads}
+    return sorted({*heads, *others})
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Trains, or goes on where a run with these options stopped; prints it on `console` and returns train.json's row.
+
+    Raises ValueError or OSError for what a user can cure, Interrupted after a signal; what was saved is then there.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    records = read_records(options.data)
+    form = format_of(records[0])
+    settings = options.settings()
+    with train_state.owned(options.output), quiet_transformers():
+        state = last_state(options, settings, say)
+        finished = state is not None and state["step"] == state["steps"]
+        if state is not None and finished and all((options.output / name).is_file() for name in _outputs(form)):
+            say(f"{options.output} is finished: {state['step']} steps with these options; nothing was changed")
+            _copy_json(options)
+            return dict(json.loads((options.output / JSON_FILE).read_text(encoding="utf-8"))["rows"][0])
+        labels = label_names(records) if form == "classification" else []
+        with console.status(f"loading {options.model}"):
+            torch.manual_seed(options.seed)  # a new classifier starts at random
+            base = load_base(options.model, options.dtype, labels)
+            base.model.to(options.torch_device)
+        rows, heldout = _rows(options, records, form, base, labels, say)
+        training = Training(base.model, options, settings, rows, heldout, base.padding)
+        if state is None:
+            with console.status(f"preparing {options.recipe.title}"):
+                task = "SEQ_CLS" if labels else "CAUSAL_LM"
+                training.begin(task_type=task, modules_to_save=base.new_modules or None)
+        else:
+            training.resume(state)
+            say(f"going on from checkpoint-{training.step} of {training.steps} steps")
+        counted = trainable_parameters(base.model)
+        say(f"{options.recipe.title} on {options.torch_device}, {len(rows):,} rows, {counted}")
+        with Bar(console, training.step, training.steps) as bar:
+            training.run(bar)
+        row = finish(training, form)
+    console.print(summary(row))
+    say(f"adapter   {options.output}, readable by PEFT")
+    say(f"results   {options.output / JSON_FILE}, {options.output / PICTURE}")
+    merged = options.output.with_name(f"{options.output.name}-merged")
+    command = shlex.join(["fastadapt", "merge", options.model, str(options.output), str(merged)])
+    say(f"next      {command}")
+    return row
+
+
+def last_state(options: Options, settings: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The state to go on from, None to start anew; with overwrite, what cannot be gone on from is removed.
+
+    Raises ValueError or FileExistsError where that would need overwrite.
+    """
+    output = options.output
+    if (output / CLASSES_FILE).exists() and not (output / CONFIG_FILE).exists():
+        raise FileExistsError(f"{output} is the directory of a model, got as OUTPUT: choose another place")
+    try:
+        state = train_state.load_last(output, say)
+        if state is None:
+            taken = next((name for name in _outputs("any") if (output / name).exists()), None)
+            if taken is None:
+                return None
+            raise FileExistsError(
+                f"{output} has {taken}, and no checkpoint to go on from: choose another place, or replace it with "
+                "--overwrite"
+            )
+        changed = differences(settings, state["settings"])
+        if not changed:
+            return state
+        raise ValueError(
+            f"{output} is from a run with other options ({'; '.join(changed)}): go on with those, choose another "
+            "place, or start anew with --overwrite"
+        )
+    except (ValueError, FileExistsError):
+        if not options.overwrite:
+            raise
+    # Checkpoints last: as long as one is there, a run that is killed here finds what to overwrite.
+    for name in (CLASSES_FILE, *_outputs("any")):
+        (output / name).unlink(missing_ok=True)
+    for path in train_state.checkpoints(output).values():
+        train_state.remove(path)
+    return None
+
+
+def _outputs(form: str) -> list[str]:
+    return [TENSOR_FILE, CONFIG_FILE, PICTURE, JSON_FILE, *([CLASSES_FILE] if form == "classification" else [])]
+
+
+def _rows(
+    options: Options,
+    records: list[Record],
+    form: str,
+    base: Base,
+    labels: Sequence[str],
+    say: Callable[[str], None],
+) -> tuple[list[Row], list[Row]]:
+    """(rows to train on, rows held out), with what was cut or left out said."""
+    limit = base.max_length(options.max_length)
+
+    def encoded(records: list[Record], path: Path) -> list[Row]:
+        found: Encoded = encode(records, form, base.tokenizer, limit, labels)
+        if found.truncated:
+            say(f"{path}: {found.truncated} of {len(records)} rows were cut to {limit} tokens (--max-length)")
+        if found.dropped:
+            say(
+                f"{path}: {found.dropped} of {len(records)} rows are longer than {limit} tokens: left out (--max-length)"
+            )
+        return found.rows
+
+    rows = encoded(records, options.data)
+    if options.eval is not None:
+        return rows, encoded(read_records(options.eval), options.eval)
+    return split(rows, options.held_share, options.seed)
+
+
+def finish(training: Training, form: str) -> dict[str, Any]:
+    """Writes the adapter, the picture and, last, train.json; returns its row."""
+    options, model, held = training.options, training.model, training.evaluations
+    counted = trainable_parameters(model)
+    first, last = (held[0], held[-1]) if held else (None, None)
+    row = {
+        "title": options.recipe.title,
+        "method": options.method,
+        "model": options.model,
+        "data": str(options.data),
+        "format": form,
+        "rows": len(training.rows),
+        "eval_rows": len(training.heldout),
+        "steps": training.steps,
+        "trainable": counted.trainable,
+        "parameters": counted.total,
+        "loss_before": first.loss if first else None,
+        "loss_after": last.loss if last else None,
+        "accuracy_before": first.accuracy if first else None,
+        "accuracy_after": last.accuracy if last else None,
+        "first_loss": training.losses[0],
+        "last_loss": training.losses[-1],
+        "seconds": round(training.seconds, 3),
+        "tokens": training.tokens,
+        "tokens_per_second": round(training.tokens / training.step_seconds, 1),
+    }
+    save_adapter(model, options.output)
+    if form == "classification":
+        model.config.to_json_file(options.output / CLASSES_FILE)
+    unit = {"classification": "row", "text": "token"}.get(form, "answer token")
+    draw(training.losses, held, unit, options.output / PICTURE)
+    curve = {"train": training.losses, "eval": [evaluation._asdict() for evaluation in held]}
+    write_json(options.output / JSON_FILE, "train", [row], settings=training.settings, curve=curve)
+    _copy_json(options)
+    return row
+
+
+def _copy_json(options: Options) -> None:
+    if options.json is not None and options.json.resolve() != (options.output / JSON_FILE).resolve():
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(options.output / JSON_FILE, options.json)
