@@ -169,7 +169,8 @@ def adapter_linear(
     # A third operand in the loop: only Hopper's matrix unit leaves registers for the widest tile.
     plain = plain and (not fused or _shared_memory(x.device) >= _HOPPER)
     Ns = [weight.shape[0] for weight in weights]
-    config = _product(x, Ns, [x, *weights], two_products=two_products, plain=plain, wide=fused and R > 32)
+    wide = fused and (R > 32 or two_products)
+    config = _product(x, Ns, [x, *weights], two_products=two_products, plain=plain, wide=wide)
     if fused:
         # The whole rank at once.
         return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
@@ -183,7 +184,8 @@ def adapter_linear_dx(
     # A loop for each member: only Hopper's matrix unit leaves registers for the widest tile.
     plain = plain and (len(dys) == 1 or _shared_memory(dx.device) >= _HOPPER)
     config = _product(dx, [dx.shape[1]], [*dys, *weights], two_products=two_products, plain=plain, wide=False)
-    return {"BLOCK_R": _block(R, 16, 32), **config}
+    # The widest tile leaves registers for a few ranks at a time.
+    return {"BLOCK_R": _block(R, 16, 16 if config["BLOCK_N"] == 256 else 32), **config}
 
 
 def _aligned(tensors: Sequence[Tensor]) -> bool:
@@ -194,7 +196,10 @@ def _aligned(tensors: Sequence[Tensor]) -> bool:
 def _product(
     x: Tensor, Ns: Sequence[int], operands: Sequence[Tensor], *, two_products: bool, plain: bool, wide: bool
 ) -> Config:
-    """Tiles of a product of M rows and N_i columns, in x's dtype. wide: a product of many ranks is in its loop."""
+    """Tiles of a product of M rows and N_i columns, in x's dtype.
+
+    wide: its loop also has a product of many ranks, or of any ranks beside two others.
+    """
     M = x.shape[0]
     if _interpreted():
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 32, "GROUP_M": 2}
@@ -214,7 +219,7 @@ def _product(
     elif M <= 32:
         # A few tokens: as many programs as it takes to stream the weight.
         block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
-        block_k, stages = 32 if wide else 64, 4 if shared_memory >= _MEDIUM else 3
+        block_k, stages = 32 if wide or two_products else 64, 4 if shared_memory >= _MEDIUM else 3
         tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
         tiles["num_stages"] = stages
     elif programs(128) < _WANTED_PROGRAMS // 4:
@@ -250,7 +255,8 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
         # The sums of vectors are as large as the tile; and the smallest shared memory goes with the fewest registers.
         shared_memory = _shared_memory(dys[0].device)
         block_m = 16 if vector_sums or shared_memory < _MEDIUM else 32
-        block_n = 256 if (vector_sums and rank > 16) or shared_memory < _MEDIUM else 512
+        crowded = vector_sums and (rank > 16 or R % 16 > 0)  # masks of ranks take registers too
+        block_n = 256 if crowded or shared_memory < _MEDIUM else 512
         stages = 3 if shared_memory >= _LARGE else 2
         config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank, "num_warps": 8, "num_stages": stages}
     else:
