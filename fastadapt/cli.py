@@ -205,7 +205,7 @@ def describe_adapter(directory: Path) -> dict[str, str]:
             reason = str(error)
     facts = {
         "method": method_name(fields),
-        "r": str(fields.get("r", "-")),
+        "r": _ranks(fields),
         "alpha": str(fields.get("lora_alpha", "-")),
         "dropout": str(fields.get("lora_dropout", fields.get("vera_dropout", "-"))),
         "targets": _listed(fields.get("target_modules")),
@@ -217,8 +217,6 @@ def describe_adapter(directory: Path) -> dict[str, str]:
         "size": f"{tensor_file.stat().st_size:,} bytes",
         "fastadapt": f"cannot load it: {reason}" if reason else "can load it",
     }
-    if fields.get("rank_pattern"):
-        facts["rank_pattern"] = str(fields["rank_pattern"])
     if caught:
         facts["note"] = "; ".join(str(warning.message) for warning in caught)
     return facts
@@ -227,11 +225,32 @@ def describe_adapter(directory: Path) -> dict[str, str]:
 def method_name(fields: dict[str, Any]) -> str:
     """The method that adapter_config.json describes, by its usual name."""
     peft_type = str(fields.get("peft_type"))
-    names = {"LORA": "LoRA", "VERA": "VeRA", "DVORA": "DVoRA (VeRA with a magnitude)"}
+    names = {
+        "VERA": "VeRA",
+        "DVORA": "DVoRA (VeRA with a magnitude)",
+        "ADALORA": "AdaLoRA",
+        "LORA_DROP": "LoRA-drop",
+        "DELTA_LORA": "Delta-LoRA",
+    }
     if peft_type != "LORA":
         return names.get(peft_type, peft_type)
     name = "DoRA" if fields.get("use_dora") else "LoRA"
-    return f"{name} with rsLoRA's scaling" if fields.get("use_rslora") else name
+    if fields.get("use_rslora"):
+        name += " with rsLoRA's scaling"
+    return f"{name}, started by EVA" if fields.get("init_lora_weights") == "eva" else name
+
+
+def _ranks(fields: dict[str, Any]) -> str:
+    """The rank, or the ranks of the layers where they differ."""
+    pattern = fields.get("rank_pattern")
+    values = [
+        sum(value) if isinstance(value, list) else value
+        for value in (pattern.values() if isinstance(pattern, dict) else ())
+    ]
+    r = fields.get("init_r", fields.get("r", "-"))
+    if not all(isinstance(value, int) for value in values) or not values:
+        return str(r)
+    return f"{r}, and {min(values)} to {max(values)} in {len(values)} layers of their own (rank_pattern)"
 
 
 def _listed(value: Any) -> str:

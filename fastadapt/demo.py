@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,43 +17,48 @@ from rich.text import Text
 
 from . import demo_compare as compare
 from . import demo_training as training
-from .checkpoint import load_adapter, save_adapter
+from .checkpoint import export_lora, load_adapter, read_fields, save_adapter
 from .demo_assets import Topic, load_model, load_topic, quiet_transformers
-from .inject import inject, set_adapter, trainable_parameters
-from .methods import AdapterConfig, DoRAConfig, LoRAConfig, VeRAConfig
+from .inject import control, inject, set_adapter, trainable_parameters
+from .methods import Control
+from .recipes import RECIPES, Recipe
 from .report import write_json
 from .train_data import Row, collate, length
 
 ANSWER_TOKENS = 20
+# What LoRA-drop's probe and EVA see of a topic before the first step. Answers are short: EVA needs 32 tokens of them.
+OBSERVED_BATCHES, OBSERVED_ROWS = 6, 24
+PEFT_TYPES = ("LORA", "VERA", "ADALORA")
 
 
 class Plan(NamedTuple):
-    """One adapter of the demo: its method, the topic that it learns, and its learning rate."""
+    """One adapter of the demo: its method, by the name of its recipe, and the topic that it learns."""
 
-    method: str
+    name: str
     topic: str
-    learning_rate: float
-    config: AdapterConfig
 
     @property
-    def name(self) -> str:
-        return self.method.lower()
+    def recipe(self) -> Recipe:
+        return RECIPES[self.name]
+
+    @property
+    def method(self) -> str:
+        return self.recipe.title
 
 
-def plans() -> list[Plan]:
-    """The demo's adapters. Rates are those at which each method learns in a few dozen steps.
-
-    rsLoRA multiplies B A by lora_alpha / √r, four times LoRA's lora_alpha / r at rank 16, so it takes less; VeRA's
-    vectors take twenty times more than LoRA's matrices, as in its paper.
-    """
-    everywhere: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    lora: dict[str, Any] = {"r": 16, "lora_alpha": 32, **everywhere}
-    return [
-        Plan("LoRA", "trivia", 5e-4, LoRAConfig(**lora)),
-        Plan("rsLoRA", "ai", 2e-4, LoRAConfig(use_rslora=True, **lora)),
-        Plan("DoRA", "emotion", 5e-4, DoRAConfig(**lora)),
-        Plan("VeRA", "psychology", 1e-2, VeRAConfig(r=256, **everywhere)),
-    ]
+PLANS = (
+    Plan("lora", "trivia"),
+    Plan("rslora", "ai"),
+    Plan("dora", "emotion"),
+    Plan("vera", "psychology"),
+    # What differs from LoRA in training alone learns the same as it does.
+    Plan("lora+", "trivia"),
+    Plan("lora-fa", "trivia"),
+    Plan("lora-drop", "trivia"),
+    Plan("adalora", "trivia"),
+    Plan("delta-lora", "trivia"),
+    Plan("eva", "trivia"),
+)
 
 
 @dataclass
@@ -79,6 +85,7 @@ class Trained:
     trainable: int
     curve: training.Curve
     model: Any
+    between: Control
 
 
 def run(options: Options, console: Console) -> list[dict[str, Any]]:
@@ -105,7 +112,7 @@ def run(options: Options, console: Console) -> list[dict[str, Any]]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress, quiet_transformers():
-        trained = [train_one(plan, base, tokenizer, options, progress) for plan in plans()]
+        trained = [train_one(plan, base, tokenizer, options, progress) for plan in PLANS]
         answers = answer_all(base, tokenizer, trained, progress)
         rows = measure(base, tokenizer, trained, options, progress)
     seconds = time.perf_counter() - started
@@ -132,15 +139,27 @@ def train_one(plan: Plan, base: Any, tokenizer: Any, options: Options, progress:
     topic = load_topic(plan.topic, options.seed)
     rows, heldout = (training.encode(tokenizer, pairs) for pairs in (topic.train, topic.heldout))
     torch.manual_seed(options.seed)
-    model = inject(training.skeleton(base), plan.config)
+    recipe = plan.recipe
+    common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    config = recipe.config(recipe.rank, 2 * recipe.rank, 0.0, options.steps, **common)
+    model = inject(training.skeleton(base), config)
     task = progress.add_task(f"{plan.method} on {plan.topic}", total=options.steps, note="held-out rows, before")
+    padding = tokenizer.eos_token_id
+    shuffled = random.Random(options.seed).sample(rows, len(rows))
+    observed = [
+        collate(shuffled[start : start + OBSERVED_ROWS], padding, model.device)
+        for start in range(0, min(len(rows), OBSERVED_BATCHES * OBSERVED_ROWS), OBSERVED_ROWS)
+    ]
+    recipe.prepare(model, observed, "default")
+    between = control(model)
     curve = training.train(
         model,
         rows,
         heldout,
-        padding=tokenizer.eos_token_id,
+        padding=padding,
         steps=options.steps,
-        learning_rate=plan.learning_rate,
+        optimizer=recipe.optimizer(model, recipe.learning_rate, 0.0),
+        between=between,
         seed=options.seed,
         report=lambda step, loss: progress.update(task, completed=step, note=f"loss {loss:.2f}"),
     )
@@ -148,17 +167,19 @@ def train_one(plan: Plan, base: Any, tokenizer: Any, options: Options, progress:
     progress.stop_task(task)
     directory = options.output / plan.name
     save_adapter(model, directory)
-    return Trained(plan, topic, heldout, directory, trainable_parameters(model).trainable, curve, model)
+    return Trained(plan, topic, heldout, directory, trainable_parameters(model).trainable, curve, model, between)
 
 
 def answer_all(base: Any, tokenizer: Any, trained: list[Trained], progress: Progress) -> list[dict[str, str]]:
-    """Two questions of each topic, one held out and one from training, answered by the base and by the adapter.
+    """Two questions of each topic, one held out and one from training, answered by the base and by the first adapter
+    that learned it.
 
     One model holds all adapters, loaded back from their directories, and switches between them.
     """
     model = training.skeleton(base)
     for adapter in trained:
         load_adapter(model, adapter.directory, adapter.plan.name)
+    trained = list({adapter.topic.name: adapter for adapter in reversed(trained)}.values())[::-1]
     task = progress.add_task("answers", total=4 * len(trained), note="")
     answers = []
     for adapter in trained:
@@ -187,7 +208,7 @@ def measure(
 
     measured = compare.compare(
         base,
-        {adapter.plan.method: adapter.directory for adapter in trained},
+        {adapter.plan.method: adapted(adapter) for adapter in trained},
         batch,
         rounds=options.rounds,
         seed=options.seed,
@@ -203,7 +224,7 @@ def measure(
                 "topic": adapter.topic.name,
                 "train_rows": len(adapter.topic.train),
                 "heldout_rows": len(adapter.heldout),
-                "learning_rate": adapter.plan.learning_rate,
+                "learning_rate": adapter.plan.recipe.learning_rate,
                 "trainable": adapter.trainable,
                 "loss_before": adapter.curve.heldout[0][1],
                 "loss_after": adapter.curve.heldout[-1][1],
@@ -213,6 +234,18 @@ def measure(
             }
         )
     return rows
+
+
+def adapted(adapter: Trained) -> compare.Adapted:
+    """What `compare` needs; what PEFT has no type for is exported to it as the plain LoRA that it amounts to."""
+    directory = adapter.directory
+    if read_fields(directory)["peft_type"] not in PEFT_TYPES:
+        directory = directory / "lora"
+        export_lora(adapter.model, directory)
+    # A rate of zero leaves the adapter as it was saved, and costs the same.
+    return compare.Adapted(
+        adapter.model, adapter.plan.recipe.optimizer(adapter.model, 0.0, 0.0), adapter.between, directory
+    )
 
 
 def draw_curves(trained: list[Trained], path: Path) -> None:

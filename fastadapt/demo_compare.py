@@ -6,9 +6,10 @@ import itertools
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .checkpoint import load_adapter
 from .demo_assets import quiet_transformers
 from .demo_training import skeleton
+from .methods import Control
 from .train_data import Batch
 
 
@@ -29,7 +31,9 @@ def peft(base: nn.Module, directory: Path) -> Any:
     """The saved adapter on a skeleton of `base`, through PEFT, trainable."""
     from peft import PeftModel
 
-    with quiet_transformers():
+    with quiet_transformers(), warnings.catch_warnings():
+        # PEFT takes the names in its own AdaLoRA files for names that match nothing.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
         return PeftModel.from_pretrained(skeleton(base), str(directory), is_trainable=True)
 
 
@@ -66,22 +70,27 @@ def saved_bytes(model: Any, batch: Batch) -> int:
     return held
 
 
-def training_step(model: Any, batch: Batch) -> Callable[[], None]:
-    """Forward, backward and AdamW on what requires grad.
+def training_step(
+    model: Any, batch: Batch, optimizer: torch.optim.Optimizer | None = None, between: Control | None = None
+) -> Callable[[], None]:
+    """Forward, backward, the optimizer (AdamW on what requires grad by default) and what the method does between steps.
 
-    A model where nothing does is the frozen pass: forward, and backward to the embeddings.
+    A model where nothing requires grad is the frozen pass: forward, and backward to the embeddings.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # A rate of zero leaves the adapters as they were saved, and costs the same.
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True) if parameters else None
+    if optimizer is None and parameters:
+        # A rate of zero leaves the adapters as they were saved, and costs the same.
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+    between = between or Control()
     embed = model.get_input_embeddings()
 
     def step() -> None:
         embedded = embed(batch["input_ids"]).detach().requires_grad_()
         inputs = {name: batch[name] for name in ("attention_mask", "labels")}
-        model(inputs_embeds=embedded, **inputs).loss.backward()
+        (model(inputs_embeds=embedded, **inputs).loss + between.regularizer()).backward()
         if optimizer is not None:
             optimizer.step()
+            between.step()
             optimizer.zero_grad(set_to_none=True)
         if embedded.device.type == "cuda":
             torch.cuda.synchronize()
@@ -121,31 +130,40 @@ def rounds_of(count: int, rounds: int) -> int:
     return count * (rounds + 1)
 
 
+class Adapted(NamedTuple):
+    """A trained model, how it is trained, and the directory that PEFT reads the same adapter from."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    between: Control
+    directory: Path
+
+
 def compare(
     base: nn.Module,
-    directories: dict[str, Path],
+    adapted: dict[str, Adapted],
     batch: Batch,
     *,
     rounds: int,
     seed: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, dict[str, float]]:
-    """For each saved adapter its step time, saved bytes and outputs beside PEFT's, on one batch of the same weights.
+    """For each adapter its step time, saved bytes and outputs beside PEFT's, on one batch of the same weights.
 
     `progress(done, total)` is called after each step.
     """
-    models = {(name, "ours"): ours(base, path) for name, path in directories.items()}
-    models |= {(name, "peft"): peft(base, path) for name, path in directories.items()}
+    directories = {name: one.directory for name, one in adapted.items()}
     results: dict[str, dict[str, float]] = {}
-    for name in directories:
-        mine, theirs = models[name, "ours"], models[name, "peft"]
+    steps = {"frozen": training_step(skeleton(base).train(), batch)}
+    for name, one in adapted.items():
+        theirs = peft(base, one.directory)
         results[name] = {
-            "saved_bytes": saved_bytes(mine, batch),
+            "saved_bytes": saved_bytes(one.model, batch),
             "peft_saved_bytes": saved_bytes(theirs, batch),
-            "difference_from_peft": largest_difference(mine, theirs, batch),
+            "difference_from_peft": largest_difference(one.model, theirs, batch),
         }
-    steps = {f"{name} {side}": training_step(model.train(), batch) for (name, side), model in models.items()}
-    steps["frozen"] = training_step(skeleton(base).train(), batch)
+        steps[f"{name} ours"] = training_step(one.model.train(), batch, one.optimizer, one.between)
+        steps[f"{name} peft"] = training_step(theirs.train(), batch)
     pairs = [(f"{name} ours", "frozen") for name in directories]
     for name in directories:
         pairs += [(f"{name} peft", "frozen"), (f"{name} ours", f"{name} peft")]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .demo_assets import Pair
+from .methods import Control
 from .train_data import Row, collate, joined, length, shuffled_batches
 from .train_loop import evaluate
 
@@ -75,16 +76,17 @@ def train(
     *,
     padding: int,
     steps: int,
-    learning_rate: float,
+    optimizer: torch.optim.Optimizer,
+    between: Control,
     seed: int,
     report: Callable[[int, float], None],
 ) -> Curve:
-    """AdamW on what requires grad, with a tenth of the steps to warm up and a linear descent to a tenth of the rate.
+    """`steps` steps of the optimizer, and what the method does between them, with a tenth of the steps to warm up and a
+    linear descent to a tenth of the rate.
 
     The held-out rows are measured before the first step, after half of the steps and after the last.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (step + 1) / warm if step < warm else 1 - 0.9 * (step - warm) / max(1, steps - warm)
@@ -93,9 +95,10 @@ def train(
     for step, batch in enumerate(seeded_batches(rows, steps, seed), start=1):
         model.train()
         loss = model(**collate(batch, padding, model.device)).loss
-        loss.backward()
+        (loss + between.regularizer()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        between.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         curve.train.append(loss.item())

@@ -140,8 +140,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     console.print(summary(row))
     say(f"adapter   {options.output}, readable by PEFT")
     say(f"results   {options.output / JSON_FILE}, {options.output / PICTURE}")
-    merged = options.output.with_name(f"{options.output.name}-merged")
-    command = shlex.join(["fastadapt", "merge", options.model, str(options.output), str(merged)])
+    command = shlex.join(["fastadapt", "merge", options.model, str(options.output), f"{options.output}-merged"])
     say(f"next      {command}")
     return row
 
@@ -202,9 +201,7 @@ def _rows(
         if found.truncated:
             say(f"{path}: {found.truncated} of {len(records)} rows were cut to {limit} tokens (--max-length)")
         if found.dropped:
-            say(
-                f"{path}: {found.dropped} of {len(records)} rows are longer than {limit} tokens: left out (--max-length)"
-            )
+            say(f"{path}: {found.dropped} of {len(records)} rows have over {limit} tokens: left out (--max-length)")
         return found.rows
 
     rows = encoded(records, options.data)

@@ -119,7 +119,9 @@ def test_method_names() -> None:
     assert method_name({"peft_type": "LORA"}) == "LoRA"
     assert method_name({"peft_type": "LORA", "use_rslora": True}) == "LoRA with rsLoRA's scaling"
     assert method_name({"peft_type": "LORA", "use_dora": True}) == "DoRA"
-    assert method_name({"peft_type": "ADALORA"}) == "ADALORA"
+    assert method_name({"peft_type": "ADALORA"}) == "AdaLoRA"
+    assert method_name({"peft_type": "LORA", "init_lora_weights": "eva"}) == "LoRA, started by EVA"
+    assert method_name({"peft_type": "LOHA"}) == "LOHA"
 
 
 @pytest.mark.parametrize("method", CONFIGS)
