@@ -20,7 +20,7 @@ from . import demo_training as training
 from .checkpoint import export_lora, load_adapter, read_fields, save_adapter
 from .demo_assets import Topic, load_model, load_topic, quiet_transformers
 from .inject import control, inject, set_adapter, trainable_parameters
-from .methods import Control
+from .methods import PEFT_TYPES, Control
 from .recipes import RECIPES, Recipe
 from .report import write_json
 from .train_data import Row, collate, length
@@ -28,7 +28,6 @@ from .train_data import Row, collate, length
 ANSWER_TOKENS = 20
 # What LoRA-drop's probe and EVA see of a topic before the first step. Answers are short: EVA needs 32 tokens of them.
 OBSERVED_BATCHES, OBSERVED_ROWS = 6, 24
-PEFT_TYPES = ("LORA", "VERA", "ADALORA")
 
 
 class Plan(NamedTuple):

@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 
 from . import train_state
-from .checkpoint import CONFIG_FILE, TENSOR_FILE, save_adapter
+from .checkpoint import CONFIG_FILE, TENSOR_FILE, read_fields, save_adapter
 from .demo_assets import quiet_transformers
 from .inject import trainable_parameters
+from .methods import PEFT_TYPES
 from .report import write_json
 from .train_data import Encoded, Record, Row, encode, format_of, label_names, read_records, split
 from .train_loop import Training
@@ -138,7 +139,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             training.run(bar)
         row = finish(training, form)
     console.print(summary(row))
-    say(f"adapter   {options.output}, readable by PEFT")
+    readable = read_fields(options.output)["peft_type"] in PEFT_TYPES
+    say(f"adapter   {options.output}, {'readable by PEFT' if readable else 'for PEFT: load it and export_lora'}")
     say(f"results   {options.output / JSON_FILE}, {options.output / PICTURE}")
     command = shlex.join(["fastadapt", "merge", options.model, str(options.output), f"{options.output}-merged"])
     say(f"next      {command}")

@@ -21,8 +21,12 @@ METHODS: dict[str, type[AdapterConfig]] = {
     "ADALORA": AdaLoRAConfig,
 }
 
+# Those that PEFT has too: it reads their directories.
+PEFT_TYPES = ("LORA", "VERA", "ADALORA")
+
 __all__ = [
     "METHODS",
+    "PEFT_TYPES",
     "AdaLoRAConfig",
     "AdapterConfig",
     "Control",

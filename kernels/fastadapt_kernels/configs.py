@@ -151,8 +151,9 @@ def shrink(xs: Sequence[Tensor], sizes: Sequence[int], A_dtype: torch.dtype) -> 
         config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
     else:
         block_r = _block(widest, 16, 128)
-        block_k = {16: 128, 32: 128, 64: 32 if block_m == 16 else 64, 128: 32}[block_r]
-        stages = 3 if shared_memory >= _LARGE else 2
+        large = shared_memory >= _LARGE
+        block_k = {16: 128, 32: 128 if large else 64, 64: 32 if block_m == 16 else 64, 128: 32}[block_r]
+        stages = 3 if large else 2
         config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
     programs = triton.cdiv(M, block_m) * sum(triton.cdiv(size, block_r) for size in sizes)
     splits, _ = _splits(programs, triton.cdiv(K, config["BLOCK_K"]), 4, wanted=_WANTED_PROGRAMS // 2)
@@ -174,7 +175,10 @@ def adapter_linear(
     if fused:
         # The whole rank at once.
         return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
-    return {"BLOCK_R": _block(R, 16, 32), **config}
+    # On the smaller GPUs ptxas holds a tile of 16 ranks to 128 registers, and spills; beside a second product it is the
+    # tile of 32 ranks that does not fit.
+    least = 16 if _shared_memory(x.device) >= _LARGE else 32
+    return {"BLOCK_R": _block(R, least, 16 if two_products and config["BLOCK_N"] == 128 else 32), **config}
 
 
 def adapter_linear_dx(
@@ -184,8 +188,10 @@ def adapter_linear_dx(
     # A loop for each member: only Hopper's matrix unit leaves registers for the widest tile.
     plain = plain and (len(dys) == 1 or _shared_memory(dx.device) >= _HOPPER)
     config = _product(dx, [dx.shape[1]], [*dys, *weights], two_products=two_products, plain=plain, wide=False)
-    # The widest tile leaves registers for a few ranks at a time.
-    return {"BLOCK_R": _block(R, 16, 16 if config["BLOCK_N"] == 256 else 32), **config}
+    small = _shared_memory(dx.device) < _LARGE
+    # The widest tile, and on the smaller GPUs a second product or a few tokens, leave registers for a few ranks.
+    few = config["BLOCK_N"] == 256 or (small and (two_products or dx.shape[0] <= 32))
+    return {"BLOCK_R": _block(R, 32 if small and not few else 16, 16 if few else 32), **config}
 
 
 def _aligned(tensors: Sequence[Tensor]) -> bool:
@@ -215,23 +221,24 @@ def _product(
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 8, "num_warps": 8, "num_stages": 2}
     elif not _aligned(operands):
         # Every element has a load, an address and a mask of its own.
-        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     elif M <= 32:
         # A few tokens: as many programs as it takes to stream the weight.
         block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
         block_k, stages = 32 if wide or two_products else 64, 4 if shared_memory >= _MEDIUM else 3
-        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
+        tiles = {"BLOCK_M": _block(M, 32 if two_products else 16, 32), "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
         tiles["num_stages"] = stages
+    elif two_products and wide:
+        # A third accumulator.
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
     elif programs(128) < _WANTED_PROGRAMS // 4:
-        block_k = 32 if wide else 64
+        block_k = 32 if wide or two_products else 64
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
     elif plain and shared_memory >= _LARGE and programs(256) >= _WANTED_PROGRAMS // 2:
         tiles = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     else:
-        # Two accumulators and the left operand in registers: only Hopper's matrix unit leaves room for the wider tile,
-        # and for a third one not even that.
-        crowded = two_products and wide
-        block_n = 64 if crowded or ((two_products or wide) and shared_memory < _HOPPER) else 128
+        # Two accumulators and the left operand in registers: only Hopper's matrix unit leaves room for the wider tile.
+        block_n = 64 if (two_products or wide) and shared_memory < _HOPPER else 128
         block_k = 64 if shared_memory >= _LARGE else 32
         tiles = {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
     return {**tiles, "GROUP_M": 16}
