@@ -21,6 +21,7 @@ from .layers import Adapter
 from .methods import METHODS, AdapterConfig
 from .methods.lora import lora_of
 from .methods.lora_drop import recognised
+from .targets import selection_of
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -85,6 +86,9 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
     base has none; OSError where the directory cannot be written.
     """
     injection = present(model, adapter_name)
+    injection.config.to_peft(list(injection.layers))  # raises for what no adapter file can hold
+    if any(layer.merged for layer in injection.layers.values()):
+        raise ValueError("the model has a merged adapter: call unmerge(model) before exporting it")
     factors: dict[str, PlainLoRA] = {}
     biases: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -99,12 +103,15 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
                 raise ValueError(f"adapter {adapter_name!r} is no plain LoRA: it adds a bias to {path}, which has none")
             if form.bias is not None and form.bias is not layer.base_bias:
                 biases[path] = form.bias
+                if not lora.A.shape[0]:  # a layer in the file needs a rank
+                    lora = PlainLoRA(lora.A.new_zeros(1, lora.A.shape[1]), lora.B.new_zeros(lora.B.shape[0], 1), 1.0)
             if lora.A.shape[0]:
                 factors[path] = lora
         old = injection.config
         config, adapters = lora_of(
             {path: injection.layers[path] for path in factors},
             factors,
+            **selection_of(model, list(factors)),
             bias="lora_only" if biases else "none",
             modules_to_save=old.modules_to_save,
             task_type=old.task_type,
@@ -132,7 +139,10 @@ def _write(model: nn.Module, target: Path, fields: dict[str, Any], tensors: Mapp
             raise OSError(
                 f"the adapter could not be written to {target}, what was there is unchanged: {error}"
             ) from error
-        Path(scratch, CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # Sorted at the top alone: of the patterns in it the first that matches wins.
+        Path(scratch, CONFIG_FILE).write_text(
+            json.dumps(dict(sorted(fields.items())), indent=2) + "\n", encoding="utf-8"
+        )
         for name in (TENSOR_FILE, CONFIG_FILE):
             with open(os.path.join(scratch, name), "rb+") as file:
                 os.fsync(file.fileno())

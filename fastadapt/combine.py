@@ -12,6 +12,7 @@ from .forms import PlainLoRA, plain_lora
 from .inject import Injection, active_adapters, attach, check_new, present, set_adapter
 from .layers import AdapterLayer
 from .methods.lora import lora_of
+from .targets import selection_of
 
 COMBINATIONS = ("svd", "linear", "cat")
 
@@ -60,10 +61,22 @@ def add_weighted_adapter(
         raise ValueError(f"adapters {', '.join(map(repr, adapters))} have no layers to combine")
     with torch.no_grad():
         parts = {path: _parts(path, layer, sources, weights) for path, layer in layers.items()}
+        # AdaLoRA may have pruned all of a layer.
+        parts = {path: found for path, found in parts.items() if any(part.A.shape[0] for _, part in found)}
+        layers = {path: layers[path] for path in parts}
         if combination_type == "svd" and svd_rank is None:
             svd_rank = max(part.A.shape[0] for found in parts.values() for _, part in found)
         combined = {path: _combined(path, found, combination_type, svd_rank) for path, found in parts.items()}
-        config, built = lora_of(layers, {path: PlainLoRA(A, B, 1.0) for path, (A, B) in combined.items()})
+        first = sources[0].config
+        config, built = lora_of(
+            layers,
+            {path: PlainLoRA(A, B, 1.0) for path, (A, B) in combined.items()},
+            **selection_of(model, list(layers)),
+            task_type=first.task_type,
+            base_model_name_or_path=first.base_model_name_or_path,
+            revision=first.revision,
+            fan_in_fan_out=first.fan_in_fan_out,
+        )
     for path, adapter in built.items():
         adapter.train(layers[path].training)
     before = active_adapters(model)

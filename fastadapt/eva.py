@@ -8,7 +8,6 @@ DoRA.
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,11 +21,11 @@ from torch import Tensor, nn
 
 from .checks import shape_error
 from .incremental_pca import IncrementalPCA
-from .inject import adapter_configs, adapter_layers, check_known, disable_adapter, exchange
+from .inject import adapter_configs, adapter_layers, check_known, disable_adapter, eval_mode, exchange
 from .layers import Adapter, AdapterLayer, AdapterLinear
-from .methods import EVAConfig, LoRAConfig
-from .methods.config import pattern_value
-from .targets import base_modules
+from .methods import EVAConfig, LoRAConfig, LoRADropConfig
+from .methods.config import pattern_of, pattern_value
+from .targets import selection_of
 
 Batch = Mapping[str, Any]
 Forward = Callable[[nn.Module, dict[str, Any]], object]
@@ -150,9 +149,9 @@ def initialize_eva(
     kept = [path for path in _layers_of(model, adapter_name) if ranks[path]]
     config = replace(
         config,
-        rank_pattern=_pattern({path: ranks[path] for path in kept}, config.r),
-        alpha_pattern=_pattern({path: alphas[path] for path in kept}, config.lora_alpha),
-        **_targets(model, kept),
+        rank_pattern=pattern_of({path: ranks[path] for path in kept}, config.r),
+        alpha_pattern=pattern_of({path: alphas[path] for path in kept}, config.lora_alpha),
+        **selection_of(model, kept),
     )
     if others:
         warnings.warn(
@@ -178,6 +177,11 @@ def _adapter(model: nn.Module, adapter_name: str) -> tuple[LoRAConfig, EVAConfig
         )
     if any(layer.merged for layer in adapter_layers(model).values()):
         raise ValueError("the model has a merged adapter: call unmerge(model) before initialize_eva")
+    if isinstance(config, LoRADropConfig) and config.kept is not None:
+        raise ValueError(
+            f"the layers of adapter {adapter_name!r} are selected and share pairs: call initialize_eva before "
+            "select_layers"
+        )
     layers = _layers_of(model, adapter_name)
     linear = {path: layer for path, layer in layers.items() if isinstance(layer, AdapterLinear)}
     if not linear:
@@ -390,15 +394,9 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 @contextmanager
 def _base_model(model: nn.Module) -> Iterator[None]:
-    """The base model in eval mode; then all is as it was, each module in its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    with disable_adapter(model):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    """The base model in eval mode; then all is as it was."""
+    with disable_adapter(model), eval_mode(model):
+        yield
 
 
 @contextmanager
@@ -461,27 +459,3 @@ def _renewed(layer: AdapterLinear, adapter_name: str, config: LoRAConfig, factor
         parameter.requires_grad_(old.get_parameter(name).requires_grad)
     adapter.train(old.training)
     return adapter  # type: ignore[no-any-return]
-
-
-def _suffixes(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[index:]) for index in range(1, len(parts))]
-
-
-def _pattern(values: dict[str, T], default: T) -> dict[str, T]:
-    """A rank_pattern or alpha_pattern that gives each path its value."""
-    pattern = {path: value for path, value in values.items() if value != default}
-    if not any(suffix in pattern for path in values for suffix in _suffixes(path)):
-        return pattern
-    # A key matches every path that ends in it, and the first that matches wins: all are named, the longest first.
-    return {path: values[path] for path in sorted(values, key=len, reverse=True)}
-
-
-def _targets(model: nn.Module, paths: list[str]) -> dict[str, Any]:
-    """The fields of a config that selects the modules at these paths."""
-    chosen = set(paths)
-    if not any(path not in chosen and chosen.intersection(_suffixes(path)) for path in base_modules(model)):
-        return {"target_modules": paths}
-    # A name in a list also matches every path that ends in it; a regular expression must match the whole.
-    pattern = "|".join(map(re.escape, paths))
-    return {"target_modules": pattern, "layers_to_transform": None, "layers_pattern": None}

@@ -85,6 +85,17 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module as it was before any injection."""
+    copied = deepcopy(module.original if isinstance(module, ModuleToSave) else module)
+    if isinstance(copied, AdapterLayer):
+        base: nn.Module = copied.base_layer
+        return base
+    for path, layer in adapter_layers(copied).items():
+        _replace(copied, path, layer.base_layer)
+    return copied
+
+
 class Injection(NamedTuple):
     """An adapter that is built but not yet in the model: what `attach` puts in."""
 
@@ -126,8 +137,7 @@ def prepare(
         adapter.train(layers[path].training)
     copies: dict[str, nn.Module] = {}
     for path in saved_paths(model, config):
-        module = modules[path]
-        copies[path] = deepcopy(module.original if isinstance(module, ModuleToSave) else module)
+        copies[path] = _bare_copy(modules[path])
     config = replace(
         config,
         fan_in_fan_out=any(isinstance(layer, AdapterLinear) and layer.fan_in_fan_out for layer in layers.values()),
@@ -319,12 +329,27 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         raise ValueError("the model has a merged adapter: call unmerge(model) before disabling it")
     parts = [*layers.values(), *modules.values()]
     active = [part.active for part in parts]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     _switch(model, ())
     try:
         yield
     finally:
         for part, names in zip(parts, active, strict=True):
             part.active = names
+        for parameter, requires_grad in trained:  # set_adapter may have been called inside
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside the `with` block; then each module is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def merge(model: nn.Module) -> None:

@@ -95,16 +95,29 @@ class LoRAFAAdamW(torch.optim.Optimizer):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas must be in [0, 1), got {betas!r}")
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._adapters = {
-            adapter.up: adapter
-            for layer in adapter_layers(model).values()
-            for adapter in layer.active_adapters
-            if isinstance(adapter, LoRAAdapter) and not adapter.factors[0].requires_grad and adapter.up.requires_grad
-        }
-        if not self._adapters:
+        self._model = model
+        self._adapters = self._with_frozen_A()
+        if not any(parameter in self._adapters for parameter in parameters):
             raise ValueError("no active adapter has a frozen A: inject one with LoRAConfig(freeze_A=True) first")
         self._inverses: dict[nn.Parameter, tuple[tuple[Any, ...], Tensor]] = {}
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _with_frozen_A(self) -> dict[nn.Parameter, LoRAAdapter]:  # noqa: N802
+        """The adapters whose A is frozen, by their B."""
+        return {
+            adapter.up: adapter
+            for layer in adapter_layers(self._model).values()
+            for adapter in layer.adapters.values()
+            if isinstance(adapter, LoRAAdapter) and adapter.freezes_A
+        }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._adapters = self._with_frozen_A()
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles; the inverses are made again
+        own = {"_model": self._model, "_adapters": self._adapters, "_inverses": {}}
+        return {**super().__getstate__(), **own}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -152,9 +165,8 @@ class LoRAFAAdamW(torch.optim.Optimizer):
         cached = self._inverses.get(parameter)
         if cached is None or cached[0] != key:
             rows = A.double()
-            # The pseudo-inverse, with PEFT's ridge: A may have more rows than columns.
-            gram = rows @ rows.T + 1e-8 * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-            inverse = torch.linalg.pinv(gram, hermitian=True) / adapter.scaling**2
+            # A may have more rows than columns: what it does not span must not answer to the rounding of the gradient.
+            inverse = torch.linalg.pinv(rows @ rows.T, hermitian=True, rtol=1e-6) / adapter.scaling**2
             dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
             cached = self._inverses[parameter] = (key, inverse.to(dtype))
         return (grad.flatten(1).to(cached[1].dtype) @ cached[1]).to(grad.dtype).view_as(grad)

@@ -38,7 +38,7 @@ def lora_fa(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Opt
     return LoRAFAAdamW(model, lr, weight_decay=weight_decay)
 
 
-# A tenth of the data, as in the paper, but no more than this: the probe has to find an order, not to learn the task.
+# The paper takes a tenth of the data: the probe has to find an order, not to learn the task.
 _PROBE_BATCHES = 16
 
 
@@ -110,8 +110,10 @@ def _adalora(r: int, alpha: float, dropout: float, steps: int, **common: Any) ->
 
 
 def _delta_lora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
-    # Without dropout, which the method cannot have; the weight moves once a tenth of the steps has settled A and B.
-    return DeltaLoRAConfig(r=r, lora_alpha=alpha, delta_lambda=0.5, start_step=steps // 10, **common)
+    # The weight moves once a tenth of the steps has settled A and B. Dropout is refused.
+    return DeltaLoRAConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, delta_lambda=0.5, start_step=steps // 10, **common
+    )
 
 
 def _eva(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:

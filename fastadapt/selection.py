@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inject import adapter_configs, check_known, present, rebuild
+from .inject import adapter_configs, check_known, eval_mode, present, rebuild
 from .methods.lora_drop import LoRADropConfig, output_energy
 
 
@@ -37,25 +37,22 @@ def select_layers(
     if config.kept is not None:
         raise ValueError(f"the layers of adapter {adapter_name!r} are selected already")
     injection = present(model, adapter_name)
+    if any(layer.merged for layer in injection.layers.values()):
+        raise ValueError("the model has a merged adapter: call unmerge(model) before select_layers")
     real: list[Tensor | None] = [None]
     device = next(model.parameters()).device
-    training, count = model.training, 0
-    model.eval()
-    try:
-        with torch.no_grad(), output_energy(injection.layers, adapter_name, lambda: real[0]) as found:
-            for batch in batches:
-                batch = {
-                    name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()
-                }
-                mask = batch.get("attention_mask")
-                real[0] = None if mask is None else mask.bool()
-                if forward is None:
-                    model(**batch)
-                else:
-                    forward(model, batch)
-                count += 1
-    finally:
-        model.train(training)
+    count = 0
+    energies = output_energy(injection.layers, adapter_name, lambda: real[0])
+    with torch.no_grad(), eval_mode(model), energies as found:
+        for batch in batches:
+            batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            mask = batch.get("attention_mask")
+            real[0] = None if mask is None else mask.bool()
+            if forward is None:
+                model(**batch)
+            else:
+                forward(model, batch)
+            count += 1
     if not count:
         raise ValueError("batches must hold at least one batch, got none")
     energy = {path: float(value) for path, value in found.items()}
@@ -68,7 +65,7 @@ def select_layers(
 
 @torch.no_grad()
 def _go_on(new: Mapping[str, Any], old: Mapping[str, Any], energy: Mapping[str, float], kept: list[str]) -> None:
-    """Copies the probed pairs; weakest first, so that a shared pair ends as the strongest of those that it replaces."""
+    """Copies what was probed; weakest first, so that a shared pair ends as the strongest of those that it replaces."""
     for path in sorted(new, key=lambda path: (path in kept, energy[path])):
-        for name in ("lora_A", "lora_B"):
+        for name in old[path].checkpoint_names:
             getattr(new[path], name).copy_(getattr(old[path], name))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
 from .layers import AdapterLayer, AdapterLinear, ModuleToSave
 from .methods import AdapterConfig
+from .methods.config import path_suffixes
 
 # The usual attention projections, by transformers' model_type.
 DEFAULT_TARGETS = {
@@ -51,10 +53,17 @@ CLASSIFIER_HEADS = ("classifier", "score")
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules by path as they were before any injection: an adapter layer stands for its base layer."""
+    """The model's modules by path as they were before any injection: an adapter layer stands for its base layer.
+
+    A module that is registered at several paths has the first of them, as in named_modules().
+    """
     modules: dict[str, nn.Module] = {}
+    seen: set[int] = set()
 
     def visit(path: str, module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
         if path:
             modules[path] = module
         if isinstance(module, (AdapterLayer, ModuleToSave)):
@@ -64,6 +73,16 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     visit("", model)
     return modules
+
+
+def selection_of(model: nn.Module, paths: list[str]) -> dict[str, Any]:
+    """The fields of a config that selects just the modules at these paths."""
+    chosen = set(paths)
+    if not any(path not in chosen and chosen.intersection(path_suffixes(path)) for path in base_modules(model)):
+        return {"target_modules": paths}
+    # A name in a list also matches every path that ends in it; a regular expression must match the whole.
+    pattern = "|".join(map(re.escape, paths))
+    return {"target_modules": pattern, "layers_to_transform": None, "layers_pattern": None}
 
 
 def _base(module: nn.Module) -> nn.Module:

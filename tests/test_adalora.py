@@ -607,3 +607,27 @@ def test_a_training_too_short_to_measure_importance_is_refused() -> None:
     model = inject(Net(), AdaLoRAConfig(**fields(tinit=0, tfinal=44)))
     with pytest.raises(ValueError, match="total_step - tfinal must be at least 2 to train, got 1"):
         control(model)
+
+
+def test_control_of_a_finished_allocation_keeps_its_mask() -> None:
+    """A second control() on an adapter whose budget has been dealt out goes on masking, and does not begin anew."""
+    config = AdaLoRAConfig(init_r=3, target_r=1, total_step=4, target_modules=["up", "down"])
+    model = inject(tiny_models.mlp(), config)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.05)
+
+    def steps(count: int) -> None:
+        between = control(model)
+        for _ in range(count):
+            model(torch.ones(3, 20)).square().sum().backward()
+            optimizer.step()
+            between.step()
+            optimizer.zero_grad()
+
+    steps(4)
+    pattern = adapter_configs(model)["default"].rank_pattern  # type: ignore[attr-defined]
+    steps(3)
+    assert adapter_configs(model)["default"].rank_pattern == pattern  # type: ignore[attr-defined]
+    for name in ("up", "down"):
+        adapter = model.get_submodule(name).adapters["default"]
+        assert (adapter.lora_E[~adapter.kept] == 0).all()

@@ -177,3 +177,8 @@ def test_it_refuses(changes: dict[str, Any], message: str) -> None:
 def test_a_moved_base_is_not_saved_as_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="literal Delta-LoRA has moved the base weights"):
         fastadapt.save_adapter(delta(literal=True), tmp_path)
+
+
+def test_a_moved_base_is_not_exported_either(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="literal Delta-LoRA has moved the base weights"):
+        fastadapt.export_lora(delta(literal=True), tmp_path)

@@ -216,3 +216,67 @@ def test_selecting_twice_is_refused() -> None:
     select_layers(model, batches())
     with pytest.raises(ValueError, match="are selected already"):
         select_layers(model, batches())
+
+
+def test_pruned_layers_are_not_taken_for_a_shared_pair(tmp_path: Path) -> None:
+    model = fastadapt.inject(llama(), LoRAConfig(r=3, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for layer in list(adapter_layers(model).values())[:2]:
+            for tensor in layer.adapters["default"].checkpoint_tensors().values():
+                tensor.zero_()
+    fastadapt.save_adapter(model, tmp_path)
+    assert type(adapter_configs(fastadapt.load_adapter(llama(), tmp_path))["default"]) is LoRAConfig
+
+
+def test_what_is_no_pair_goes_on_from_the_probe_too() -> None:
+    for changes in ({"lora_bias": True}, {"bias": "lora_only"}, {"use_dora": True}):
+        model = probed(
+            tiny_models.llama(num_hidden_layers=4, attention_bias=True), threshold=1.0, fresh=False, **changes
+        )
+        randomise([p for p in model.parameters() if p.requires_grad], 3)
+        expected = model(tokens()).logits
+        select_layers(model, batches())
+        torch.testing.assert_close(model(tokens()).logits, expected)
+
+
+def test_a_probe_that_found_nothing_is_refused() -> None:
+    for value in (0.0, float("nan")):
+        for changes in ({"top_n": 2}, {}):
+            model = probed(**changes)
+            with torch.no_grad():
+                for layer in adapter_layers(model).values():
+                    layer.adapters["default"].lora_B.fill_(value)
+            with pytest.raises(ValueError, match=r"put out (nothing|NaN or infinite values)"):
+                select_layers(model, batches())
+            assert adapter_configs(model)["default"].kept is None  # type: ignore[attr-defined]
+
+
+def test_a_frozen_pair_is_one_tensor_and_no_fresh_one() -> None:
+    model = probed(top_n=1, fresh=False, freeze_shared=True)
+    select_layers(model, batches())
+    layers = adapter_layers(model)
+    assert len({id(layers[path].adapters["default"].lora_A) for path in PATHS[:6]}) == 2
+    with pytest.raises(ValueError, match="freeze_shared goes with fresh=False"):
+        LoRADropConfig(freeze_shared=True)
+    with pytest.raises(ValueError, match=r"'q_proj' is none: give the whole path"):
+        fastadapt.inject(llama(), LoRADropConfig(target_modules=["q_proj"], kept=["q_proj"]))
+
+
+def test_modes_and_merged_models_are_respected() -> None:
+    model = probed(top_n=1)
+    model.train()
+    model.model.layers[0].eval()
+    select_layers(model, batches())
+    assert model.training
+    assert not model.model.layers[0].training
+    merged = probed()
+    fastadapt.merge(merged)
+    with pytest.raises(ValueError, match=r"call unmerge\(model\) before select_layers"):
+        select_layers(merged, batches())
+
+
+def test_eva_comes_before_the_selection() -> None:
+    model = probed(top_n=1, init_lora_weights="eva")
+    select_layers(model, batches())
+    with pytest.raises(ValueError, match="call initialize_eva before select_layers"):
+        fastadapt.initialize_eva(model, batches())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 from unittest import mock
 
@@ -243,3 +244,30 @@ def test_a_lora_fa_file_is_an_ordinary_lora(tmp_path: Any) -> None:
     again = fastadapt.load_adapter(tiny_models.mlp(), tmp_path, trainable=True)
     assert fastadapt.trainable_parameters(again).trainable == 2 * (20 + 28)
     assert torch.equal(again.up.adapters["default"].lora_A, model.up.adapters["default"].lora_A)
+
+
+def test_more_ranks_than_inputs_do_not_amplify_rounding() -> None:
+    """r = 16 on 8 inputs: the corrected gradient answers to what A spans, in fp32 as in fp64."""
+    model = fastadapt.inject(nn.Sequential(nn.Linear(8, 12)), LoRAConfig(r=16, freeze_A=True, target_modules=["0"]))
+    optimizer = LoRAFAAdamW(model)
+    adapter: Any = model[0].adapters["default"]  # type: ignore[union-attr]
+    model(torch.randn(20, 8)).square().sum().backward()
+    A, grad = adapter.lora_A.double(), adapter.lora_B.grad.double()
+    exact = grad @ torch.linalg.pinv(A @ A.T, rtol=1e-9) / adapter.scaling**2
+    found = optimizer._corrected_grad(adapter.lora_B)
+    assert (found - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+def test_copies_and_later_groups_keep_the_correction() -> None:
+    model = fastadapt.inject(tiny_models.mlp(), LoRAConfig(r=2, freeze_A=True, target_modules=["up"]))
+    optimizer = LoRAFAAdamW(model)
+    twin, other = copy.deepcopy((model, optimizer))
+    for network, stepped in ((model, optimizer), (twin, other)):
+        network(torch.ones(3, 20)).square().sum().backward()
+        stepped.step()
+    assert torch.equal(model.up.adapters["default"].lora_B, twin.up.adapters["default"].lora_B)
+    fastadapt.inject(model, LoRAConfig(r=2, freeze_A=True, target_modules=["down"]), "second")
+    later = model.down.adapters["second"].lora_B
+    optimizer.add_param_group({"params": [later]})
+    model(torch.ones(3, 20)).square().sum().backward()
+    assert not torch.allclose(optimizer._corrected_grad(later), later.grad)

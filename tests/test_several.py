@@ -15,7 +15,7 @@ from tiny_models import randomise, tokens
 from torch import Tensor, nn
 
 import fastadapt
-from fastadapt import AdapterForm, DoRAConfig, LoRAConfig, VeRAConfig, functional
+from fastadapt import AdaLoRAConfig, AdapterForm, DoRAConfig, LoRAConfig, VeRAConfig, functional
 from fastadapt.forms import plain_lora, stacked
 from fastadapt.inject import active_adapters, adapter_configs, adapter_layers
 from fastadapt.methods import AdapterConfig
@@ -340,3 +340,82 @@ def test_vera_and_lora_together_through_the_functional_form() -> None:
     assert form.A.shape == (10, 20)
     x = torch.randn(3, 20)
     torch.testing.assert_close(functional.adapter_linear(x, model.up.weight, form), model.up(x))
+
+
+class Suffixes(nn.Module):
+    """Paths of which one ends in the other: `fc`, and `block.fc`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(6, 6)
+        self.block = nn.ModuleDict({"fc": nn.Linear(6, 6)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block["fc"](torch.tanh(self.fc(x)))
+        return y
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["fc"], "rank_pattern": {"block.fc": 3}},
+        {"target_modules": ["fc"], "alpha_pattern": {"block.fc": 32.0, "fc": 4.0}},
+        {"target_modules": "fc"},
+    ],
+    ids=str,
+)
+def test_paths_that_end_in_another_are_told_apart(fields: dict[str, Any], tmp_path: Path) -> None:
+    """In our files, in exported ones, in combined adapters, and in PEFT that reads them."""
+    model = fastadapt.inject(Suffixes(), LoRAConfig(r=2, lora_alpha=1, **fields))
+    randomise(adapters_of(model, "default"))
+    x = torch.randn(5, 6)
+    expected = model(x)
+    fastadapt.add_weighted_adapter(model, ["default"], [1.0], "copy", "cat")
+    fastadapt.save_adapter(model, tmp_path / "own")
+    fastadapt.export_lora(model, tmp_path / "exported")
+    fastadapt.save_adapter(model, tmp_path / "combined", "copy")
+    fastadapt.set_adapter(model, "copy")
+    torch.testing.assert_close(model(x), expected)
+    for directory in ("own", "exported", "combined"):
+        torch.testing.assert_close(fastadapt.load_adapter(Suffixes(), tmp_path / directory)(x), expected)
+        with quiet_peft():
+            torch.testing.assert_close(PeftModel.from_pretrained(Suffixes(), tmp_path / directory)(x), expected)
+
+
+def test_a_merged_model_is_not_exported(tmp_path: Path) -> None:
+    model = with_adapters(tiny_models.mlp(), default=LoRAConfig(r=2, target_modules=["up"], lora_bias=True))
+    fastadapt.merge(model)
+    with pytest.raises(ValueError, match=r"call unmerge\(model\) before exporting"):
+        fastadapt.export_lora(model, tmp_path)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_layers_that_adalora_pruned_whole(bias: str, tmp_path: Path) -> None:
+    config = AdaLoRAConfig(init_r=3, target_r=2, total_step=10, target_modules=["up", "down"], bias=bias)
+    model = with_adapters(tiny_models.mlp(), default=config)
+    with torch.no_grad():
+        model.up.adapters["default"].lora_E.zero_()
+    x = torch.randn(4, 20)
+    expected = model(x)
+    fastadapt.export_lora(model, tmp_path)
+    torch.testing.assert_close(fastadapt.load_adapter(tiny_models.mlp(), tmp_path)(x), expected)
+    if bias == "none":
+        for kind in ("svd", "cat", "linear"):
+            fastadapt.add_weighted_adapter(model, ["default"], [1.0], kind, kind)
+            fastadapt.set_adapter(model, kind)
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+            fastadapt.set_adapter(model, "default")
+
+
+def test_disabling_leaves_what_trains_as_it_was() -> None:
+    model = with_adapters(
+        tiny_models.mlp(), a=LoRAConfig(r=2, target_modules=["up"]), b=LoRAConfig(r=2, target_modules=["up"])
+    )
+    fastadapt.set_adapter(model, "a")
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    with fastadapt.disable_adapter(model):
+        fastadapt.set_adapter(model, "b")
+        fastadapt.add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "c", "cat")
+    assert active_adapters(model) == ["a"]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == before

@@ -193,7 +193,10 @@ class AdaLoRAConfig(AdapterConfig):
         }
         if any(adapter.r != self.init_r for adapter in adapters.values()):
             return Orthogonality(self, adapters)
-        return BudgetAllocator(self, adapters)
+        allocator = BudgetAllocator(self, adapters)
+        if self.rank_pattern is not None:  # an allocation is over, or is to be taken up with load_state_dict
+            allocator.t = self.settled_step
+        return allocator
 
 
 class Orthogonality(Control):

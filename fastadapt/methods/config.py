@@ -26,6 +26,21 @@ def pattern_value(pattern: dict[str, T], path: str, default: T) -> T:
     return default
 
 
+def path_suffixes(path: str) -> list[str]:
+    """The proper ends of a module path, at its dots."""
+    parts = path.split(".")
+    return [".".join(parts[index:]) for index in range(1, len(parts))]
+
+
+def pattern_of(values: dict[str, T], default: T) -> dict[str, T]:
+    """A rank_pattern or alpha_pattern that gives each module path its value, and all others the default."""
+    pattern = {path: value for path, value in values.items() if value != default}
+    if not any(suffix in pattern for path in values for suffix in path_suffixes(path)):
+        return pattern
+    # A key matches every path that ends in it, and the first that matches wins: all are named, the longest first.
+    return {path: values[path] for path in sorted(values, key=len, reverse=True)}
+
+
 def _is_a(value: object, hint: Any) -> bool:
     """Whether a value that may come from a JSON file has the type that a field is annotated with."""
     origin, inner = get_origin(hint), get_args(hint)

@@ -16,7 +16,7 @@ from ..checks import check_probability
 from ..forms import PlainLoRA
 from ..layers import Adapter, AdapterConv2d, AdapterEmbedding, AdapterLayer
 from ..reference import AdapterForm
-from .config import AdapterConfig, pattern_value
+from .config import AdapterConfig, pattern_of, pattern_value
 from .row_norm import RowNorm
 
 INITS = (True, False, "gaussian", "eva")
@@ -69,6 +69,12 @@ class LoRAAdapter(Adapter):
         """B, in the shape that it has in a file."""
         up: nn.Parameter = getattr(self, self._names[1])
         return up
+
+    @property
+    def freezes_A(self) -> bool:  # noqa: N802 (A is the factor's name)
+        """Whether A is a constant and B a parameter (LoRA-FA)."""
+        A, B = self._names
+        return A in self._buffers and B in self._parameters
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -265,18 +271,14 @@ def lora_of(
 ) -> tuple[LoRAConfig, dict[str, Adapter]]:
     """(config, adapters) of the LoRA that has these factors, of any rank and scale, at these module paths.
 
-    `fields` are more of LoRAConfig's. Raises ValueError for no layers.
+    `fields` are more of LoRAConfig's, target_modules among them. Raises ValueError for no layers.
     """
     if not factors:
         raise ValueError("the adapter adds nothing to any layer: there is no LoRA to make of it")
     ranks = {path: lora.A.shape[0] for path, lora in factors.items()}
-    config = LoRAConfig(
-        r=max(ranks.values()),
-        target_modules=list(factors),
-        rank_pattern=ranks,
-        alpha_pattern={path: lora.scaling * lora.A.shape[0] for path, lora in factors.items()},
-        **fields,
-    )
+    r = max(ranks.values())
+    alphas = {path: lora.scaling * lora.A.shape[0] for path, lora in factors.items()}
+    config = LoRAConfig(r=r, rank_pattern=pattern_of(ranks, r), alpha_pattern=pattern_of(alphas, 8.0), **fields)
     dtypes = {id(layers[path].base_layer.weight): lora.A.dtype for path, lora in factors.items()}
     adapters = config.build(layers, lambda weight: dtypes[id(weight)])
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -47,6 +48,10 @@ class LoRADropConfig(LoRAConfig):
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold!r}")
         if self.top_n is not None and self.top_n < 0:
             raise ValueError(f"top_n must be at least 0, got {self.top_n!r}")
+        if self.freeze_shared and self.fresh:
+            raise ValueError(
+                "freeze_shared goes with fresh=False: a fresh pair adds nothing, and frozen it would stay so"
+            )
 
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
         for path, layer in layers.items():
@@ -55,16 +60,17 @@ class LoRADropConfig(LoRAConfig):
                     f"LoRA-drop cannot go with {path} ({type(layer.base_layer).__name__}): it is for linear layers; "
                     "name only those in target_modules"
                 )
+        for path in self.kept or []:
+            if path not in layers:
+                raise ValueError(f"kept must hold paths of adapted layers, and {path!r} is none: give the whole path")
         adapters = super().build(layers, dtype_of)
         for paths in [] if self.kept is None else _dropped(adapters, self.kept).values():
-            first, *others = [adapters[path] for path in paths]
-            for other in others:
-                for name in ("lora_A", "lora_B"):
-                    setattr(other, name, getattr(first, name))
-        if self.freeze_shared and self.kept is not None:
-            for paths in _dropped(adapters, self.kept).values():
-                for path in paths:
-                    _freeze(adapters[path])
+            pair = {name: getattr(adapters[paths[0]], name) for name in ("lora_A", "lora_B")}
+            if self.freeze_shared:
+                pair = {name: value.detach() for name, value in pair.items()}
+            for path in paths:
+                for name, value in pair.items():
+                    _share(adapters[path], name, value)
         return adapters
 
     def select(self, energy: Mapping[str, float], adapters: Mapping[str, Adapter]) -> list[str]:
@@ -77,14 +83,15 @@ class LoRADropConfig(LoRAConfig):
         for kind, paths in _kinds(adapters).items():
             ordered = sorted(paths, key=lambda path: -energy[path])
             total = sum(energy[path] for path in ordered)
+            if not 0 < total < math.inf:
+                what = "nothing" if total == 0 else "NaN or infinite values"
+                raise ValueError(
+                    f"the adapters of {kind[0]} put out {what}, so none of them is more important than another: train "
+                    "the probe for a few steps first, at a rate that it bears"
+                )
             if self.top_n is not None:
                 kept += ordered[: self.top_n]
                 continue
-            if total <= 0:
-                raise ValueError(
-                    f"the adapters of {kind[0]} put out nothing, so none of them is more important than another: train "
-                    "the probe for a few steps first"
-                )
             found = 0.0
             for path in ordered:
                 if found >= self.threshold * total:
@@ -114,10 +121,12 @@ def _dropped(adapters: Mapping[str, Adapter], kept: list[str]) -> dict[Kind, lis
     return _kinds(rest)
 
 
-def _freeze(adapter: Adapter) -> None:
-    for name in ("lora_A", "lora_B"):
-        value = getattr(adapter, name).detach()
-        delattr(adapter, name)
+def _share(adapter: Adapter, name: str, value: Tensor) -> None:
+    """Puts a tensor in the place of the adapter's own: a parameter trains, any other tensor is frozen."""
+    delattr(adapter, name)
+    if isinstance(value, nn.Parameter):
+        adapter.register_parameter(name, value)
+    else:
         adapter.register_buffer(name, value)
 
 
@@ -158,8 +167,11 @@ def output_energy(
 
 def recognised(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> AdapterConfig:
     """`config`, or LoRA-drop's where the tensors of a LoRA file are a LoRA-drop: of one module name and shape, some
-    layers hold one and the same pair."""
-    if type(config) is not LoRAConfig:
+    layers hold one and the same pair, and it is not zero. A file with more than pairs of matrices is none."""
+    pair_names = (".lora_A.weight", ".lora_B.weight")
+    matrices = all(tensor.dim() == 2 for name, tensor in tensors.items() if name.endswith(pair_names))
+    others = any("lora_" in name and not name.endswith(pair_names) for name in tensors)
+    if type(config) is not LoRAConfig or not matrices or others:
         return config
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, A in tensors.items():
@@ -179,7 +191,7 @@ def recognised(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> AdapterC
             else:
                 same.append(path)
         repeated = [found for found in classes if len(found) > 1]
-        if len(repeated) > 1:
+        if len(repeated) > 1 or any(not bool(factor.any()) for found in repeated for factor in pairs[found[0]]):
             return config
         kept += [path for path in paths if not repeated or path not in repeated[0]]
     if len(kept) == len(pairs):

@@ -188,9 +188,11 @@ def adapter_linear_dx(
     # A loop for each member: only Hopper's matrix unit leaves registers for the widest tile.
     plain = plain and (len(dys) == 1 or _shared_memory(dx.device) >= _HOPPER)
     config = _product(dx, [dx.shape[1]], [*dys, *weights], two_products=two_products, plain=plain, wide=False)
-    small = _shared_memory(dx.device) < _LARGE
-    # The widest tile, and on the smaller GPUs a second product or a few tokens, leave registers for a few ranks.
-    few = config["BLOCK_N"] == 256 or (small and (two_products or dx.shape[0] <= 32))
+    shared_memory = _shared_memory(dx.device)
+    small = shared_memory < _LARGE
+    # The widest tile leaves registers for a few ranks; so does a second product but on Hopper, and ptxas trades them for
+    # occupancy on the smaller GPUs with a few tokens.
+    few = config["BLOCK_N"] == 256 or (two_products and shared_memory < _HOPPER) or (small and dx.shape[0] <= 32)
     return {"BLOCK_R": _block(R, 32 if small and not few else 16, 16 if few else 32), **config}
 
 
@@ -226,8 +228,8 @@ def _product(
         # A few tokens: as many programs as it takes to stream the weight.
         block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
         block_k, stages = 32 if wide or two_products else 64, 4 if shared_memory >= _MEDIUM else 3
-        tiles = {"BLOCK_M": _block(M, 32 if two_products else 16, 32), "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
-        tiles["num_stages"] = stages
+        block_m = _block(M, 32 if two_products else 16, 32)
+        tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": stages}
     elif two_products and wide:
         # A third accumulator.
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
@@ -257,7 +259,8 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
     if dys[0].dtype == torch.float32 and want_q:
         config = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_R": rank, "num_warps": 8, "num_stages": 2}
     elif dys[0].dtype == torch.float32:
-        config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(rank, 64), "num_warps": 4, "num_stages": 2}
+        stages = 3 if _LARGE <= _shared_memory(dys[0].device) < _HOPPER else 2
+        config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(rank, 64), "num_warps": 4, "num_stages": stages}
     elif want_q:
         # The sums of vectors are as large as the tile; and the smallest shared memory goes with the fewest registers.
         shared_memory = _shared_memory(dys[0].device)
@@ -268,7 +271,8 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
         config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank, "num_warps": 8, "num_stages": stages}
     else:
         block_m = 32 if vector_sums else 64
-        config = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": rank, "num_warps": 4, "num_stages": 3}
+        stages = 2 if vector_sums and _shared_memory(dys[0].device) < _LARGE else 3
+        config = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": rank, "num_warps": 4, "num_stages": stages}
     programs = sum(triton.cdiv(N, config["BLOCK_N"]) for N in Ns) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
     steps = triton.cdiv(M, config["BLOCK_M"])
     return config, *_splits(programs, steps, 4, wanted=_WANTED_PROGRAMS // 4)
@@ -281,7 +285,7 @@ def input_grads(x: Tensor, R: int) -> Config:
     rank = _block(R, 16, 64)
     # Narrow, so that there are enough programs without a split of the tokens and its second stage.
     block_k = 32 if triton.cdiv(x.shape[1], 32) * triton.cdiv(R, rank) >= _WANTED_PROGRAMS // 8 else 16
-    block_m, stages = (32, 2) if x.dtype == torch.float32 else (128, 3)
+    block_m, stages = (32, 2) if x.dtype == torch.float32 else (128 if rank < 64 or _aligned([x]) else 64, 3)
     tiles = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": rank}
     return {**tiles, "BLOCK": 512, "num_warps": 4, "num_stages": stages}
 
@@ -290,7 +294,8 @@ def weight_norm(R: int) -> Config:
     """Tiles of _weight_norm_kernel for B [N, R]."""
     if _interpreted():
         return {"BLOCK_N": 32, "BLOCK_R": 32}
-    return {"BLOCK_N": 32, "BLOCK_R": _block(R, 16, 32), "num_warps": 4, "num_stages": 2}
+    block_r = _block(R, 16, 32)
+    return {"BLOCK_N": 512 // block_r, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
 
 
 def row_squares() -> Config:
