@@ -654,12 +654,11 @@ def test_wrong_input_shapes_and_devices_are_named() -> None:
 
 
 def test_a_module_to_save_is_copied_without_the_adapters_of_others(tmp_path: Path) -> None:
-    for whole in (["down"], ["up", "down"]):
-        model = adapted_mlp("lora", "first")
-        fastadapt.inject(model, LoRAConfig(r=2, target_modules=["up"], modules_to_save=whole), "second")
-        assert not any(".copies.second.adapters" in name for name, _ in model.named_parameters())
-        fastadapt.save_adapter(model, tmp_path / whole[0], "second")
-        fastadapt.load_adapter(tiny_models.mlp(), tmp_path / whole[0])
+    model = adapted_mlp("lora", "first")
+    fastadapt.inject(model, LoRAConfig(r=2, target_modules=["up"], modules_to_save=["down"]), "second")
+    assert not any(".copies.second.adapters" in name for name, _ in model.named_parameters())
+    fastadapt.save_adapter(model, tmp_path, "second")
+    fastadapt.load_adapter(tiny_models.mlp(), tmp_path)
 
 
 def test_a_layer_at_two_paths_is_adapted_once() -> None:

@@ -190,8 +190,8 @@ def adapter_linear_dx(
     config = _product(dx, [dx.shape[1]], [*dys, *weights], two_products=two_products, plain=plain, wide=False)
     shared_memory = _shared_memory(dx.device)
     small = shared_memory < _LARGE
-    # The widest tile leaves registers for a few ranks; so does a second product but on Hopper, and ptxas trades them for
-    # occupancy on the smaller GPUs with a few tokens.
+    # The widest tile leaves registers for a few ranks; so does a second product but on Hopper; and on the smaller GPUs
+    # ptxas trades them for occupancy where tokens are few.
     few = config["BLOCK_N"] == 256 or (two_products and shared_memory < _HOPPER) or (small and dx.shape[0] <= 32)
     return {"BLOCK_R": _block(R, 32 if small and not few else 16, 16 if few else 32), **config}
 
