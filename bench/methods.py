@@ -29,10 +29,10 @@ from fastadapt.inject import adapter_layers, control, inject
 from fastadapt.recipes import RECIPES, Recipe
 from fastadapt.report import write_json
 
-BATCH_ROWS = 32
+BATCH_ROWS = 16
 MAX_TOKENS = 48
 RANK = {"vera": 256, "dvora": 256}
-RATES = (0.3, 1.0, 3.0)
+RATES = (1.0, 4.0)
 CHOICE_SEED = 1000
 
 Batch = dict[str, Tensor]
@@ -222,7 +222,7 @@ def run(
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there, a PNG beside it.")] = None,
     cases: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(RECIPES)}; all by default.")] = "",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 120,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 80,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
     tune: Annotated[bool, typer.Option(help="Choose each method's rate on validation sentences first.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the timing.")] = 8,

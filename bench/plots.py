@@ -308,7 +308,7 @@ def draw_methods(document: Document, path: Path) -> None:
         )
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters in the adapters (the head apart)")
-    axes.set_ylabel("accuracy on 2,000 test sentences")
+    axes.set_ylabel("accuracy on 1,000 test sentences")
     axes.set_title(
         f"Movie-review sentences, MiniLM, {rows[0]['steps']} steps, {rows[0]['seeds']} seeds: mean, worst and best"
     )

@@ -78,14 +78,14 @@ def _fetch_model(built: Path) -> None:
 
 
 def load_sentences(seed: int = 0) -> Split:
-    """10,605 sentences in a shuffled order: 1,000 to choose learning rates by, 2,000 to test, the rest to train."""
+    """10,605 sentences in a shuffled order: 500 to choose learning rates by, 1,000 to test, the rest to train."""
     path = _cached("movie-reviews.txt", _fetch_sentences)
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         _, mean, text = line.split("\t", 2)
         rows.append((text.strip(), int(float(mean) > 0)))
     random.Random(seed).shuffle(rows)
-    return Split(rows[3000:], rows[:1000], rows[1000:3000])
+    return Split(rows[1500:], rows[:500], rows[500:1500])
 
 
 def load_minilm() -> tuple[Any, Any]:

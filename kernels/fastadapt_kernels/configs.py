@@ -220,7 +220,7 @@ def _product(
     tiles: Config
     if x.dtype == torch.float32:
         # IEEE fp32 has no matrix unit on NVIDIA: the tile is bound by registers.
-        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 8, "num_warps": 8, "num_stages": 2}
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_R": 16, "num_warps": 8, "num_stages": 2}
     elif not _aligned(operands):
         # Every element has a load, an address and a mask of its own.
         tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -285,7 +285,8 @@ def input_grads(x: Tensor, R: int) -> Config:
     rank = _block(R, 16, 64)
     # Narrow, so that there are enough programs without a split of the tokens and its second stage.
     block_k = 32 if triton.cdiv(x.shape[1], 32) * triton.cdiv(R, rank) >= _WANTED_PROGRAMS // 8 else 16
-    block_m, stages = (32, 2) if x.dtype == torch.float32 else (128 if rank < 64 or _aligned([x]) else 64, 3)
+    crowded = rank == 64 and not _aligned([x]) and _shared_memory(x.device) < _HOPPER
+    block_m, stages = (32, 2) if x.dtype == torch.float32 else (64 if crowded else 128, 3)
     tiles = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": rank}
     return {**tiles, "BLOCK": 512, "num_warps": 4, "num_stages": stages}
 
