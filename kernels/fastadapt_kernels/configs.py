@@ -255,15 +255,16 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
     if _interpreted():
         config = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 32}
         return config, *_splits(_WANTED_PROGRAMS // 2, triton.cdiv(M, 16), 1)
-    rank = _block(R, 16, 128)
+    rank, shared_memory = _block(R, 16, 128), _shared_memory(dys[0].device)
+    middle = _LARGE <= shared_memory < _HOPPER
     if dys[0].dtype == torch.float32 and want_q:
-        config = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_R": rank, "num_warps": 8, "num_stages": 2}
+        stages = 1 if middle and rank == 32 else 2
+        config = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_R": rank, "num_warps": 8, "num_stages": stages}
     elif dys[0].dtype == torch.float32:
-        stages = 3 if _LARGE <= _shared_memory(dys[0].device) < _HOPPER else 2
+        stages = 3 if middle else 2
         config = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(rank, 64), "num_warps": 4, "num_stages": stages}
     elif want_q:
         # The sums of vectors are as large as the tile; and the smallest shared memory goes with the fewest registers.
-        shared_memory = _shared_memory(dys[0].device)
         block_m = 16 if vector_sums or shared_memory < _MEDIUM else 32
         crowded = vector_sums and (rank > 16 or R % 16 > 0)  # masks of ranks take registers too
         block_n = 256 if crowded or shared_memory < _MEDIUM else 512
@@ -271,7 +272,7 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
         config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank, "num_warps": 8, "num_stages": stages}
     else:
         block_m = 32 if vector_sums else 64
-        stages = 2 if vector_sums and _shared_memory(dys[0].device) < _LARGE else 3
+        stages = 2 if vector_sums and shared_memory < _LARGE else 3
         config = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": rank, "num_warps": 4, "num_stages": stages}
     programs = sum(triton.cdiv(N, config["BLOCK_N"]) for N in Ns) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
     steps = triton.cdiv(M, config["BLOCK_M"])
