@@ -15,8 +15,8 @@ if not torch.cuda.is_available():
     # Triton reads this when it is imported: without a GPU its interpreter runs the kernels on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Workers that share the cores: threads that wait for each other make small products twenty times slower.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# Threads that wait for each other make products as small as the tests' twenty times slower on a busy machine.
+torch.set_num_threads(1)
 
 import numpy as np  # noqa: E402
 import triton.language as tl  # noqa: E402

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,16 +22,6 @@ from transformers.pytorch_utils import Conv1D
 from fastadapt import AdaLoRAConfig, inject, load_adapter, merge, save_adapter
 from fastadapt.inject import adapter_configs, adapter_layers, control
 from fastadapt.methods.adalora import AdaLoRAAdapter, BudgetAllocator, Orthogonality
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers as small as these lose most of their time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 LAYERS = ["conv", "up", "across", "down"]
 STEPS = 50

@@ -27,15 +27,6 @@ PREFIX = "base_model.model."
 QKV = ["q_proj", "k_proj", "v_proj"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other on matrices as small as these, and on a busy machine they wait long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def draw_tokens(seed: int, size: int = 6, length: int = 12) -> Tensor:
     return torch.randint(1, VOCAB, (size, length), generator=torch.Generator().manual_seed(seed))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,15 +11,6 @@ from peft.utils.incremental_pca import IncrementalPCA as PeftPCA
 from torch import Tensor
 
 from fastadapt.incremental_pca import IncrementalPCA
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other on matrices as small as these, and on a busy machine they wait long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
