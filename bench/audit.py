@@ -127,7 +127,10 @@ BY_CONFIG: list[Case] = [
     *((M, Group.square(R), LORA) for M in TOKENS for R in RANKS),
     # A narrow model; and widths that divide by nothing.
     *((8192, Group(576, (576,), (R,)), EVERYTHING) for R in RANKS),
-    *((M, Group(577, (577, 193, 1), (R, R, R)), ON_BASE) for M in TOKENS for R in RANKS),
+    *((M, Group(577, (577, 193, 1), (R, R, R)), form) for form in (ON_BASE, EVERYTHING) for M in TOKENS for R in RANKS),
+    # Few tokens through wide layers; ranks that 16 does not divide.
+    *((M, Group(16384, (16384,), (R,)), EVERYTHING) for M in (32, 16) for R in RANKS),
+    *((M, Group.square(R), EVERYTHING) for M in (8192, 16) for R in (8, 24, 40, 100, 200)),
 ]
 # Every combination of operands that the methods need, in bf16 only: other dtypes take no other branch for them.
 BY_OPERANDS: list[Case] = [

@@ -368,7 +368,7 @@ def _factor_products(dy: Tensor, u: Tensor, scaling: float) -> Tensor:
 def _column_dots(dy: Tensor, z: Tensor) -> Tensor:
     """Σ_m dy ⊙ z [N]."""
     dtype = sum_dtype(dy)
-    if dy.device.type == "cpu" and dy.shape[0] > 0:
+    if dy.device.type == "cpu" and dy.dtype == dtype and dy.shape[0] > 0:  # on one thread it adds in 16 bits
         # It is the gain's gradient of a layer norm whose mean is 0 and whose deviation is 1: PyTorch has that in one
         # pass without a product of size [M, N], in half the time of multiplying and summing.
         n = dy.shape[1]

@@ -307,6 +307,7 @@ def test_a_model_with_adapters_compiles_in_one_graph(name: str) -> None:
         y = function(x)
         return [y, *torch.autograd.grad(y.square().sum(), parameters)]
 
+    torch._dynamo.reset()  # the table has more methods than one function may be compiled for in a process
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for a, b in zip(results(model), results(compiled), strict=True):  # type: ignore[arg-type]
         torch.testing.assert_close(a, b)
