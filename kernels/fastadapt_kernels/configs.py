@@ -175,9 +175,9 @@ def adapter_linear(
     if fused:
         # The whole rank at once.
         return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
-    # On the smaller GPUs ptxas holds a tile of 16 ranks to 128 registers, and spills; beside a second product it is the
-    # tile of 32 ranks that does not fit.
-    least = 16 if _shared_memory(x.device) >= _LARGE else 32
+    # On the smaller GPUs, and with few tokens, ptxas holds a tile of 16 ranks to fewer registers than it needs; beside a
+    # second product it is the tile of 32 ranks that does not fit.
+    least = 16 if _shared_memory(x.device) >= _LARGE and x.shape[0] > 32 else 32
     return {"BLOCK_R": _block(R, least, 16 if two_products and config["BLOCK_N"] == 128 else 32), **config}
 
 
@@ -189,11 +189,11 @@ def adapter_linear_dx(
     plain = plain and (len(dys) == 1 or _shared_memory(dx.device) >= _HOPPER)
     config = _product(dx, [dx.shape[1]], [*dys, *weights], two_products=two_products, plain=plain, wide=False)
     shared_memory = _shared_memory(dx.device)
-    small = shared_memory < _LARGE
+    small, short = shared_memory < _LARGE, dx.shape[0] <= 32
     # The widest tile leaves registers for a few ranks; so does a second product but on Hopper; and on the smaller GPUs
     # ptxas trades them for occupancy where tokens are few.
-    few = config["BLOCK_N"] == 256 or (two_products and shared_memory < _HOPPER) or (small and dx.shape[0] <= 32)
-    return {"BLOCK_R": _block(R, 32 if small and not few else 16, 16 if few else 32), **config}
+    few = config["BLOCK_N"] == 256 or (two_products and shared_memory < _HOPPER) or (small and short)
+    return {"BLOCK_R": _block(R, 32 if (small or short) and not few else 16, 16 if few else 32), **config}
 
 
 def _aligned(tensors: Sequence[Tensor]) -> bool:
