@@ -175,8 +175,8 @@ def adapter_linear(
     if fused:
         # The whole rank at once.
         return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
-    # On the smaller GPUs, and with few tokens, ptxas holds a tile of 16 ranks to fewer registers than it needs; beside a
-    # second product it is the tile of 32 ranks that does not fit.
+    # On the smaller GPUs, and with few tokens, ptxas holds a tile of 16 ranks to fewer registers than it needs; beside
+    # a second product it is the tile of 32 ranks that does not fit.
     least = 16 if _shared_memory(x.device) >= _LARGE and x.shape[0] > 32 else 32
     return {"BLOCK_R": _block(R, least, 16 if two_products and config["BLOCK_N"] == 128 else 32), **config}
 
