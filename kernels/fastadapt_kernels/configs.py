@@ -227,7 +227,7 @@ def _product(
     elif M <= 32:
         # A few tokens: as many programs as it takes to stream the weight.
         block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
-        block_k, stages = 32 if wide or two_products else 64, 4 if shared_memory >= _MEDIUM else 3
+        block_k, stages = 32 if wide or block_n == 64 else 64, 4 if shared_memory >= _MEDIUM else 3
         block_m = _block(M, 32 if two_products else 16, 32)
         tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": stages}
     elif two_products and wide:
