@@ -107,7 +107,10 @@ class AdapterLayer(nn.Module):
     @property
     def dropout(self) -> float:
         """The active adapters' drop probability. Raises ValueError where they differ and the layer is in training."""
-        probabilities = {adapter.dropout for adapter in self.active_adapters}
+        adapters = self.active_adapters
+        if len(adapters) == 1:
+            return adapters[0].dropout
+        probabilities = {adapter.dropout for adapter in adapters}
         if len(probabilities) > 1 and self.training:
             raise ValueError(
                 f"adapters {', '.join(map(repr, self.active))} have different dropout, {sorted(probabilities)}, and "
