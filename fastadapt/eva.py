@@ -21,8 +21,17 @@ from torch import Tensor, nn
 
 from .checks import shape_error
 from .incremental_pca import IncrementalPCA
-from .inject import adapter_configs, adapter_layers, check_known, disable_adapter, eval_mode, exchange
-from .layers import Adapter, AdapterLayer, AdapterLinear
+from .inject import (
+    adapter_configs,
+    adapter_layers,
+    check_known,
+    check_unmerged,
+    disable_adapter,
+    exchange,
+    in_mode,
+    present,
+)
+from .layers import Adapter, AdapterLinear
 from .methods import EVAConfig, LoRAConfig, LoRADropConfig
 from .methods.config import pattern_of, pattern_value
 from .targets import selection_of
@@ -78,7 +87,7 @@ def eva_factors(
             before = seen
             for given in batches:
                 seen += 1
-                batch = _on_device(given, device)
+                batch = on_device(given, device)
                 if not inputs.expect(batch):
                     continue
                 if search is None:
@@ -135,7 +144,8 @@ def initialize_eva(
         given = "neither" if batches is None else "both"
         raise ValueError(f"initialize_eva takes either batches or factors, got {given}")
     checked = _checked(factors, layers)
-    others = [path for path in _layers_of(model, adapter_name) if path not in layers]
+    every = present(model, adapter_name).layers
+    others = [path for path in every if path not in layers]
     alphas = {p: pattern_value(config.alpha_pattern, p, config.lora_alpha) for p in (*layers, *others)}
     ranks = {path: config.rank(path) for path in (*layers, *others)}
     for path, factor in checked.items():
@@ -146,7 +156,7 @@ def initialize_eva(
     for path, layer in layers.items():
         own = replace(config, r=max(1, ranks[path]), lora_alpha=alphas[path], rank_pattern={}, alpha_pattern={})
         adapters[path] = _renewed(layer, adapter_name, own, checked[path]) if ranks[path] else None
-    kept = [path for path in _layers_of(model, adapter_name) if ranks[path]]
+    kept = [path for path in every if ranks[path]]
     config = replace(
         config,
         rank_pattern=pattern_of({path: ranks[path] for path in kept}, config.r),
@@ -161,10 +171,6 @@ def initialize_eva(
     exchange(model, adapter_name, config, adapters)
 
 
-def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, AdapterLayer]:
-    return {path: layer for path, layer in adapter_layers(model).items() if adapter_name in layer.adapters}
-
-
 def _adapter(model: nn.Module, adapter_name: str) -> tuple[LoRAConfig, EVAConfig, dict[str, AdapterLinear]]:
     """The adapter's config, EVA's part of it and the linear layers. Raises ValueError where EVA cannot start it."""
     check_known(model, adapter_name)
@@ -175,14 +181,13 @@ def _adapter(model: nn.Module, adapter_name: str) -> tuple[LoRAConfig, EVAConfig
             f'adapter {adapter_name!r} must have init_lora_weights="eva", got {got}: inject it with '
             'LoRAConfig(init_lora_weights="eva") or DoRAConfig(init_lora_weights="eva")'
         )
-    if any(layer.merged for layer in adapter_layers(model).values()):
-        raise ValueError("the model has a merged adapter: call unmerge(model) before initialize_eva")
+    check_unmerged(adapter_layers(model).values(), "initialize_eva")
     if isinstance(config, LoRADropConfig) and config.kept is not None:
         raise ValueError(
             f"the layers of adapter {adapter_name!r} are selected and share pairs: call initialize_eva before "
             "select_layers"
         )
-    layers = _layers_of(model, adapter_name)
+    layers = present(model, adapter_name).layers
     linear = {path: layer for path, layer in layers.items() if isinstance(layer, AdapterLinear)}
     if not linear:
         raise ValueError(
@@ -372,7 +377,8 @@ def _call(model: nn.Module, batch: dict[str, Any]) -> object:
     return model(**batch)
 
 
-def _on_device(batch: object, device: torch.device) -> dict[str, Any]:
+def on_device(batch: object, device: torch.device) -> dict[str, Any]:
+    """A batch, the keyword arguments of a model, on its device. Raises TypeError for what is no mapping."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             "batches must hold mappings of the model's keyword arguments, such as input_ids, got "
@@ -395,7 +401,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 @contextmanager
 def _base_model(model: nn.Module) -> Iterator[None]:
     """The base model in eval mode; then all is as it was."""
-    with disable_adapter(model), eval_mode(model):
+    with disable_adapter(model), in_mode(model, training=False):
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -64,8 +64,13 @@ def check_new(model: nn.Module, name: str) -> None:
         )
     if name in adapter_configs(model):
         raise ValueError(f"adapter {name!r} is in the model already: take another name, or unload(model) first")
-    if any(layer.merged for layer in adapter_layers(model).values()):
-        raise ValueError("the model has a merged adapter: call unmerge(model) before adding another")
+    check_unmerged(adapter_layers(model).values(), "adding another")
+
+
+def check_unmerged(layers: Iterable[AdapterLayer], before: str) -> None:
+    """Raises ValueError where one of the layers is merged; `before` says what unmerge has to come before."""
+    if any(layer.merged for layer in layers):
+        raise ValueError(f"the model has a merged adapter: call unmerge(model) before {before}")
 
 
 def check_known(model: nn.Module, name: str) -> None:
@@ -293,8 +298,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str] | None) -> N
         if names.count(name) > 1:
             raise ValueError(f"adapter {name!r} is named twice: each can be active once")
     layers, modules = adapter_layers(model).values(), saved_modules(model)
-    if any(layer.merged for layer in layers):
-        raise ValueError("the model has a merged adapter: call unmerge(model) before switching adapters")
+    check_unmerged(layers, "switching adapters")
     for path, module in modules.items():
         owners = [name for name in names if name in module.copies]
         if len(owners) > 1:
@@ -315,7 +319,8 @@ def control(model: nn.Module, adapter_name: str = "default") -> Control:
     Its `step` follows the optimizer's, before gradients are zeroed, and `regularizer` is added to the loss; for most
     methods both do nothing, so that one training loop serves all. Raises ValueError for an unknown name.
     """
-    return adapter_configs(model)[adapter_name].control(present(model, adapter_name).layers, adapter_name)
+    found = present(model, adapter_name)
+    return found.config.control(found.layers, found.adapters)
 
 
 @contextmanager
@@ -325,8 +330,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Raises ValueError for a merged model: its base weights hold the adapter.
     """
     layers, modules = adapter_layers(model), saved_modules(model)
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("the model has a merged adapter: call unmerge(model) before disabling it")
+    check_unmerged(layers.values(), "disabling it")
     parts = [*layers.values(), *modules.values()]
     active = [part.active for part in parts]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -341,10 +345,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside the `with` block; then each module is in its own mode again."""
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in training or eval mode inside the `with` block; then each module is in its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:

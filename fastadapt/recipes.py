@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .eva import initialize_eva
+from .inject import in_mode
 from .methods import AdaLoRAConfig, AdapterConfig, DeltaLoRAConfig, DoRAConfig, LoRAConfig, LoRADropConfig, VeRAConfig
 from .optim import LoRAFAAdamW, parameter_groups
 from .selection import select_layers
@@ -46,13 +47,11 @@ def probe(model: nn.Module, batches: Iterable[Batch], adapter_name: str) -> None
     """LoRA-drop's first half: plain LoRA trained on a few batches, then the selection on the same."""
     some = list(itertools.islice(batches, _PROBE_BATCHES))
     optimizer = adamw(model, 5e-4, 0.0)
-    training = model.training
-    model.train()
-    for batch in some:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    model.train(training)
+    with in_mode(model, training=True):
+        for batch in some:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     select_layers(model, some, adapter_name)
 
 
@@ -82,16 +81,26 @@ class Recipe:
     prepare: Callable[[nn.Module, Iterable[Batch], str], None] = nothing
 
 
-def _lora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
-    return LoRAConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, **common)
+def _lora(kind: type[LoRAConfig] = LoRAConfig, **fixed: Any) -> Callable[..., AdapterConfig]:
+    """LoRA's config, or that of a method that has its fields, with some of them fixed."""
+
+    def config(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+        return kind(r=r, lora_alpha=alpha, lora_dropout=dropout, **fixed, **common)
+
+    return config
 
 
-def _lora_fa(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
-    return LoRAConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, freeze_A=True, **common)
+def _vera(**fixed: Any) -> Callable[..., AdapterConfig]:
+    def config(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+        return VeRAConfig(r=r, vera_dropout=dropout, **fixed, **common)
+
+    return config
 
 
-def _lora_drop(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
-    return LoRADropConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, **common)
+def _delta_lora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    # The weight moves once a tenth of the steps has settled A and B. Dropout is refused.
+    config = _lora(DeltaLoRAConfig, delta_lambda=0.5, start_step=steps // 10)
+    return config(r, alpha, dropout, steps, **common)
 
 
 def _adalora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
@@ -109,44 +118,17 @@ def _adalora(r: int, alpha: float, dropout: float, steps: int, **common: Any) ->
     )
 
 
-def _delta_lora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
-    # The weight moves once a tenth of the steps has settled A and B. Dropout is refused.
-    return DeltaLoRAConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, delta_lambda=0.5, start_step=steps // 10, **common
-    )
-
-
-def _eva(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
-    return LoRAConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="eva", **common)
-
-
-def _rslora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
-    return LoRAConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=True, **common)
-
-
-def _dora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
-    return DoRAConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, **common)
-
-
-def _vera(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
-    return VeRAConfig(r=r, vera_dropout=dropout, **common)
-
-
-def _dvora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
-    return VeRAConfig(r=r, vera_dropout=dropout, use_dora=True, **common)
-
-
 # The name on the command line -> the recipe. A config takes (r, alpha, dropout, steps, **fields of all methods).
 RECIPES: dict[str, Recipe] = {
-    "lora": Recipe("LoRA", _lora, 5e-4),
-    "lora+": Recipe("LoRA+", _lora, 5e-3, optimizer=loraplus),
-    "lora-fa": Recipe("LoRA-FA", _lora_fa, 5e-4, optimizer=lora_fa),
-    "lora-drop": Recipe("LoRA-drop", _lora_drop, 5e-4, prepare=probe),
+    "lora": Recipe("LoRA", _lora(), 5e-4),
+    "lora+": Recipe("LoRA+", _lora(), 5e-3, optimizer=loraplus),
+    "lora-fa": Recipe("LoRA-FA", _lora(freeze_A=True), 5e-4, optimizer=lora_fa),
+    "lora-drop": Recipe("LoRA-drop", _lora(LoRADropConfig), 5e-4, prepare=probe),
     "adalora": Recipe("AdaLoRA", _adalora, 2e-3),
     "delta-lora": Recipe("Delta-LoRA", _delta_lora, 5e-4),
-    "eva": Recipe("EVA", _eva, 5e-4, prepare=eva),
-    "rslora": Recipe("rsLoRA", _rslora, 2e-4),
-    "dora": Recipe("DoRA", _dora, 5e-4),
-    "vera": Recipe("VeRA", _vera, 1e-2, rank=256),
-    "dvora": Recipe("DVoRA", _dvora, 1e-2, rank=256),
+    "eva": Recipe("EVA", _lora(init_lora_weights="eva"), 5e-4, prepare=eva),
+    "rslora": Recipe("rsLoRA", _lora(use_rslora=True), 2e-4),
+    "dora": Recipe("DoRA", _lora(DoRAConfig), 5e-4),
+    "vera": Recipe("VeRA", _vera(), 1e-2, rank=256),
+    "dvora": Recipe("DVoRA", _vera(use_dora=True), 1e-2, rank=256),
 }

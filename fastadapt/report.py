@@ -67,6 +67,25 @@ def commit() -> str | None:
         return None
 
 
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of that many inches that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
+    """Writes a figure as a picture, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".drawing-") as scratch:
+        draft = Path(scratch) / path.name
+        figure.savefig(draft, dpi=dpi)
+        draft.replace(path)
+
+
 def write_json(path: Path, name: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
     """Writes {"name", "machine", "versions", "commit", "rows", ...} whole or not at all."""
     document = {

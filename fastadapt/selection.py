@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inject import adapter_configs, check_known, eval_mode, present, rebuild
+from .eva import on_device
+from .inject import adapter_configs, check_known, check_unmerged, in_mode, present, rebuild
 from .methods.lora_drop import LoRADropConfig, output_energy
 
 
@@ -26,7 +27,8 @@ def select_layers(
     gradients and in eval mode, takes I_l = Σ ‖s B A x‖² of each layer and gives the adapter the layers that
     LoRADropConfig.select keeps. Its parameters are new: make the optimizer afterwards. `forward(model, batch)` stands
     for model(**batch). Returns {path: I_l}. Raises ValueError for an adapter that is no LoRA-drop or
-    has been selected already, no batches, or a probe that puts out nothing; the model is then as it was.
+    has been selected already, no batches, or a probe that puts out nothing, TypeError for batches that are no mappings;
+    the model is then as it was.
     """
     check_known(model, adapter_name)
     config = adapter_configs(model)[adapter_name]
@@ -37,15 +39,14 @@ def select_layers(
     if config.kept is not None:
         raise ValueError(f"the layers of adapter {adapter_name!r} are selected already")
     injection = present(model, adapter_name)
-    if any(layer.merged for layer in injection.layers.values()):
-        raise ValueError("the model has a merged adapter: call unmerge(model) before select_layers")
+    check_unmerged(injection.layers.values(), "select_layers")
     real: list[Tensor | None] = [None]
     device = next(model.parameters()).device
     count = 0
     energies = output_energy(injection.layers, adapter_name, lambda: real[0])
-    with torch.no_grad(), eval_mode(model), energies as found:
+    with torch.no_grad(), in_mode(model, training=False), energies as found:
         for batch in batches:
-            batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            batch = on_device(batch, device)
             mask = batch.get("attention_mask")
             real[0] = None if mask is None else mask.bool()
             if forward is None:

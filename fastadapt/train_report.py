@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .report import new_figure, save_figure
 from .train_loop import Evaluation
 
 
@@ -53,13 +53,10 @@ class Bar:
 
 def draw(losses: Sequence[float], evaluations: Sequence[Evaluation], unit: str, path: Path) -> None:
     """A picture of the losses, and of the accuracy where there is one, written whole or not at all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     accuracies = [evaluation.accuracy for evaluation in evaluations if evaluation.accuracy is not None]
-    figure = Figure(figsize=(9, 8 if accuracies else 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 8 if accuracies else 5)
     axes = figure.subplots(2 if accuracies else 1, 1, sharex=True, squeeze=False)[:, 0]
     axes[0].plot(range(1, len(losses) + 1), losses, alpha=0.5, linewidth=1, label="training step")
     steps = [evaluation.step for evaluation in evaluations]
@@ -78,10 +75,7 @@ def draw(losses: Sequence[float], evaluations: Sequence[Evaluation], unit: str, 
     for part in axes:
         part.xaxis.set_major_locator(MaxNLocator(integer=True))
         part.grid(alpha=0.3)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".drawing-") as scratch:
-        draft = Path(scratch) / path.name
-        figure.savefig(draft, dpi=120)
-        draft.replace(path)
+    save_figure(figure, path)
 
 
 def summary(row: dict[str, Any]) -> Table:

@@ -185,15 +185,12 @@ class AdaLoRAConfig(AdapterConfig):
             for path, layer in layers.items()
         }
 
-    def control(self, layers: dict[str, AdapterLayer], adapter_name: str) -> Control:
+    def control(self, layers: dict[str, AdapterLayer], adapters: dict[str, Adapter]) -> Control:
         """The adapter's BudgetAllocator; only Orthogonality where it was built with pruned triplets left out."""
-        adapters: dict[str, AdaLoRAAdapter] = {
-            path: layer.adapters[adapter_name]  # type: ignore[misc]
-            for path, layer in layers.items()
-        }
-        if any(adapter.r != self.init_r for adapter in adapters.values()):
-            return Orthogonality(self, adapters)
-        allocator = BudgetAllocator(self, adapters)
+        own = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, AdaLoRAAdapter)}
+        if any(adapter.r != self.init_r for adapter in own.values()):
+            return Orthogonality(self, own)
+        allocator = BudgetAllocator(self, own)
         if self.rank_pattern is not None:  # an allocation is over, or is to be taken up with load_state_dict
             allocator.t = self.settled_step
         return allocator

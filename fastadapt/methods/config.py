@@ -152,8 +152,8 @@ class AdapterConfig:
         """
         raise TypeError(f"{type(self).__name__} does not say how its adapters are built")
 
-    def control(self, layers: dict[str, AdapterLayer], adapter_name: str) -> Control:
-        """What happens between the steps of training to the adapters of that name in these layers."""
+    def control(self, layers: dict[str, AdapterLayer], adapters: dict[str, Adapter]) -> Control:
+        """What happens between the steps of training to these adapters, each in the layer of the same path."""
         return Control()
 
     def shared_tensors(self, adapters: dict[str, Adapter]) -> dict[str, nn.Module]:

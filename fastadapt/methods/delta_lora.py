@@ -105,8 +105,7 @@ class DeltaLoRAConfig(LoRAConfig):
             )
         return super().to_peft(paths)
 
-    def control(self, layers: dict[str, AdapterLayer], adapter_name: str) -> Control:
-        adapters: dict[str, Adapter] = {path: layer.adapters[adapter_name] for path, layer in layers.items()}  # type: ignore[misc]
+    def control(self, layers: dict[str, AdapterLayer], adapters: dict[str, Adapter]) -> Control:
         return LiteralUpdate(self, layers, adapters) if self.literal else Anchor(self, adapters)
 
 
