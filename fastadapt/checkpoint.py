@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
+from .checks import shown
 from .forms import PlainLoRA, plain_lora
 from .inject import Injection, ModelType, attach, check_unmerged, prepare, present
 from .layers import Adapter
@@ -25,7 +27,13 @@ from .targets import selection_of
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+PICKLES = ("adapter_model.bin", "adapter_model.pt")
 PREFIX = "base_model."
+
+# What the dtypes that an adapter can have are called in a safetensors file, and more bytes than its header has for one
+# tensor.
+DTYPES = ("F16", "BF16", "F32", "F64")
+HEADER_BYTES = 512
 
 # Fields of PEFT's files that say nothing about the function once the adapter is trained.
 _SILENT_FIELDS = {
@@ -149,16 +157,51 @@ def _write(model: nn.Module, target: Path, fields: dict[str, Any], tensors: Mapp
             os.replace(os.path.join(scratch, name), target / name)
 
 
-def read_fields(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of a PEFT directory's adapter_config.json, whatever they say.
+def check_present(directory: str | os.PathLike[str], name: str) -> None:
+    """Raises FileNotFoundError where a directory does not hold that one of its two files, ValueError where it holds
+    something else by that name, or a pickle in the place of the tensors."""
+    path = Path(directory, name)
+    if path.is_file():
+        return
+    if os.path.lexists(path):
+        raise ValueError(f"{path} must be a regular file")
+    pickles = [pickle for pickle in PICKLES if name == TENSOR_FILE and Path(directory, pickle).exists()]
+    if pickles:
+        raise ValueError(
+            f"{Path(directory, pickles[0])} is a pickle, which can run code when it is loaded: convert it to "
+            f"{TENSOR_FILE} with PEFT's save_pretrained(safe_serialization=True)"
+        )
+    raise FileNotFoundError(f"{path} does not exist: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}")
 
-    Raises FileNotFoundError where there is none, ValueError for JSON that is broken or holds no object.
-    """
-    path = Path(directory, CONFIG_FILE)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}")
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{shown(name)} is there twice")
+        found[name] = value
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _json(text: bytes) -> Any:
+    """The value that JSON text stands for. Raises ValueError for text that another reader could read otherwise."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_fields(content: bytes, path: Path) -> dict[str, Any]:
+    """The fields that the content of an adapter_config.json, which is at `path`, holds.
+
+    Raises ValueError for JSON that is broken or holds no object.
+    """
+    try:
+        fields = _json(content)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
@@ -166,57 +209,110 @@ def read_fields(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return fields
 
 
-def read_config(directory: str | os.PathLike[str]) -> AdapterConfig:
-    """The config of a PEFT directory.
+def read_fields(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of a PEFT directory's adapter_config.json, whatever they say.
 
-    Raises as `read_fields` does, and ValueError for a peft_type that fastadapt does not have or a field that changes
-    what the adapter computes and is not supported.
+    Raises FileNotFoundError where there is none, ValueError for JSON that is broken or holds no object.
     """
-    path, fields = Path(directory, CONFIG_FILE), read_fields(directory)
+    check_present(directory, CONFIG_FILE)
+    path = Path(directory, CONFIG_FILE)
+    return parse_fields(path.read_bytes(), path)
+
+
+def parse_config(fields: dict[str, Any], path: Path) -> tuple[AdapterConfig, list[str]]:
+    """The config that the fields of the file at `path` describe, and the names of those that fastadapt does not know
+    and that say something.
+
+    Raises ValueError for a peft_type that fastadapt does not have or a field that changes what the adapter computes and
+    is not supported.
+    """
     peft_type = fields.get("peft_type")
-    if peft_type not in METHODS:
-        raise ValueError(f"{path}: peft_type {peft_type!r} is not supported: fastadapt loads {', '.join(METHODS)}")
+    if not isinstance(peft_type, str) or peft_type not in METHODS:
+        raise ValueError(f"{path}: peft_type {shown(peft_type)} is not supported: fastadapt loads {', '.join(METHODS)}")
     try:
         config = METHODS[peft_type].from_peft(fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     known = {*vars(config), *type(config).neutral_fields, *_SILENT_FIELDS}
-    unknown = sorted(name for name, value in fields.items() if name not in known and value not in (None, False, {}, []))
+    unknown = [name for name, value in fields.items() if name not in known and value not in (None, False, {}, [])]
+    return config, sorted(unknown)
+
+
+def read_config(directory: str | os.PathLike[str]) -> AdapterConfig:
+    """The config of a PEFT directory. Raises as `read_fields` and `parse_config` do."""
+    path = Path(directory, CONFIG_FILE)
+    config, unknown = parse_config(read_fields(directory), path)
     if unknown:
         warnings.warn(f"{path}: ignored fields that fastadapt does not know: {', '.join(unknown)}", stacklevel=3)
     return config
 
 
-def read_tensors(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a PEFT directory, on the CPU.
+def parse_header(content: bytes, path: Path, max_tensors: int | None = None) -> dict[str, Any]:
+    """What the header of a safetensors file, which is at `path`, says of each tensor: {name: its dtype and shape}.
 
-    Raises FileNotFoundError where there are none, ValueError for a pickle, a broken file or a tensor that is not
-    finite.
+    Raises ValueError for one that is broken, has more than max_tensors entries, or tells of other than floating-point
+    numbers of 16, 32 or 64 bits.
     """
-    path = Path(directory, TENSOR_FILE)
-    if not path.is_file():
-        pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if Path(directory, name).exists()]
-        if pickles:
-            raise ValueError(
-                f"{Path(directory, pickles[0])} is a pickle, which can run code when it is loaded: convert it to "
-                f"{TENSOR_FILE} with PEFT's save_pretrained(safe_serialization=True)"
-            )
-        raise FileNotFoundError(f"{path} does not exist: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}")
+    start = 8
+    length = int.from_bytes(content[:start], "little")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if len(content) < start + length:
+            raise ValueError(f"its header should have {length} bytes, and all of it has {len(content)}")
+        if max_tensors is not None and length > max_tensors * HEADER_BYTES:
+            raise ValueError(f"its header may have {max_tensors * HEADER_BYTES} bytes, got {length}")
+        header = _json(content[start : start + length])
+        if not isinstance(header, dict):
+            raise ValueError(f"its header must be a JSON object, got {type(header).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a valid safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    if max_tensors is not None and len(header) > max_tensors:
+        raise ValueError(f"{path} may hold {max_tensors} tensors, got {len(header)}")
+    for name, entry in header.items():
+        dtype, shape = (entry.get(key) if isinstance(entry, dict) else None for key in ("dtype", "shape"))
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(
+                f"{path}: {name} must hold floating-point numbers, {', '.join(DTYPES)}, got {shown(dtype)}"
+            )
+        sizes = shape if isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape) else None
+        # A tensor without elements may claim any other size.
+        if sizes is None or math.prod(max(size, 1) for size in sizes) > 2**62:
+            raise ValueError(f"{path}: {name} must have a list of sizes for its shape, got {shown(shape)}")
+    return header
+
+
+def parse_tensors(content: bytes, path: Path, max_tensors: int | None = None) -> dict[str, Tensor]:
+    """The tensors that the content of a safetensors file, which is at `path`, holds, on the CPU and in its order.
+
+    Raises ValueError as `parse_header` does, for a broken file and for a tensor that is not finite.
+    """
+    header = parse_header(content, path, max_tensors)
+    try:
+        loaded = load(content)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a valid safetensors file: {error}") from error
+    tensors = {name: loaded[name] for name in header}  # safetensors gives them in any order
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} must hold floating-point numbers, got {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} has NaN or infinite values: the adapter is damaged, save it again")
     return tensors
 
 
-def _fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copies the file's tensors into the built adapter. Raises ValueError unless names and shapes are the same."""
+def read_tensors(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a PEFT directory, on the CPU.
+
+    Raises FileNotFoundError where there are none, ValueError for a pickle and as `parse_tensors` does.
+    """
+    check_present(directory, TENSOR_FILE)
+    path = Path(directory, TENSOR_FILE)
+    return parse_tensors(path.read_bytes(), path)
+
+
+def check_tensors(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
+    """Raises ValueError unless the file's tensors are those of the built adapter, in name and shape.
+
+    Takes out of them the base weights that PEFT adds, and gives old names their new spelling.
+    """
     wanted = _named_tensors(injection)
     for name in [name for name in tensors if name not in wanted]:
         # PEFT before 0.21 wrote the trained base bias under the layer's own path.
@@ -240,9 +336,19 @@ def _fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> Non
         same = first.setdefault(id(parameter), name)
         if not torch.equal(tensors[same], tensors[name]):
             raise ValueError(f"{source}: {same} and {name} must be equal: their layers share one tensor (LoRA-drop)")
+
+
+def fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
+    """Copies the file's tensors, which have been checked, into the built adapter.
+
+    Raises ValueError where the adapter's dtype cannot hold a value.
+    """
     with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(tensors[name])
+        for name, parameter in _named_tensors(injection).items():
+            value = tensors[name].to(parameter.dtype)
+            if value is not tensors[name] and not torch.isfinite(value).all():
+                raise ValueError(f"{source}: {name} has values that {parameter.dtype} cannot hold")
+            parameter.copy_(value)
 
 
 def _drop_base_weights(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
@@ -285,6 +391,8 @@ def load_adapter(
         autocast_adapter_dtype=autocast_adapter_dtype,
         every_target=False,  # PEFT's files may name modules that only other models have; the tensors decide
     )
-    _fill(injection, tensors, Path(directory, TENSOR_FILE))
+    source = Path(directory, TENSOR_FILE)
+    check_tensors(injection, tensors, source)
+    fill(injection, tensors, source)
     attach(model, injection, trainable=trainable)
     return model

@@ -33,7 +33,7 @@ from .inject import (
 )
 from .layers import Adapter, AdapterLinear
 from .methods import EVAConfig, LoRAConfig, LoRADropConfig
-from .methods.config import pattern_of, pattern_value
+from .methods.config import pattern_of
 from .targets import selection_of
 
 Batch = Mapping[str, Any]
@@ -146,7 +146,7 @@ def initialize_eva(
     checked = _checked(factors, layers)
     every = present(model, adapter_name).layers
     others = [path for path in every if path not in layers]
-    alphas = {p: pattern_value(config.alpha_pattern, p, config.lora_alpha) for p in (*layers, *others)}
+    alphas = {path: config.alpha(path) for path in (*layers, *others)}
     ranks = {path: config.rank(path) for path in (*layers, *others)}
     for path, factor in checked.items():
         if eva.adjust_scaling_factors and len(factor) != ranks[path]:

@@ -80,7 +80,8 @@ def check_known(model: nn.Module, name: str) -> None:
         raise ValueError(f"adapter {name!r} is not in the model: it has {', '.join(map(repr, configs)) or 'none'}")
 
 
-def _adapter_dtype(weight: Tensor, autocast_adapter_dtype: bool) -> torch.dtype:
+def adapter_dtype(weight: Tensor, autocast_adapter_dtype: bool) -> torch.dtype:
+    """The dtype of an adapter's parameters beside that base weight."""
     sixteen_bit = weight.dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if sixteen_bit and autocast_adapter_dtype else weight.dtype
 
@@ -137,7 +138,7 @@ def prepare(
             layers[path] = module if isinstance(module, AdapterLayer) else adapter_layer(module, backend, strategy)
         except ValueError as error:
             raise ValueError(f"target_modules: {path}: {error}") from None
-    adapters = config.build(layers, lambda weight: _adapter_dtype(weight, autocast_adapter_dtype))
+    adapters = config.build(layers, lambda weight: adapter_dtype(weight, autocast_adapter_dtype))
     for path, adapter in adapters.items():
         adapter.train(layers[path].training)
     copies: dict[str, nn.Module] = {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
+from . import patterns
 from .layers import AdapterLayer, AdapterLinear, ModuleToSave
 from .methods import AdapterConfig
 from .methods.config import path_suffixes
@@ -94,52 +96,65 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
 
 
-def _suffix_match(path: str, names: list[str]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
+def _ends(path: str) -> list[str]:
+    """What a list of names may hold to mean this path."""
+    return [path, *path_suffixes(path)]
 
 
-def _excluded(path: str, exclude: list[str] | str | None) -> bool:
+def _suffix_match(path: str, names: Collection[str]) -> bool:
+    return any(end in names for end in _ends(path))
+
+
+def _excluded(path: str, exclude: Collection[str]) -> bool:
     if not exclude:
         return False
     if isinstance(exclude, str):
-        return re.fullmatch(exclude, path) is not None
+        return patterns.fullmatch("exclude_modules", exclude, path) is not None
     return _suffix_match(path, exclude)
 
 
-def _in_layers(path: str, config: AdapterConfig) -> bool:
-    """Whether the path's layer index is among layers_to_transform."""
-    wanted = config.layers_to_transform
-    if wanted is None or wanted == []:
+def _in_layers(path: str, config: AdapterConfig, indices: Collection[int]) -> bool:
+    """Whether the path's layer index is among `indices`, those of layers_to_transform; none of them means all."""
+    if not indices:
         return True
     names = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     # The lazy match finds the first index: an expert's own comes later.
-    patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names] if names else [r".*?\.[^.]*\.(\d+)\."]
-    for pattern in patterns:
-        found = re.match(pattern, path)
-        if found is not None:
-            index = int(found.group(1))
-            return index == wanted if isinstance(wanted, int) else index in wanted
+    template = r"(?:^|.*?\.){}\.(?P<index>\d+)\." if names else r".*?\.{}\.(?P<index>\d+)\."
+    for name in names or [r"[^.]*"]:
+        found = patterns.match("layers_pattern", name, path, template)
+        if found is not None and found["index"] is not None:  # a pattern may have a | of its own
+            return int(found["index"]) in indices
     return False
 
 
 def _saved_whole(path: str, config: AdapterConfig) -> bool:
     """Whether the module is one of modules_to_save or inside one."""
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or [])
+    template = r"(^|.*\.){}($|\..*)"
+    return any(patterns.match("modules_to_save", name, path, template) for name in config.modules_to_save or [])
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+    head = get() if callable(get) else None
+    return getattr(head, "base_layer", head)  # it may be wrapped
 
 
-def target_paths(model: nn.Module, config: AdapterConfig, *, every_name: bool = True) -> list[str]:
+def target_paths(
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    every_name: bool = True,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> list[str]:
     """The paths of the modules that `config` adapts, in the model's order.
 
     A list of names matches whole paths or their last parts; a string is a regular expression for the whole path;
     "all-linear" takes every Linear and Conv1D but the output head; None takes the architecture's usual projections.
-    Raises ValueError when the whole selection matches nothing or, with `every_name`, one name of the list.
+    modules: the model's modules by path as they were before any of them was wrapped; by default `base_modules`.
+    Raises ValueError when the whole selection matches nothing or, with `every_name`, one name of the list, and for a
+    regular expression that is none or takes too long.
     """
-    modules = base_modules(model)
+    modules = base_modules(model) if modules is None else modules
     targets = config.target_modules
     if targets is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -148,7 +163,8 @@ def target_paths(model: nn.Module, config: AdapterConfig, *, every_name: bool = 
                 f"target_modules must be given for architecture {model_type!r}: name the layers, or take 'all-linear'"
             )
         targets = DEFAULT_TARGETS[model_type]
-    paths = [path for path in modules if not _excluded(path, config.exclude_modules) and not _saved_whole(path, config)]
+    exclude = config.exclude_modules if isinstance(config.exclude_modules, str) else set(config.exclude_modules or [])
+    paths = [path for path in modules if not _excluded(path, exclude) and not _saved_whole(path, config)]
     if not targets:
         raise ValueError("target_modules is empty: name the layers, or take 'all-linear'")
     if isinstance(targets, str):
@@ -158,13 +174,20 @@ def target_paths(model: nn.Module, config: AdapterConfig, *, every_name: bool = 
             linear = [path for path in paths if is_linear(modules[path]) and path.rsplit(".", 1)[-1] not in names]
             chosen = [path for path in linear if _base(modules[path]) is not head]
         else:
-            chosen = [path for path in paths if re.fullmatch(targets, path)]
+            chosen = [path for path in paths if patterns.fullmatch("target_modules", targets, path)]
         missing = [] if chosen else [targets]
     else:
-        found = {name for name in targets if any(_suffix_match(path, [name]) for path in modules)}
-        missing = [name for name in targets if name not in found] if every_name or not found else []
+        # Sets: a file may hold very many names.
+        known = {end for path in modules for end in _ends(path)}
+        missing = [name for name in targets if name not in known]
+        if not every_name and len(missing) < len(targets):
+            missing = []
+        wanted, layers = set(targets), config.layers_to_transform
+        indices = {layers} if isinstance(layers, int) else set(layers or [])
         chosen = [
-            path for path in paths if path in targets or (_suffix_match(path, targets) and _in_layers(path, config))
+            path
+            for path in paths
+            if path in wanted or (_suffix_match(path, wanted) and _in_layers(path, config, indices))
         ]
         if not chosen and not missing:
             missing = list(targets)

@@ -150,6 +150,11 @@ def patch_language_once() -> None:
 patch_language_once()
 
 
+# torch remembers its constructors when `torch.device` is first entered: it must not be the poisoned ones.
+with torch.device("cpu"):
+    torch.empty(0)
+
+
 def fill_with_nan(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @wraps(allocate)
     def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -14,13 +14,14 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import the layers before it.
 LAYERS = [
     {"fastadapt_kernels"},
-    {"reference", "report", "versions", "eager", "ops", "cost"},
-    {"checks", "strategies", "tuner", "functional"},
+    {"reference", "report", "versions", "batch", "eager", "eager_multi", "eager_plan", "ops", "cost"},
+    {"checks", "patterns", "strategies", "tuner", "functional"},
     {"forms", "groups", "layers"},
     {"methods"},
     {"targets", "inject", "checkpoint", "combine", "selection", "optim", "incremental_pca", "eva"},
     {"recipes"},
-    {"serving", "integrations", "doctor", "demo", "demo_assets", "demo_compare", "demo_training", "cli"}
+    {"serving", "integrations", "doctor", "demo", "demo_assets", "demo_compare", "demo_serving"}
+    | {"demo_training", "cli"}
     | {"train", "train_data", "train_loop", "train_options", "train_report", "train_state"},
 ]
 

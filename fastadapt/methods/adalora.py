@@ -165,6 +165,10 @@ class AdaLoRAConfig(AdapterConfig):
             fields["lora_alpha"] = self.init_r
         return fields
 
+    def rank(self, path: str) -> int:
+        kept = (self.rank_pattern or {}).get(_pattern_key(path))
+        return self.init_r if kept is None else sum(kept)
+
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
         for path, layer in layers.items():
             if not isinstance(layer, (AdapterLinear, AdapterConv2d)):
@@ -172,16 +176,15 @@ class AdaLoRAConfig(AdapterConfig):
                     f"AdaLoRA cannot go with {path}, a {type(layer.base_layer).__name__}: it is for linear layers and "
                     "Conv2d; name only those in target_modules"
                 )
-        ranks = dict.fromkeys(map(_pattern_key, layers), self.init_r)
-        for key, kept in (self.rank_pattern or {}).items():
-            if key not in ranks:
+        keys = {_pattern_key(path) for path in layers}
+        for key in self.rank_pattern or {}:
+            if key not in keys:
                 raise ValueError(
                     f"rank_pattern: {key!r} is of no layer that target_modules selects: is this config for another "
                     "model?"
                 )
-            ranks[key] = sum(kept)
         return {
-            path: AdaLoRAAdapter(layer, self, ranks[_pattern_key(path)], dtype_of(layer.base_layer.weight))
+            path: AdaLoRAAdapter(layer, self, self.rank(path), dtype_of(layer.base_layer.weight))
             for path, layer in layers.items()
         }
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from .. import patterns
+from ..checks import shown
 from ..layers import Adapter, AdapterLayer
 
 T = TypeVar("T")
 
 
-def pattern_value(pattern: dict[str, T], path: str, default: T) -> T:
-    """The value of the first key that matches the module path as PEFT matches it: `(.*\\.)?(key)$` from the start."""
+def pattern_value(field: str, pattern: dict[str, T], path: str, default: T) -> T:
+    """The value of the first key that matches the module path as PEFT matches it: `(.*\\.)?(key)$` from the start.
+
+    field: what the config calls the pattern, for errors.
+    """
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if patterns.match(field, key, path, r"(.*\.)?({})$"):
             return value
     return default
 
@@ -55,8 +60,20 @@ def _is_a(value: object, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+@cache
+def _hints(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
 def _spell(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+
+
+class SharedTensors(nn.Module):
+    """Tensors that the layers of one adapter share: buffers, in the state_dict as far as a checkpoint holds them."""
+
+    def draw(self) -> None:
+        """Fills them with what they hold where no checkpoint says it."""
 
 
 class Control:
@@ -114,13 +131,16 @@ class AdapterConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))  # type: ignore[arg-type]  # a class has a hash, though its instances have none
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not _is_a(value, hints[field.name]):
-                raise ValueError(f"{field.name} must be {_spell(hints[field.name])}, got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be a finite number, got {value!r}")
+                raise ValueError(f"{field.name} must be {_spell(hints[field.name])}, got {shown(value)}")
+            for number in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError(f"{field.name} must be a finite number, got {number!r}")
+                if isinstance(number, int) and not -(2**63) <= number < 2**64:
+                    raise ValueError(f"{field.name} must be a number of 64 bits, got {shown(number)}")
         if self.r <= 0:
             raise ValueError(f"r must be a positive integer, got {self.r!r}")
         if self.bias not in self.bias_choices:
@@ -152,13 +172,21 @@ class AdapterConfig:
         """
         raise TypeError(f"{type(self).__name__} does not say how its adapters are built")
 
+    def rank(self, path: str) -> int:
+        """How many ranks `build` gives the module at this path."""
+        return self.r
+
     def control(self, layers: dict[str, AdapterLayer], adapters: dict[str, Adapter]) -> Control:
         """What happens between the steps of training to these adapters, each in the layer of the same path."""
         return Control()
 
-    def shared_tensors(self, adapters: dict[str, Adapter]) -> dict[str, nn.Module]:
+    def shared_tensors(self, adapters: dict[str, Adapter]) -> dict[str, SharedTensors]:
         """Modules whose tensors all layers share, by the prefix of their names in a checkpoint; most have none."""
         return {}
+
+    def shared_factors(self, adapters: dict[str, Adapter]) -> tuple[Tensor, Tensor] | None:
+        """(A [r, largest in], B [largest out, r]) where the forms of all layers have slices of one pair, else None."""
+        return None
 
     def to_peft(self, paths: list[str]) -> dict[str, Any]:
         """The fields of adapter_config.json for an adapter of the modules at these paths."""

@@ -29,7 +29,7 @@ class DeltaLoRAAdapter(LoRAAdapter):
     def __init__(self, layer: AdapterLayer, config: LoRAConfig, r: int, alpha: float, dtype: torch.dtype) -> None:
         super().__init__(layer, config, r, alpha, dtype)
         assert isinstance(config, DeltaLoRAConfig)
-        self.delta_lambda = config.delta_lambda
+        self.delta_lambda = float(config.delta_lambda)
         self.anchored = False
         if config.anchored:
             self.anchor()

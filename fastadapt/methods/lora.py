@@ -231,7 +231,11 @@ class LoRAConfig(AdapterConfig):
         return fields
 
     def rank(self, path: str) -> int:
-        return pattern_value(self.rank_pattern, path, self.r)
+        return pattern_value("rank_pattern", self.rank_pattern, path, self.r)
+
+    def alpha(self, path: str) -> float:
+        """The lora_alpha of the module at this path."""
+        return pattern_value("alpha_pattern", self.alpha_pattern, path, self.lora_alpha)
 
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
         for path, layer in layers.items():
@@ -248,7 +252,7 @@ class LoRAConfig(AdapterConfig):
                 layer,
                 self,
                 self.rank(path),
-                pattern_value(self.alpha_pattern, path, self.lora_alpha),
+                self.alpha(path),
                 dtype_of(layer.base_layer.weight),
             )
             for path, layer in layers.items()

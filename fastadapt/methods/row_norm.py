@@ -31,6 +31,8 @@ class RowNorm:
 
     def __call__(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *, changing: bool) -> Tensor:
         """n for these tensors; `changing` says that a backward may follow or the parameters may be written untold."""
+        if weight.is_meta:  # an adapter is being built without memory: its norms have a shape and no values
+            return torch.empty(weight.shape[0], device="meta")
         weight, A, B = weight.detach(), A.detach(), B.detach()
         if torch.compiler.is_compiling():  # tensors have no identity while they are traced
             return weight_norm(weight, A, B, scaling)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ..checks import check_probability
 from ..layers import Adapter, AdapterLayer, AdapterLinear
 from ..reference import AdapterForm
-from .config import AdapterConfig
+from .config import AdapterConfig, SharedTensors
 from .row_norm import RowNorm
 
 
-class VeRAProjection(nn.Module):
+class VeRAProjection(SharedTensors):
     """The frozen pair that the layers of one adapter share; a layer uses A[:, :in] and B[:out, :].
 
     Regenerated bit for bit from the key: one CPU generator seeded with it draws A, then B, each uniform(±√(6/fan_in))
@@ -30,11 +30,18 @@ class VeRAProjection(nn.Module):
 
     def __init__(self, r: int, k: int, n: int, key: int, persistent: bool) -> None:
         super().__init__()
-        generator = torch.Generator("cpu").manual_seed(key)
+        self.key = key
         for name, shape in (("vera_A", (r, k)), ("vera_B", (n, r))):
-            bound = math.sqrt(6.0 / shape[1])
-            value = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            self.register_buffer(name, value, persistent=persistent)
+            self.register_buffer(name, torch.empty(shape), persistent=persistent)
+        self.draw()
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        generator = torch.Generator("cpu").manual_seed(self.key)
+        for factor in (self.vera_A, self.vera_B):
+            bound = math.sqrt(6.0 / factor.shape[1])
+            if not factor.is_meta:
+                factor.copy_(torch.empty(factor.shape).uniform_(-bound, bound, generator=generator))
 
 
 class VeRAAdapter(Adapter):
@@ -130,10 +137,14 @@ class VeRAConfig(AdapterConfig):
             for path, layer in layers.items()
         }
 
-    def shared_tensors(self, adapters: dict[str, Adapter]) -> dict[str, nn.Module]:
+    def shared_tensors(self, adapters: dict[str, Adapter]) -> dict[str, SharedTensors]:
         """{"": projection} where a file holds the projection: its tensors are named vera_A and vera_B."""
         first = next(iter(adapters.values()), None)
         return {"": first.projection} if isinstance(first, VeRAAdapter) else {}
+
+    def shared_factors(self, adapters: dict[str, Adapter]) -> tuple[Tensor, Tensor] | None:
+        projection = next(iter(self.shared_tensors(adapters).values()), None)
+        return (projection.vera_A, projection.vera_B) if isinstance(projection, VeRAProjection) else None
 
     def to_peft(self, paths: list[str]) -> dict[str, Any]:
         fields = super().to_peft(paths)
@@ -148,5 +159,5 @@ class VeRAConfig(AdapterConfig):
     @classmethod
     def from_peft(cls, fields: dict[str, Any]) -> VeRAConfig:
         return super().from_peft(
-            {**fields, "use_dora": fields.get("peft_type") == "DVORA" or bool(fields.get("use_dora"))}
+            {**fields, "use_dora": fields.get("peft_type") == "DVORA" or fields.get("use_dora") or False}
         )
