@@ -61,7 +61,8 @@ TARGETS = {
     "gfx950": Target("hip", "gfx950", 64, 163_840),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "int64", torch.uint8: "uint8"}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES |= {torch.int32: "int32", torch.int64: "int64", torch.uint8: "uint8"}
 QUICK_PAIRS = ["sm_80:bf16", "sm_90:fp16", "sm_90:fp32", "gfx942:bf16"]
 
 COLUMNS = {
@@ -143,6 +144,34 @@ BY_OPERANDS: list[Case] = [
     (1, Group(577, (577,), (3,)), EVERYTHING),
     (4099, Group(577, (577, 193, 1), (3, 100, 0)), ON_BASE),
 ]
+
+
+class Batch(NamedTuple):
+    """Rows of tokens for many adapters of ranks up to R on one layer, and which vectors some of them have."""
+
+    rows: int
+    tokens: int
+    K: int = 4096
+    N: int = 4096
+    R: int = 16
+    vectors: str = "dhgb"  # as a form's
+    bias: bool = True
+    factors: torch.dtype | None = None  # None: as the activations
+
+
+# A token a row, few and many rows; prefill.
+BATCH_ROWS = ((8, 1), (256, 1), (4, 2048))
+BATCHES_BY_CONFIG: list[Batch] = [
+    *(Batch(rows, tokens, R=R) for rows, tokens in BATCH_ROWS for R in RANKS),
+    *(Batch(rows, tokens, K=576, N=576, R=R) for rows, tokens in BATCH_ROWS for R in RANKS),
+]
+BATCHES_BY_OPERANDS: list[Batch] = [
+    *(Batch(rows, tokens, R=64, vectors="", bias=False) for rows, tokens in BATCH_ROWS),
+    *(Batch(rows, tokens, R=256, vectors="dh", factors=torch.float32) for rows, tokens in BATCH_ROWS),
+    # Widths and ranks that divide by nothing; vectors without a rank.
+    *(Batch(rows, tokens, 577, 193, R) for rows, tokens in ((8, 1), (4, 2048)) for R in (5, 0)),
+]
+QUICK_BATCHES = [Batch(8, 1, vectors=""), Batch(16, 32, R=64)]
 QUICK: list[Case] = [(8192, Group.qkv(16), LORA), (8192, Group.square(64), ON_BASE)]
 
 
@@ -195,6 +224,37 @@ def launch_parameters(dtype: torch.dtype, R: int) -> None:
     dropout_mask(torch.empty(1, dtype=torch.int64, device="meta"), 8192, 4096, 0.1)
 
 
+def launch_batch(dtype: torch.dtype, batch: Batch) -> None:
+    """Many adapters on one layer; how many there are is no matter."""
+    from fastadapt_kernels.multi_adapter import multi_adapter_linear
+
+    from fastadapt.batch import PAGE_RANKS, FormTables, SortedTokens
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def integers(*shape: int) -> Tensor:
+        return tensor(*shape, dtype=torch.int32)
+
+    M, adapters = batch.rows * batch.tokens, 8
+    pages = tensor(adapters, max(1, -(-batch.R // PAGE_RANKS)), dtype=torch.int64)
+    starts = tensor(adapters, dtype=torch.int64)
+    tables = FormTables(
+        tensor(batch.R * (batch.K + batch.N), dtype=batch.factors or dtype),
+        tensor(batch.N, dtype=torch.float32),
+        integers(adapters),
+        pages,
+        pages,
+        integers(adapters),
+        integers(adapters),
+        tensor(adapters, dtype=torch.float32),
+        *(starts if vector in batch.vectors else None for vector in "dhgb"),
+    )
+    tokens = SortedTokens(integers(M), integers(M), integers(M), integers(batch.rows + 1))
+    bias = tensor(batch.N) if batch.bias else None
+    multi_adapter_linear(tensor(M, batch.K), tensor(batch.N, batch.K), bias, tables, tokens, batch.R)
+
+
 class Job(NamedTuple):
     """One kernel to compile for one target, in plain values that travel to another process."""
 
@@ -213,18 +273,20 @@ def jobs(pairs: Sequence[str], *, quick: bool) -> list[Job]:
 
     @functools.cache
     def recorded(dtype: str, shared_memory: int) -> list[Any]:
-        def launched(cases: Sequence[Case]) -> list[Any]:
+        def launched(cases: Sequence[Case], batches: Sequence[Batch]) -> list[Any]:
             with configs.recorded_launches(shared_memory) as launches:
                 for case in cases:
                     launch_group(DTYPES[dtype], *case)
                 for R in sorted({max(group.Rs) for _, group, _ in cases}):
                     launch_parameters(DTYPES[dtype], R)
+                for batch in batches:
+                    launch_batch(DTYPES[dtype], batch)
             return launches
 
         distinct: dict[tuple[Any, str], Any] = {}
-        for launch in launched(QUICK if quick else BY_CONFIG):
+        for launch in launched(QUICK, QUICK_BATCHES) if quick else launched(BY_CONFIG, BATCHES_BY_CONFIG):
             distinct.setdefault((config_of(launch), shown_operands(launch, dtype) if quick else ""), launch)
-        for launch in launched(BY_OPERANDS) if dtype == "bf16" and not quick else []:
+        for launch in launched(BY_OPERANDS, BATCHES_BY_OPERANDS) if dtype == "bf16" and not quick else []:
             distinct.setdefault((config_of(launch), shown_operands(launch, dtype)), launch)
         return list({(config_of(launch), str(launch.source())): launch for launch in distinct.values()}.values())
 

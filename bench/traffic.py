@@ -10,6 +10,13 @@ real ones. Values do not matter here: the count runs in fp16, which has bf16's s
 * minimum_mib: every tensor once a pass. split_target_mib: what the design costs, x twice and dy twice.
 * reread_mib: what the GEMMs read again because it has left L2 (bench/l2.py), in the order that the kernels have, and in
   row-major order. The other launches stream their large operand once; their small ones stay in L2.
+
+Batches of many adapters, whose names begin with "many", are counted behind the library's base product, K = N:
+
+* factors_mib: of A and B, in both launches; factors_minimum_mib: the true ranks of the factor groups that are in the
+  batch, once; factors_padded_mib: the same padded to the largest rank.
+* mib: x, y, factors and vectors; minimum_mib: those once, y twice, of the tokens that have an adapter alone. Left out:
+  u and its partial sums, which live within the call, and the tables, which are a few bytes a token.
 """
 
 from __future__ import annotations
@@ -42,6 +49,8 @@ SHARED_MEMORY = {"A100-SXM4-80GB": 166_912, "H100-SXM": 232_448, "B200": 232_448
 # narrowest output has two of the interpreter's tiles, as k and v have two of a GPU's in the pass over dy.
 _SMALL = ((40, 72, 128), (50, 104, 118))
 _DROPOUT = 0.1
+# Widths of the square layer for the two counts of a batch of many adapters.
+_NARROW = (72, 104)
 
 
 class TrafficCase(NamedTuple):
@@ -87,6 +96,41 @@ CASES = {
     "vera_qkv_group": TrafficCase("vera", _QKV),
     "lora_gate_up_group": TrafficCase("lora", _GATE_UP),
 }
+
+
+class Adapter(NamedTuple):
+    """An adapter of rank R with its vectors, as the audit names them; those of one pair share its factors."""
+
+    R: int
+    vectors: str = ""
+    pair: int | None = None
+
+
+class BatchCase(NamedTuple):
+    """Rows of tokens, each through the adapter that `ids` has for it, -1 for none."""
+
+    adapters: tuple[Adapter, ...]
+    ids: tuple[int, ...]
+    tokens: int = 1
+
+    @property
+    def groups(self) -> list[int]:
+        """The factor group of each adapter."""
+        pairs = len(self.adapters)
+        return [slot if own.pair is None else pairs + own.pair for slot, own in enumerate(self.adapters)]
+
+
+_RANKS = (1, 4, 5, 8, 64, 256)
+_LORAS = tuple(Adapter(R) for R in _RANKS)
+_MIXED = (Adapter(8), Adapter(16, "hg"), *(Adapter(64, "dh", pair=0) for _ in range(4)), Adapter(256), Adapter(0, "b"))
+BATCHES = {
+    "many_ranks_decode": BatchCase(_LORAS, (*range(6), -1, -1)),
+    "many_ranks_prefill": BatchCase(_LORAS, (2, 4, 3, -1), tokens=17),
+    "many_small_decode": BatchCase(_LORAS, (0, 1, 2, 3, 3, 2, -1, 0)),
+    "many_methods_decode": BatchCase(_MIXED, (*range(8), 3, -1)),
+    "many_base_decode": BatchCase(_LORAS, (-1,) * 8),
+}
+_NAMES = [*CASES, *BATCHES]
 
 
 @dataclass
@@ -345,6 +389,84 @@ def measure(case: TrafficCase, tokens: int, shared_memory: int) -> Traffic:
     return Traffic(touched, counts, [gemm for gemm in map(gemm_of, launches) if gemm is not None])
 
 
+def count_batch(case: BatchCase, width: int) -> dict[str, int]:
+    """Distinct bytes that the launches of a batch touch, by operand, on a layer of this width in 16 bit."""
+    from fastadapt_kernels.multi_adapter import multi_adapter_linear
+
+    from fastadapt.batch import PAGE_RANKS, AdapterBatch, FormTables
+
+    groups, most = case.groups, max(own.R for own in case.adapters)
+    ranks = [0] * (1 + max(groups))
+    for group, own in zip(groups, case.adapters, strict=True):
+        ranks[group] = own.R
+    pages_each = -(-most // PAGE_RANKS)
+    # Room for A's pages of every group, then for B's.
+    first = torch.arange(2 * len(ranks) * pages_each).view(2, len(ranks), pages_each) * PAGE_RANKS * width
+    pages = torch.zeros(first.numel() * PAGE_RANKS * width, dtype=torch.float16)
+    strides = torch.full((len(ranks),), width, dtype=torch.int32)
+
+    def starts(kind: int, vector: str) -> Tensor | None:
+        has = [vector in own.vectors for own in case.adapters]
+        places = [(4 * slot + kind) * max(width, most) if own else -1 for slot, own in enumerate(has)]
+        return torch.tensor(places, dtype=torch.int64) if any(has) else None
+
+    tables = FormTables(
+        pages,
+        torch.zeros(4 * len(groups) * max(width, most)),
+        torch.tensor(ranks, dtype=torch.int32),
+        first[0],
+        first[1],
+        strides,
+        strides,
+        torch.ones(len(groups)),
+        *(starts(kind, vector) for kind, vector in enumerate("dhgb")),
+    )
+    batch = AdapterBatch(case.ids, case.tokens, [groups[slot] if slot >= 0 else -1 for slot in case.ids])
+    x = torch.zeros(len(batch), width, dtype=torch.float16)
+    weight = torch.zeros(width, width, dtype=torch.float16)
+    with metered() as launches:
+        multi_adapter_linear(x, weight, None, tables, batch.sorted(x.device), most)
+    found = dict.fromkeys(("pages", "vectors", "x", "y"), 0)
+    for launch in launches:
+        for name in found.keys() & launch.operands.keys():
+            found[name] += launch.operands[name].first_read + launch.operands[name].first_written
+    return found
+
+
+def batch_row(name: str, case: BatchCase, width: int = 4096) -> report.Row:
+    """The row of a batch: counted at two widths, of which all but mid scales are a multiple, and told for `width`."""
+    small, large = (count_batch(case, narrow) for narrow in _NARROW)
+    of_width = {key: (large[key] - small[key]) / (_NARROW[1] - _NARROW[0]) for key in small}
+    moved = {key: small[key] + (width - _NARROW[0]) * each for key, each in of_width.items()}
+    present = sorted({slot for slot in case.ids if slot >= 0})
+    held = {case.groups[slot]: case.adapters[slot].R for slot in present}
+    adapted = [case.adapters[slot] for slot in case.ids if slot >= 0]
+    factor_bytes = 2 * 2 * width
+    least = {
+        "pages": sum(held.values()) * factor_bytes,
+        "vectors": sum(
+            4 * (case.adapters[slot].R if vector == "d" else width)
+            for slot in present
+            for vector in case.adapters[slot].vectors
+        ),
+        "x": sum(own.R > 0 for own in adapted) * case.tokens * 2 * width,
+        "y": 2 * sum(own.R > 0 or bool(set("gb") & set(own.vectors)) for own in adapted) * case.tokens * 2 * width,
+    }
+    return {
+        "case": name,
+        "factors_mib": moved["pages"] / MIB,
+        "factors_minimum_mib": least["pages"] / MIB,
+        "factors_padded_mib": len(held) * max(own.R for own in case.adapters) * factor_bytes / MIB,
+        "mib": sum(moved.values()) / MIB,
+        "minimum_mib": sum(least.values()) / MIB,
+        "M": len(case.ids) * case.tokens,
+        "K": width,
+        "rows": len(case.ids),
+        "adapters": len(present),
+        "ranks": " ".join(str(R) for R in held.values()),
+    }
+
+
 def minimum_bytes(w: Workload) -> float:
     """Every tensor once a pass: what no design can avoid."""
     split = works("split", w)
@@ -393,7 +515,9 @@ def row_of(name: str, case: TrafficCase, tokens: int, device: str) -> tuple[repo
 
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
-    cases: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(CASES)}; all by default.")] = "",
+    cases: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join([*CASES, *BATCHES])}; all by default.")
+    ] = "",
     tokens: Annotated[int, typer.Option(help="M.")] = 8192,
     device: Annotated[str, typer.Option(help=f"Whose L2 and tiles: {', '.join(SHARED_MEMORY)}.")] = "H100-SXM",
     operands: Annotated[bool, typer.Option("--operands", help="A table of every operand as well.")] = False,
@@ -404,16 +528,22 @@ def main(
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "TRITON_INTERPRET": "1"})
     if device not in SHARED_MEMORY:
         raise ValueError(f"unknown device {device!r}: choose from {', '.join(SHARED_MEMORY)}")
-    names = [name.strip() for name in cases.split(",") if name.strip()] or list(CASES)
+    names = [name.strip() for name in cases.split(",") if name.strip()] or _NAMES
     rows = []
     for name in names:
+        if name in BATCHES:
+            continue
         row, touched = row_of(name, CASES[name], tokens, device)
         rows.append(row)
         if operands:
             report.print_table(name, [operand_row(operand) for operand in touched], _OPERAND_COLUMNS)
-    report.print_table(f"Device memory, MiB, M {tokens}, 16 bit, tiles and L2 of {device}", rows, _COLUMNS)
+    batches = [batch_row(name, BATCHES[name]) for name in names if name in BATCHES]
+    if rows:
+        report.print_table(f"Device memory, MiB, M {tokens}, 16 bit, tiles and L2 of {device}", rows, _COLUMNS)
+    if batches:
+        report.print_table("Many adapters behind one base product, MiB, 16 bit", batches, _BATCH_COLUMNS)
     if json_file is not None:
-        write_json(json_file, "traffic", rows)
+        write_json(json_file, "traffic", rows + batches)
 
 
 def operand_row(operand: Touched) -> report.Row:
@@ -445,4 +575,14 @@ _COLUMNS = {
     "unsloth_mib": "Unsloth",
     "peft_bf16_mib": "PEFT bf16",
     "peft_mib": "PEFT",
+}
+_BATCH_COLUMNS = {
+    "case": "case",
+    "M": "M",
+    "ranks": "ranks",
+    "factors_mib": "factors",
+    "factors_minimum_mib": "least",
+    "factors_padded_mib": "padded",
+    "mib": "moved",
+    "minimum_mib": "least",
 }

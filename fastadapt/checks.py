@@ -10,6 +10,12 @@ from .reference import AdapterForm
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def shown(value: object) -> str:
+    """A value as an error message shows it: what comes from a file may be very long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def shape_error(name: str, required: str, value: Tensor) -> ValueError:
     return ValueError(f"{name} must have shape {required}, got {tuple(value.shape)}")
 
@@ -82,3 +88,22 @@ def check_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
             raise ValueError(
                 f"{name} is on {value.device} but weight is on {weight.device}: move one of them with .to()"
             )
+
+
+def check_multi_adapter_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: int) -> None:
+    """Raises ValueError or TypeError that names the first argument which does not fit a batch of `tokens` tokens."""
+    if weight.dim() != 2:
+        raise shape_error("weight", "[out, in]", weight)
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise shape_error("x", f"[..., {k}] to go with weight {tuple(weight.shape)}", x)
+    if x.numel() // max(1, k) != tokens:
+        raise ValueError(f"x has {x.numel() // max(1, k)} tokens {tuple(x.shape)} but the batch has {tokens}")
+    check_floating("x", x)
+    check_floating("weight", weight)
+    check_device("weight", weight, x.device)
+    check_vector("bias", bias, n, x.device)
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            "x requires grad, but many adapters in one batch are for inference: call under torch.no_grad()"
+        )

@@ -143,7 +143,7 @@ def _up(member: Member, dtype: torch.dtype) -> Tensor:
     return cast(member.B if member.out_scale is None else member.B * member.out_scale[:, None], dtype)
 
 
-def _product(a: Tensor, b: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
     """alpha · a b. A scalar factor on a tensor would be an operator more, and a small one takes as long as its call."""
     if alpha == 1.0:
         return torch.mm(a, b, out=out)
@@ -156,7 +156,7 @@ def _ignored(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=dtype, device=device)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, None if bias is None else cast(bias, x.dtype))
 
 
@@ -167,11 +167,11 @@ def _low_rank(u: Tensor, member: Member, up: Tensor, bias: Tensor | None) -> Ten
     """
     t = u if member.mid_scale is None else u * cast(member.mid_scale, u.dtype)
     if bias is None:
-        return _product(t, up.T, member.scaling)
+        return product(t, up.T, member.scaling)
     return torch.addmm(cast(bias, u.dtype), t, up.T, alpha=member.scaling)
 
 
-def _add_scaled(y: Tensor, z: Tensor, scale: Tensor) -> Tensor:
+def add_scaled(y: Tensor, z: Tensor, scale: Tensor) -> Tensor:
     """y + scale ⊙ z, in place. Shapes: y and z [M, N]; scale [N]."""
     if scale.dtype == y.dtype:
         return y.addcmul_(z, scale)
@@ -180,7 +180,7 @@ def _add_scaled(y: Tensor, z: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
-def _scaled(v: Tensor, scale: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+def scaled(v: Tensor, scale: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
     """scale ⊙ v + bias; in v's memory unless v is to be kept. Shapes: v [M, N]; scale and bias [N]."""
     y = torch.empty_like(v) if keep else v
     if scale.dtype == v.dtype:
@@ -197,11 +197,11 @@ def _base_and_low_rank(
     """(y, z) of one member; z, what its base_scale multiplies, is None unless it is to be kept. x_rest = x − x̃."""
     weight, g, dtype = member.weight, member.base_scale, x.dtype
     if u.shape[1] == 0 and g is None:
-        return _linear(x, weight, member.bias), None
+        return linear(x, weight, member.bias), None
     x_base = x_dropped if member.dropout_on_base and x_dropped is not None and g is not None else x
     if g is not None and member.out_scale is g:
         v = _low_rank(u, member, cast(member.B, dtype), None).addmm_(x_base, weight.T)
-        y = _scaled(v, g, member.bias, keep_base)
+        y = scaled(v, g, member.bias, keep_base)
         if x_base is not x and x_rest is not None:
             y.addmm_(x_rest, weight.T)
         return y, v if keep_base else None
@@ -210,9 +210,9 @@ def _base_and_low_rank(
         return y.addmm_(x, weight.T), None
     z = F.linear(x_base, weight)
     if x_base is x:
-        _add_scaled(y, z, g)
+        add_scaled(y, z, g)
     else:
-        _add_scaled(y.addmm_(x, weight.T), z, g - 1)
+        add_scaled(y.addmm_(x, weight.T), z, g - 1)
     return y, z if keep_base else None
 
 
@@ -250,7 +250,7 @@ def adapter_linear(
     kept = [u] if u is not None and keep_u and not given else []
     if strategy == "recompose":
         weights = [recomposed_weight(member) for member in members]
-        ys = [_linear(x, weight, member.bias) for member, weight in zip(members, weights, strict=True)]
+        ys = [linear(x, weight, member.bias) for member, weight in zip(members, weights, strict=True)]
         return ys + kept + (weights if keep_weight else [])
     assert u is not None
     tied = any([member.dropout_on_base and member.out_scale is member.base_scale is not None for member in members])
@@ -277,14 +277,14 @@ def _down_grads(dys: Sequence[Tensor], members: Sequence[Member], factor: float)
     """d ⊙ q = d ⊙ (h ⊙ dy) B of all members, stacked: [M, ΣR]; times a factor."""
     first = dys[0]
     if len(members) == 1:
-        parts = [_product(first, _up(members[0], first.dtype), members[0].scaling * factor)]
+        parts = [product(first, _up(members[0], first.dtype), members[0].scaling * factor)]
         stacked = parts[0]
     else:
         ranks = [member.A.shape[0] for member in members]
         stacked = torch.empty(first.shape[0], sum(ranks), dtype=first.dtype, device=first.device)
         parts = list(stacked.split(ranks, dim=1))
         for dy, member, part in zip(dys, members, parts, strict=True):
-            _product(dy, _up(member, dy.dtype), member.scaling * factor, out=part)
+            product(dy, _up(member, dy.dtype), member.scaling * factor, out=part)
     for member, part in zip(members, parts, strict=True):
         if member.mid_scale is not None:
             part.mul_(cast(member.mid_scale, part.dtype))
@@ -361,8 +361,8 @@ def adapter_linear_backward(
 def _factor_products(dy: Tensor, u: Tensor, scaling: float) -> Tensor:
     """P = scaling · dyᵀ u [N, R]. With many more rows than columns of u, MKL is faster with the transposed product."""
     if 8 * u.shape[1] < dy.shape[0]:
-        return cast(_product(u.T, dy, scaling).T.contiguous(), sum_dtype(dy))
-    return cast(_product(dy.T, u, scaling), sum_dtype(dy))
+        return cast(product(u.T, dy, scaling).T.contiguous(), sum_dtype(dy))
+    return cast(product(dy.T, u, scaling), sum_dtype(dy))
 
 
 def _column_dots(dy: Tensor, z: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import eager, ops, tuner
-from .checks import check_adapter_linear, check_weight_norm
+from .batch import AdapterBatch, LayerForms
+from .checks import check_adapter_linear, check_multi_adapter_linear, check_weight_norm
 from .cost import Workload, keeps_recomposed
 from .eager import Member, cast
 from .ops import STRATEGIES
@@ -475,3 +476,28 @@ def weight_norm(
         return ops.weight_norm(weight, lora_A, lora_B, scaling, base_squared, backend)[0]
     norm: Tensor = WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)
     return norm
+
+
+def multi_adapter_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, batch: AdapterBatch, layer: LayerForms, *, backend: str = "auto"
+) -> Tensor:
+    """Many adapters in one batch: each token through the form of its own adapter, or through the base layer.
+
+        y_t = g[a] ⊙ (W0 x_t) + h[a] ⊙ (B[k] (d[a] ⊙ (A[k] x_t))) + β[a]
+
+    a is the adapter of token t, k its factor group: VeRA adapters of one key share a pair (A, B). Methods and ranks
+    may be mixed. Base tokens are F.linear's on the same batch, bit for bit; on Triton they are within rounding of it
+    where the layer has a bias and some adapter scales the base path. For inference: no gradients.
+    Shapes: x [..., K], its tokens as many as the batch's, row by row; weight [N, K]; bias [N]; y [..., N].
+    Raises ValueError on mismatched shapes, devices, another number of tokens, an x that requires grad, a backend that
+    cannot run; TypeError on dtypes that cannot be mixed. backend: "auto", "triton" or "eager".
+    """
+    check_multi_adapter_linear(x, weight, bias, len(batch))
+    resolved = resolve_backend(backend, x, weight)
+    if resolved == "reference":
+        raise ValueError('backend "reference" has no pages: call reference.multi_adapter_linear_reference with forms')
+    with torch.no_grad(), _without_autocast(x):
+        dtype = compute_dtype(x)
+        rows = cast(_rows(x), dtype)
+        y = ops.multi_adapter_linear(rows, cast(weight, dtype), bias, batch, layer, resolved)
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import eager
+from . import eager, eager_multi, eager_plan
+from .batch import AdapterBatch, FormTables, LayerForms, SortedTokens
 from .eager import Member, sum_dtype
 
 # Every way to run an adapter form, and the backend that does it.
@@ -297,3 +298,51 @@ def row_squares(weight: Tensor, backend: str) -> Tensor:
     """‖W0‖² by rows: [N] in fp32."""
     result: Tensor = (_row_squares if _runs_directly(weight) else _row_squares_operator)(weight, backend)
     return result
+
+
+def _run_multi(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tables: FormTables,
+    tokens: SortedTokens,
+    max_rank: int,
+    backend: str,
+) -> Tensor:
+    if backend == "triton":
+        y: Tensor = _kernels("multi_adapter").multi_adapter_linear(x, weight, bias, tables, tokens, max_rank)
+        return y
+    return eager_multi.multi_adapter_linear(
+        x, weight, bias, eager_plan.runs_of(tables, tokens, (weight.shape[0], weight.shape[1]))
+    )
+
+
+def _multi(x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Any) -> Tensor:
+    count = len(FormTables._fields)
+    tokens, (max_rank, backend) = SortedTokens(*operands[count:-2]), operands[-2:]
+    return _run_multi(x, weight, bias, FormTables(*operands[:count]), tokens, max_rank, backend)
+
+
+_multi_adapter_linear = _define(
+    "multi_adapter_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor pages, Tensor vectors, Tensor ranks, Tensor A_pages, "
+    "Tensor B_pages, Tensor A_strides, Tensor B_strides, Tensor scalings, Tensor? mid_scales, Tensor? out_scales, "
+    "Tensor? base_scales, Tensor? added_biases, Tensor order, Tensor adapters, Tensor groups, Tensor starts, "
+    "int max_rank, str backend) -> Tensor",
+    _multi,
+    lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
+)
+
+
+def multi_adapter_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, batch: AdapterBatch, layer: LayerForms, backend: str
+) -> Tensor:
+    """y [M, N] of x [M, K], each token through the form of its adapter, or the base layer."""
+    direct = _runs_directly(x)
+    if direct and backend == "eager":
+        return eager_multi.multi_adapter_linear(x, weight, bias, eager_plan.plan(batch, layer.forms, x.dtype))
+    tokens = batch.sorted(x.device)
+    if direct:
+        return _run_multi(x, weight, bias, layer.tables, tokens, layer.max_rank, backend)
+    y: Tensor = _multi_adapter_linear(x, weight, bias, *layer.tables, *tokens, layer.max_rank, backend)
+    return y

@@ -6,8 +6,10 @@ of its arguments and with PyTorch's own autograd, and spends no thought on speed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -82,3 +84,22 @@ def weight_norm_reference(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
     """
     n: Tensor = (weight + scaling * (lora_B @ lora_A)).norm(dim=1)
     return n
+
+
+def multi_adapter_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, forms: Sequence[AdapterForm], adapter_ids: Sequence[int]
+) -> Tensor:
+    """Each row of x through the form that its id names, or through the base layer for -1:
+
+        y_t = g[a] ⊙ (W0 x_t) + h[a] ⊙ (B[a] (d[a] ⊙ (A[a] x_t))) + β[a],  a = adapter_ids[t]
+
+    Shapes: x [rows, ..., K]; weight [N, K]; bias [N], the base layer's; adapter_ids [rows]; y [rows, ..., N].
+    """
+    rows = []
+    for row, adapter in zip(x, adapter_ids, strict=True):
+        if adapter < 0:
+            base = row @ weight.T
+            rows.append(base if bias is None else base + bias)
+        else:
+            rows.append(adapter_linear_reference(row, weight, forms[adapter]))
+    return torch.stack(rows) if rows else x.new_zeros(*x.shape[:-1], weight.shape[0])

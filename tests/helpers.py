@@ -17,6 +17,7 @@ _CANARIES = {
     torch.float16: (torch.int16, 0x7E5D),
     torch.bfloat16: (torch.int16, 0x7FD5),
     torch.int64: (torch.int64, 0x5EED_5EED_5EED_5EED),
+    torch.int32: (torch.int32, 0x5EED_5EED),
     torch.uint8: (torch.uint8, 0x5E),
 }
 _MARGIN = 9

@@ -129,9 +129,11 @@ def test_every_kernel_compiles_for_real_gpus(tmp_path: Path) -> None:
     assert {row["kernel"] for row in products} == {"_adapter_linear_kernel", "_adapter_linear_dx_kernel"}
     for row in rows:
         assert audit.violations(row) == []
-    for row in products:
+    many = [row for row in rows if row["kernel"].startswith("_multi_")]
+    assert {row["kernel"] for row in many} == {"_multi_shrink_kernel", "_multi_expand_kernel"}
+    for row in products + many:
         if row["dtype"] != "fp32":
-            assert row["matrix_ops"] > 0, row
+            assert (row["matrix_ops"] > 0) == ("BLOCK_M=1 " not in row["config"]), row
             assert row["widest_load"] == 128, row
 
 
@@ -143,13 +145,29 @@ def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
         width, *Ns = (step * generator.randint(100, 20_000 // step) for _ in range(generator.randint(2, 4)))
         Rs = tuple(generator.randint(1, 256) for _ in Ns)
         cases.append((2 ** generator.randint(0, 14), audit.Group(width, tuple(Ns), Rs), generator.choice(audit.FORMS)))
+    batches = [
+        audit.Batch(
+            generator.randint(1, 300),
+            generator.choice([1, generator.randint(2, 3000)]),
+            generator.randint(100, 20_000),
+            generator.randint(100, 20_000),
+            generator.randint(0, 256),
+            generator.choice(["", "dh", "g", "b"]),
+        )
+        for _ in range(80)
+    ]
 
-    def found(dtype: torch.dtype, shared_limit: int, cases: list[audit.Case]) -> set[tuple[str, str]]:
+    def found(
+        dtype: torch.dtype, shared_limit: int, cases: list[audit.Case], batches: list[audit.Batch]
+    ) -> set[tuple[str, str]]:
         with configs.recorded_launches(shared_limit) as launches:
             for case in cases:
                 audit.launch_group(dtype, *case)
+            for batch in batches:
+                audit.launch_batch(dtype, batch)
         return {audit.config_of(launch) for launch in launches}
 
     for dtype in (torch.float16, torch.float32):
         for shared_limit in {target.shared_limit for target in audit.TARGETS.values()}:
-            assert found(dtype, shared_limit, cases) - found(dtype, shared_limit, audit.BY_CONFIG) == set()
+            compiled = found(dtype, shared_limit, audit.BY_CONFIG, audit.BATCHES_BY_CONFIG)
+            assert found(dtype, shared_limit, cases, batches) - compiled == set()

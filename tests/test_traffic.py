@@ -77,6 +77,18 @@ def test_the_command_writes_the_issues_columns(tmp_path: Path) -> None:
     assert columns <= row.keys()
 
 
+@needs_interpreter
+@pytest.mark.parametrize("name", traffic.BATCHES)
+def test_many_adapters_move_what_their_true_ranks_are(name: str) -> None:
+    row = traffic.batch_row(name, traffic.BATCHES[name])
+    assert row["factors_mib"] == pytest.approx(row["factors_minimum_mib"])
+    assert row["mib"] == pytest.approx(row["minimum_mib"])
+    if name == "many_ranks_decode":
+        assert row["factors_padded_mib"] > 4 * row["factors_mib"]
+    if name == "many_base_decode":
+        assert row["mib"] == 0
+
+
 def moved(peer: str, w: Workload) -> float:
     found = peers.moved_mib(peers.PEERS[peer](w))
     assert found is not None

@@ -1,0 +1,157 @@
+"""The eager multi-adapter product: the base product of all tokens, then each run of tokens through its own adapter.
+
+Runs are views: no token and no factor is copied. What the base product gave the base model's tokens stays as it is.
+In decoding, where a run is one token and a call takes longer than its product, runs go together: see eager_plan.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batch import SlotForm
+from .eager import add_scaled, cast, linear, product, scaled
+
+
+class FormRun(NamedTuple):
+    """Tokens start to stop and the form that they go through."""
+
+    start: int
+    stop: int
+    form: SlotForm
+
+
+class StackedRuns(NamedTuple):
+    """Single tokens, each with a LoRA or a DoRA of its own: two batched products instead of two for each.
+
+    Shapes: tokens a slice, or an index [S]; A [S, K, R] and B [S, R, N], padded with zeros to the largest rank; scaling
+    [S, 1, 1] or a number; base_scale [S, N], which multiplies the sum of both paths, 1 for a LoRA.
+    """
+
+    tokens: slice | Tensor
+    A: Tensor
+    B: Tensor
+    scaling: Tensor | float
+    base_scale: Tensor | None
+
+
+class SharedRuns(NamedTuple):
+    """Rows of tokens whose adapters share one pair (VeRA): two products for all of them.
+
+    `key` is equal for layers that ask for the same A x of the same tokens: q, k and v, gate and up.
+    Shapes: tokens a slice of S rows of equal length, or an index of S tokens; A [R, K]; B [R, N]; mid_scale [S, R];
+    out_scale [S, N], with the scalings in it.
+    """
+
+    tokens: slice | Tensor
+    A: Tensor
+    B: Tensor
+    mid_scale: Tensor
+    out_scale: Tensor
+    key: tuple[object, ...]
+
+
+Step = FormRun | StackedRuns | SharedRuns
+
+
+def multi_adapter_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, steps: Sequence[Step], memory: dict[Any, Tensor] | None = None
+) -> Tensor:
+    """y [M, N] of x [M, K]: F.linear(x, weight, bias), and what the forms make of it in their runs.
+
+    memory: what layers that are called with this very x share, empty for the first of them.
+    """
+    y = linear(x, weight, bias)
+    for step in steps:
+        if isinstance(step, StackedRuns):
+            _apply_stacked(y, x, weight, bias, step)
+        elif isinstance(step, SharedRuns):
+            _apply_shared(y, x, step, {} if memory is None else memory)
+        else:
+            start, stop, form = step
+            whole = stop - start == x.shape[0]
+            _apply(y if whole else y[start:stop], x if whole else x[start:stop], weight, bias, form)
+    return y
+
+
+def _apply_stacked(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, run: StackedRuns) -> None:
+    rows, x = y[run.tokens], x[run.tokens]  # a slice is a view, an index a copy of a few tokens
+    if run.base_scale is not None and bias is not None:
+        torch.mm(x, weight.T, out=rows)
+    u = torch.bmm(x[:, None], run.A)
+    if isinstance(run.scaling, Tensor):
+        u.mul_(run.scaling)
+    # Not baddbmm_: a product of one row is summed up in what it is added to, and rounded at its size with every term.
+    rows.add_(torch.bmm(u, run.B)[:, 0], alpha=1.0 if isinstance(run.scaling, Tensor) else run.scaling)
+    if run.base_scale is not None:
+        rows.mul_(run.base_scale)
+        if bias is not None:
+            rows.add_(bias)
+    if not isinstance(run.tokens, slice):
+        y[run.tokens] = rows
+
+
+def _apply_shared(y: Tensor, x: Tensor, run: SharedRuns, memory: dict[Any, Tensor]) -> None:
+    u = memory.get(run.key)
+    if u is None:
+        u = memory[run.key] = F.linear(x[run.tokens], run.A)
+    rows, single = run.mid_scale.shape[0], run.mid_scale.shape[0] == u.shape[0]
+    mid, out = (run.mid_scale, run.out_scale) if single else (run.mid_scale[:, None], run.out_scale[:, None])
+    t = cast(torch.mul(u if single else u.view(rows, -1, u.shape[1]), mid), x.dtype)
+    low_rank = torch.mm(t if single else t.view(u.shape), run.B)
+    if not isinstance(run.tokens, slice):
+        y.index_add_(0, run.tokens, low_rank.mul_(run.out_scale))
+        return
+    part = y[run.tokens]
+    if not single:
+        part, low_rank = (tensor.view(rows, -1, y.shape[1]) for tensor in (part, low_rank))
+    if out.dtype == y.dtype:
+        part.addcmul_(low_rank, out)
+    else:
+        part.add_(low_rank.mul_(out))
+
+
+def _apply(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, form: SlotForm) -> None:
+    """Makes of the base layer's y the adapter's, in place."""
+    g, h = form.base_scale, form.out_scale
+    beta = form.added_bias
+    if g is not None and bias is not None:
+        # What g scales is the product alone: taking a large bias off again would leave its rounding.
+        torch.mm(x, weight.T, out=y)
+        beta = bias if beta is None else beta + bias
+    tied = g is not None and h is g
+    if g is not None and not tied:
+        scaled(y, g, None, keep=False)
+    # A product of one row is summed up in y itself, and rounded at y's size with every term.
+    if y.shape[0] > 1 and (h is None or tied):
+        for u, B in _down(x, form):
+            y.addmm_(u, cast(B, x.dtype), alpha=form.scaling)
+    else:
+        low_rank: Tensor | None = None
+        for u, B in _down(x, form):
+            B = cast(B, x.dtype)
+            low_rank = product(u, B, form.scaling) if low_rank is None else low_rank.addmm_(u, B, alpha=form.scaling)
+        if low_rank is not None and h is not None and not tied:
+            add_scaled(y, low_rank, h)
+        elif low_rank is not None:
+            y.add_(low_rank)
+    if tied and g is not None:
+        scaled(y, g, None, keep=False)
+    if beta is not None:
+        y.add_(beta)
+
+
+def _down(x: Tensor, form: SlotForm) -> Sequence[tuple[Tensor, Tensor]]:
+    """(d ⊙ (A x), B) of each part."""
+    found, first = [], 0
+    for A, B in zip(form.A, form.B, strict=True):
+        u = F.linear(x, cast(A, x.dtype))
+        if form.mid_scale is not None:
+            u.mul_(form.mid_scale[first : first + A.shape[0]])
+            first += A.shape[0]
+        found.append((u, B))
+    return found

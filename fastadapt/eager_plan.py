@@ -1,0 +1,242 @@
+"""What the eager implementation does for a batch in a layer, made once: a generation asks for it at every step.
+
+Prefill takes each run of tokens by itself. In decoding a run is one token, and calling two products for each takes
+longer than they do, so what is alike goes together: adapters with factors of their own as copies stacked in one tensor,
+adapters that share a pair (VeRA) as one product with a row of scales for each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch import PAGE_RANKS, AdapterBatch, FormTables, SlotForm, SortedTokens
+from .eager import cast
+from .eager_multi import FormRun, SharedRuns, StackedRuns, Step
+
+# A batch may keep copies of factors up to this many bytes.
+_STACKED_BYTES = 1 << 30
+
+# How much larger than the factors their copies may be, for different ranks in one stack.
+_MOST_PADDING = 2
+
+
+class _Plan(NamedTuple):
+    """What to do, and the mapping and its entries that this depends on."""
+
+    forms: Mapping[int, SlotForm]
+    used: list[tuple[int, SlotForm | None]]
+    steps: list[Step]
+
+    @property
+    def bytes(self) -> int:
+        return sum(step.A.nbytes + step.B.nbytes for step in self.steps if isinstance(step, StackedRuns))
+
+
+def plan(batch: AdapterBatch, forms: Mapping[int, SlotForm], dtype: torch.dtype) -> list[Step]:
+    """What a layer with these forms does for a batch; kept in the batch for as long as its adapters stay the same."""
+    kept: _Plan | None = batch.plans.get((id(forms), dtype))
+    if kept is None or kept.forms is not forms or any([forms.get(slot) is not form for slot, form in kept.used]):
+        used = {run.slot: forms.get(run.slot) for run in batch.runs}
+        found = [(start, stop, used[slot]) for start, stop, slot in batch.runs]
+        runs = [FormRun(start, stop, form) for start, stop, form in found if form is not None]
+        spare = _STACKED_BYTES - sum(plan.bytes for plan in batch.plans.values())
+        steps = together(runs, batch.tokens, dtype, spare)
+        kept = batch.plans[id(forms), dtype] = _Plan(forms, list(used.items()), steps)
+    return kept.steps
+
+
+def together(runs: Sequence[FormRun], tokens: int, dtype: torch.dtype, limit: int = _STACKED_BYTES) -> list[Step]:
+    """The same work in fewer steps, for rows of `tokens` tokens.
+
+    Stacks take `limit` bytes at most. Adapters with a bias, or with DoRA's g beside another h, stay by themselves.
+    """
+    simple = [run for run in runs if run.form.added_bias is None]
+    steps: list[Step] = []
+    for members in _stacks([run for run in simple if run.stop - run.start == 1 and _own_factors(run.form)]):
+        size = len(members) * sum(part.shape[1] for part in _widest(members)) * _rank(members[0].form) * dtype.itemsize
+        if len(members) > 1 and size <= limit:
+            limit -= size
+            steps.append(_stacked(members, dtype))
+    steps += [_shared(members, tokens, dtype) for members in _pairs(simple, tokens)]
+    done = {start for step in steps if not isinstance(step, FormRun) for start in _starts(step.tokens)}
+    return [*(run for run in runs if run.start not in done), *steps]
+
+
+def _pairs(runs: Sequence[FormRun], tokens: int) -> list[list[FormRun]]:
+    """The runs that can be one SharedRuns: of one pair, and neighbours unless they are single tokens."""
+    found: dict[tuple[object, ...], list[list[FormRun]]] = {}
+    for run in runs:
+        form = run.form
+        if form.mid_scale is None or form.base_scale is not None or len(form.A) != 1 or len(form.B) != 1:
+            continue
+        chains = found.setdefault((form.A[0].data_ptr(), form.B[0].data_ptr()), [])
+        if chains and (chains[-1][-1].stop == run.start or tokens == 1):
+            chains[-1].append(run)
+        else:
+            chains.append([run])
+    return [chain for chains in found.values() for chain in chains]
+
+
+def _own_factors(form: SlotForm) -> bool:
+    """Whether it is h · B A x beside g ⊙ (W0 x) with h a number, or tied to g."""
+    tied = form.base_scale is not None and form.out_scale is form.base_scale
+    return form.mid_scale is None and (tied or (form.base_scale is None and form.out_scale is None)) and bool(form.A)
+
+
+def _rank(form: SlotForm) -> int:
+    return sum(part.shape[0] for part in form.A)
+
+
+def _widest(members: Sequence[FormRun]) -> tuple[Tensor, Tensor]:
+    return members[0].form.A[0], members[0].form.B[0]
+
+
+def _stacks(runs: Sequence[FormRun]) -> Iterator[list[FormRun]]:
+    """The runs by falling rank, in stacks that are padded to _MOST_PADDING times their size at most."""
+    members: list[FormRun] = []
+    for run in sorted(runs, key=lambda run: -_rank(run.form)):
+        padded = (len(members) + 1) * _rank((members or [run])[0].form)
+        if padded > _MOST_PADDING * sum(_rank(member.form) for member in (*members, run)):
+            yield members
+            members = []
+        members.append(run)
+    if members:
+        yield members
+
+
+def _stacked(members: Sequence[FormRun], dtype: torch.dtype) -> StackedRuns:
+    members = sorted(members, key=lambda run: run.start)
+    forms = [run.form for run in members]
+    rank = max(map(_rank, forms))
+    scalings = [form.scaling for form in forms]
+    scaling: Tensor | float = scalings[0]
+    device = forms[0].A[0].device
+    if len(set(scalings)) > 1:
+        scaling = torch.tensor(scalings, device=device, dtype=dtype)[:, None, None]
+    base_scale = None
+    if any(form.base_scale is not None for form in forms):
+        ones = torch.ones(forms[0].B[0].shape[1], device=device)
+        base_scale = torch.stack([ones if form.base_scale is None else form.base_scale for form in forms])
+    tokens = _tokens(members, device)
+    A, B = (_padded([getattr(form, side) for form in forms], rank, dtype) for side in ("A", "B"))
+    return StackedRuns(tokens, A.transpose(1, 2), B, scaling, base_scale)
+
+
+def _padded(factors: Sequence[Sequence[Tensor]], rank: int, dtype: torch.dtype) -> Tensor:
+    """The factors, each in its parts, as one tensor [S, rank, width] with zeros behind them."""
+    first = factors[0][0]
+    stack = torch.zeros(len(factors), rank, first.shape[1], dtype=dtype, device=first.device)
+    for rows, parts in zip(stack, factors, strict=True):
+        start = 0
+        for part in parts:
+            rows[start : start + part.shape[0]].copy_(part)
+            start += part.shape[0]
+    return stack
+
+
+def _shared(members: Sequence[FormRun], tokens: int, dtype: torch.dtype) -> SharedRuns:
+    forms = [run.form for run in members for _ in range(run.start, run.stop, tokens)]
+    A, B = (cast(side[0], dtype) for side in (forms[0].A, forms[0].B))
+    mid = torch.stack([form.mid_scale for form in forms if form.mid_scale is not None])
+    ones = torch.ones(B.shape[1], device=B.device)
+    out = torch.stack([form.scaling * (ones if form.out_scale is None else form.out_scale) for form in forms])
+    key = (A.data_ptr(), A.shape, tuple((run.start, run.stop) for run in members))
+    return SharedRuns(_tokens(members, A.device), A, B, mid, out, key)
+
+
+def _tokens(members: Sequence[FormRun], device: torch.device) -> slice | Tensor:
+    """The members' tokens: a slice, and so a view, where they are neighbours."""
+    if all(first.stop == second.start for first, second in pairwise(members)):
+        return slice(members[0].start, members[-1].stop)
+    return torch.tensor([token for run in members for token in range(run.start, run.stop)], device=device)
+
+
+def _starts(tokens: slice | Tensor) -> list[int]:
+    return list(range(tokens.start, tokens.stop)) if isinstance(tokens, slice) else tokens.tolist()
+
+
+def runs_of(tables: FormTables, tokens: SortedTokens, shape: tuple[int, int]) -> list[FormRun]:
+    """The runs that the kernels' tables describe, for compiled code: it carries tensors alone. `shape` is [N, K]."""
+    slots = torch.empty_like(tokens.adapters)
+    slots[tokens.order] = tokens.adapters
+    groups = dict(zip(tokens.adapters.tolist(), tokens.groups.tolist(), strict=True))
+    found, start = [], 0
+    for slot, members in groupby(slots.tolist()):
+        stop = start + sum(1 for _ in members)
+        if slot >= 0:
+            found.append(FormRun(start, stop, _form(tables, slot, groups[slot], shape)))
+        start = stop
+    return found
+
+
+def _form(tables: FormTables, slot: int, group: int, shape: tuple[int, int]) -> SlotForm:
+    vectors = (tables.mid_scales, tables.out_scales, tables.base_scales, tables.added_biases)
+    mid, h, g, beta = [-1 if vector is None else int(vector[slot]) for vector in vectors]
+    return slot_form(
+        tables.pages,
+        tables.vectors,
+        shape,
+        int(tables.ranks[group]),
+        tables.A_pages[group].tolist(),
+        tables.B_pages[group].tolist(),
+        int(tables.A_strides[group]),
+        int(tables.B_strides[group]),
+        float(tables.scalings[slot]),
+        mid,
+        h,
+        g,
+        beta,
+    )
+
+
+def slot_form(
+    pages: Tensor,
+    vectors: Tensor,
+    shape: tuple[int, int],
+    rank: int,
+    A_pages: Sequence[int],
+    B_pages: Sequence[int],
+    A_stride: int,
+    B_stride: int,
+    scaling: float,
+    mid_scale: int,
+    out_scale: int,
+    base_scale: int,
+    added_bias: int,
+) -> SlotForm:
+    """The form that one adapter's entries in FormTables describe, as views. `shape` is the weight's, [N, K]."""
+    n, k = shape
+    g = _vector(vectors, base_scale, n)
+    return SlotForm(
+        _rank_rows(pages, rank, A_pages, A_stride, k),
+        _rank_rows(pages, rank, B_pages, B_stride, n),
+        scaling,
+        _vector(vectors, mid_scale, rank),
+        g if out_scale == base_scale else _vector(vectors, out_scale, n),
+        g,
+        _vector(vectors, added_bias, n),
+    )
+
+
+def _vector(vectors: Tensor, first: int, size: int) -> Tensor | None:
+    return None if first < 0 else vectors[first : first + size]
+
+
+def _rank_rows(memory: Tensor, rank: int, pages: Sequence[int], stride: int, width: int) -> tuple[Tensor, ...]:
+    """Rank rows [R, width], in as many parts as their pages have gaps."""
+    parts, first = [], 0
+    while first < rank:
+        start = pages[first // PAGE_RANKS]
+        last = first + PAGE_RANKS
+        while last < rank and pages[last // PAGE_RANKS] == start + (last - first) * stride:
+            last += PAGE_RANKS
+        last = min(last, rank)
+        offset = memory.storage_offset() + start
+        parts.append(memory.as_strided((last - first, width), (stride, 1), offset))
+        first = last
+    return tuple(parts)
