@@ -17,6 +17,9 @@ BENCHES = {
     "gpu": "bench.gpu",
     "microbench": "bench.microbench",
     "methods": "bench.methods",
+    "serve": "bench.serve",
+    "pool": "bench.pool",
+    "fuzz": "bench.fuzz",
 }
 
 

@@ -299,3 +299,27 @@ def draw_methods(document: Document, path: Path) -> None:
     axes.set_axisbelow(True)
     figure.text(0.995, 0.005, _provenance(document), ha="right", va="bottom", fontsize=7, color="#666666")
     save_figure(figure, path, dpi=110)
+
+
+def draw_serve(document: Document, path: Path) -> None:
+    """Time of a mixed batch as a multiple of the base model's, ours and PEFT's, for each case of a phase."""
+    figure = new_figure(11, 4.6)
+    rows = document["rows"]
+    machine = document["machine"]
+    figure.suptitle(
+        f"Many adapters in one batch on {machine['cpu']}, {machine['threads']} threads; {_provenance(document)}",
+        fontsize=10,
+    )
+    for index, phase in enumerate(("prefill", "decode")):
+        group = [row for row in rows if row["case"].startswith(phase)]
+        if not group:
+            continue
+        axes = figure.add_subplot(1, 2, index + 1)
+        names = [row["case"].removeprefix(f"{phase}_").replace("_", "\n") for row in group]
+        values = {"ours": [row["x_base"] for row in group], "peft": [row.get("peft_x_base") for row in group]}
+        _grouped_bars(axes, names, values)
+        axes.axhline(1.0, color=COLORS["linear"], linewidth=1, linestyle="--")
+        axes.set_title(phase, fontsize=10)
+        axes.set_ylabel("time, x of the base model on the same batch")
+    _legend(figure, ["ours", "peft"])
+    save_figure(figure, path, dpi=110)

@@ -1,0 +1,17 @@
+"""Many adapters in one batch: a pool of them, and models that serve from it."""
+
+from .loader import AdapterError, Limits, LoadedAdapter, adapter_directory, read_adapter
+from .model import MultiAdapterModel
+from .pool import AdapterInfo, AdapterPool, PoolFullError
+
+__all__ = [
+    "AdapterError",
+    "AdapterInfo",
+    "AdapterPool",
+    "Limits",
+    "LoadedAdapter",
+    "MultiAdapterModel",
+    "PoolFullError",
+    "adapter_directory",
+    "read_adapter",
+]

@@ -1,0 +1,113 @@
+"""The layer that serves: a base layer and, for the batch that is running, each row's adapter."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import eager_multi, eager_plan
+from ..batch import AdapterBatch
+from ..functional import multi_adapter_linear
+from ..strategies import resolve_backend
+from .pool import AdapterPool, Holding
+
+
+class Running:
+    """The adapters of the rows of the batch that is running, and what each layer does for every shape that it sees.
+
+    While it runs its adapters are held, so that nothing of this can change. `direct`: whether layers may call the eager
+    implementation themselves, which saves a third of its time in decoding.
+    """
+
+    def __init__(self, holding: Holding, *, direct: bool = False) -> None:
+        self.holding = holding
+        self.rows = len(holding.slots)
+        self.base_only = all(slot < 0 for slot in holding.slots)
+        self.direct = direct
+        self._batches: dict[tuple[int, int], AdapterBatch] = {}
+        self._memory: dict[Any, Tensor] = {}
+        self._seen: tuple[Tensor, int] | None = None
+
+    def batch(self, x: Tensor) -> AdapterBatch:
+        """The batch for x [rows, ..., K]; beams and returned sequences stand side by side, as transformers has them.
+
+        Raises ValueError where the rows of x are no multiple of the rows of the request.
+        """
+        rows = x.shape[0]
+        tokens = x.numel() // max(1, rows * x.shape[-1])
+        found = self._batches.get((rows, tokens))
+        if found is None:
+            if rows % self.rows:
+                raise ValueError(
+                    f"a layer was called with {rows} rows but adapter_ids has {self.rows}: models that regroup tokens "
+                    "(mixtures of experts) can be served only one adapter at a time"
+                )
+            found = self._batches[rows, tokens] = self.holding.batch(tokens, rows // self.rows)
+        return found
+
+    def memory(self, x: Tensor) -> dict[Any, Tensor] | None:
+        """What layers that are called with the same x one after another (q, k and v; gate and up) know of it."""
+        if x.is_inference():  # nothing would tell that it was written
+            return None
+        if self._seen is None or self._seen[0] is not x or self._seen[1] != x._version:
+            self._seen, self._memory = (x, x._version), {}
+        return self._memory
+
+
+def runs_directly(model: nn.Module, backend: str) -> bool:
+    """Whether the layers of a model run the eager implementation on plain tensors of their weights' dtype."""
+    device = next(model.parameters()).device
+    return (
+        resolve_backend(backend, next(model.parameters())) == "eager"
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(device.type)
+    )
+
+
+running: ContextVar[Running | None] = ContextVar("running", default=None)
+
+
+class MultiAdapterLinear(nn.Module):
+    """A linear layer in which each row of a batch goes through the adapter that the running request gave it.
+
+    Without a request, or for one of base rows alone, it is its base layer.
+    Shapes: x [rows, ..., in]; y [rows, ..., out].
+    """
+
+    base_layer: Any
+
+    def __init__(self, base_layer: nn.Module, pool: AdapterPool, path: str, backend: str = "auto") -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.backend = backend
+        self.path = path
+        self._pool = pool
+        self._forms = pool.forms(path)
+
+    def __getattr__(self, name: str) -> Any:
+        # Model code asks its layers for `weight`, `in_features`, ...: the base layer answers.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = running.get()
+        if now is None or now.base_only:
+            y: Tensor = self.base_layer(x)
+            return y
+        base: Any = self._modules["base_layer"]
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if not isinstance(base, nn.Linear):
+            weight = weight.T
+        batch = now.batch(x)
+        if now.direct and type(x) is Tensor and x.dtype == weight.dtype and not x.requires_grad:
+            steps = eager_plan.plan(batch, self._forms, x.dtype)
+            y = eager_multi.multi_adapter_linear(x.reshape(-1, x.shape[-1]), weight, bias, steps, now.memory(x))
+            return y.view(*x.shape[:-1], y.shape[-1])
+        return multi_adapter_linear(x, weight, bias, batch, self._pool.layer(self.path), backend=self.backend)

@@ -1,0 +1,356 @@
+"""Adapter directories as what they are to a server: files of strangers. One is taken whole, or refused by its reason.
+
+Nothing of a file is believed before it is checked: where it lies, that it is a file, its size, its syntax, that every
+field which changes the maths is honoured, that tensors, config and model agree in every name and size. Memory is taken
+only for what the files really hold.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PureWindowsPath
+from stat import S_ISREG
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    check_present,
+    check_tensors,
+    fill,
+    parse_config,
+    parse_fields,
+    parse_tensors,
+)
+from ..inject import Injection, adapter_dtype, adapter_layers, check_unmerged
+from ..layers import Adapter, AdapterLayer, AdapterLinear, adapter_layer
+from ..methods import AdapterConfig, DeltaLoRAConfig
+from ..patterns import time_limit
+from ..reference import AdapterForm
+from ..targets import base_modules, is_linear, target_paths
+
+T = TypeVar("T")
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be served, and why: what is wrong, what is required, what came, and the cure.
+
+    adapter: its name or directory. It is an error of this adapter alone. What the files say is quoted in one line and
+    not at length, so that it can be logged.
+    """
+
+    def __init__(self, adapter: str | os.PathLike[str], reason: str) -> None:
+        self.adapter = _one_line(str(adapter))
+        self.reason = _one_line(reason)
+        super().__init__(f"adapter {self.adapter}: {self.reason}")
+
+    def __reduce__(self) -> tuple[type[AdapterError], tuple[str, str]]:
+        return AdapterError, (self.adapter, self.reason)
+
+
+def _one_line(text: str, longest: int = 600) -> str:
+    printable = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: 10 * longest])
+    if max(len(text), len(printable)) <= longest:
+        return printable
+    return f"{printable[: longest - 4]} ..."
+
+
+class Limits(NamedTuple):
+    """What one adapter may ask for.
+
+    max_rank: of any layer. max_file_bytes: of the tensor file. max_config_bytes: of the config. max_tensors: in the
+    file. max_pattern_seconds: for matching all regular expressions of the config with all modules.
+    """
+
+    max_rank: int = 512
+    max_file_bytes: int = 4 * 2**30
+    max_config_bytes: int = 2**20
+    max_tensors: int = 65536
+    max_pattern_seconds: float = 5.0
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class LoadedAdapter(NamedTuple):
+    """An adapter as it is served.
+
+    forms: by module path, detached; where the adapter has no bias of its own, `bias` is the very tensor of the base
+    layer, and DoRA's out_scale is its base_scale. shared: VeRA's pair (A [r, largest in], B [largest out, r]), of which
+    the forms' A and B are slices; None for other methods. identity: sha256 of the content of both files, in hex: equal
+    for equal adapters, another after any change. bytes: the size of both files.
+    """
+
+    config: AdapterConfig
+    forms: dict[str, AdapterForm]
+    shared: tuple[Tensor, Tensor] | None
+    identity: str
+    bytes: int
+
+
+def adapter_directory(root: str | os.PathLike[str], name: str) -> Path:
+    """The directory, inside `root` and free of symlinks, of the adapter called `name`: names with / between them.
+
+    Symlinks are followed as long as they, and those of the two files inside, end inside root. Raises AdapterError for
+    any other name, and where there is no such directory.
+    """
+    if not isinstance(name, str) or not name:
+        raise AdapterError(repr(name), "its name must be text and not empty")
+    windows = PureWindowsPath(name)
+    if (
+        not name.isprintable()
+        or "\\" in name
+        or windows.drive
+        or windows.root
+        or any(part in ("", ".", "..") for part in name.split("/"))
+    ):
+        raise AdapterError(
+            repr(name), "its name must be a path inside the adapters' directory, without .., backslashes and the like"
+        )
+    with _refused(name):
+        directory = _inside(root, Path(root, name))
+        if not directory.is_dir():
+            raise NotADirectoryError(f"it must be a directory that holds {CONFIG_FILE} and {TENSOR_FILE}")
+        for file in (CONFIG_FILE, TENSOR_FILE):
+            if os.path.lexists(directory / file):
+                _inside(root, directory / file)
+    return directory
+
+
+@contextmanager
+def _refused(adapter: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what the files' refusals are elsewhere, ValueError and OSError, into AdapterError."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except ValueError as error:
+        raise AdapterError(adapter, str(error)) from error
+    except OSError as error:
+        reason = str(error) if error.errno is None else f"{error.strerror}: {error.filename}"
+        raise AdapterError(adapter, reason) from error
+
+
+def _inside(root: str | os.PathLike[str], path: Path) -> Path:
+    """The path without symlinks. Raises ValueError for one outside root, OSError for one that is not there."""
+    top, real = Path(os.path.realpath(root, strict=True)), Path(os.path.realpath(path, strict=True))
+    if not real.is_relative_to(top):
+        raise ValueError(f"{path} leads out of the adapters' directory: put the adapter itself there, not a link")
+    return real
+
+
+def _open(path: Path, root: str | os.PathLike[str] | None) -> int:
+    """A descriptor of the file, opened so that no FIFO or device makes it wait.
+
+    Inside root it is reached from there step by step, no step a symlink any more: a link that somebody puts into the
+    place of a directory after the check is not followed.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    if root is None or os.open not in os.supports_dir_fd:
+        return os.open(path if root is None else _inside(root, path), flags)
+    top = os.path.realpath(root, strict=True)
+    *directories, name = _inside(root, path).relative_to(top).parts
+    here = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for step in directories:
+            below = os.open(step, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=here)
+            os.close(here)
+            here = below
+        return os.open(name, flags | os.O_NOFOLLOW, dir_fd=here)
+    finally:
+        os.close(here)
+
+
+def _content(path: Path, root: str | os.PathLike[str] | None, limit: int) -> bytes:
+    """What a regular file of at most `limit` bytes holds, read once. Raises ValueError or OSError."""
+    try:
+        descriptor = _open(path, root)
+    except FileNotFoundError:
+        check_present(path.parent, path.name)
+        raise
+    try:
+        status = os.fstat(descriptor)
+        if not S_ISREG(status.st_mode):
+            raise ValueError(f"{path} must be a regular file")
+        if status.st_size > limit:
+            raise ValueError(
+                f"{path} may have {limit} bytes, got {status.st_size}: raise the limit, or save it smaller"
+            )
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(status.st_size + 1)
+    finally:
+        os.close(descriptor)
+    if len(content) != status.st_size:
+        raise ValueError(f"{path} changed while it was read: write adapters beside their place and rename them")
+    return content
+
+
+def _refuse_unserved(config: AdapterConfig) -> None:
+    """Raises ValueError for what no batch of many adapters computes."""
+    if config.modules_to_save:
+        raise ValueError(
+            f"modules_to_save must be empty, got {', '.join(config.modules_to_save)}: modules that are trained whole "
+            "cannot share a batch with other adapters; merge it or serve it alone"
+        )
+    if isinstance(config, DeltaLoRAConfig) and config.literal:
+        raise ValueError(
+            "literal must be false: literal Delta-LoRA has moved the base weights themselves, which no adapter file "
+            "holds; train it with literal=False, or serve its model alone"
+        )
+
+
+def _selected(
+    model: nn.Module, config: AdapterConfig, modules: Mapping[str, nn.Module], limits: Limits
+) -> dict[str, AdapterLayer]:
+    """The layers that the config adapts, wrapped apart from the model, which is not changed.
+
+    Raises ValueError for one that is not linear or is to have more ranks than the limit.
+    """
+    # PEFT's files may name modules that only other models have: the tensors decide.
+    paths = target_paths(model, config, every_name=False, modules=modules)
+    layers = {}
+    for path in paths:
+        base = modules[path]
+        if not is_linear(base):
+            raise ValueError(
+                f"target_modules: {path} is a {type(base).__name__}, and only Linear and Conv1D layers can serve many "
+                "adapters: merge this adapter or serve it alone"
+            )
+        if config.rank(path) > limits.max_rank:
+            raise ValueError(
+                f"the rank of {path} may be {limits.max_rank}, got {config.rank(path)}: export it with a smaller rank, "
+                "or raise the limit"
+            )
+        layers[path] = adapter_layer(base.base_layer if isinstance(base, AdapterLayer) else base)
+    return layers
+
+
+def _without_memory(layer: AdapterLayer) -> AdapterLayer:
+    """A layer of the same sizes that stands for this one while its adapter is built."""
+    base = copy.copy(layer.base_layer)
+    base._parameters = {
+        name: None if value is None else nn.Parameter(value.detach().to("meta"), requires_grad=False)
+        for name, value in base._parameters.items()
+    }
+    return type(layer)(base)
+
+
+def _give_memory(module: nn.Module, device: torch.device) -> None:
+    # As to_empty does, without the detour of empty_like that takes a hundred times as long for tensors like these.
+    module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device), recurse=False)
+
+
+def _filled(
+    config: AdapterConfig, layers: dict[str, AdapterLayer], tensors: dict[str, Tensor], source: Path
+) -> dict[str, Adapter]:
+    """The adapters with the file's tensors. Raises ValueError where these are not what config and layers ask for.
+
+    They are built without memory, which costs nothing for any size and draws no random numbers, and get theirs when
+    all names and shapes have turned out right.
+    """
+    with torch.device("meta"):
+        adapters = config.build(
+            {path: _without_memory(layer) for path, layer in layers.items()}, lambda weight: adapter_dtype(weight, True)
+        )
+    injection = Injection("", config, layers, adapters, {})
+    check_tensors(injection, tensors, source)
+    for path, adapter in adapters.items():
+        _give_memory(adapter, layers[path].weight_matrix.device)
+        adapter.requires_grad_(False).eval()
+    for shared in config.shared_tensors(adapters).values():
+        _give_memory(shared, next(iter(layers.values())).weight_matrix.device)
+        if not shared.state_dict():
+            shared.draw()
+    fill(injection, tensors, source)
+    return adapters
+
+
+def _detached(form: AdapterForm, base_bias: Tensor | None) -> AdapterForm:
+    """The form without a graph; tensors that are one stay one, and the base layer's bias stays itself."""
+    plain: dict[int, Tensor] = {} if base_bias is None else {id(base_bias): base_bias}
+
+    def detached(part: T) -> T:
+        return plain.setdefault(id(part), part.detach()) if isinstance(part, Tensor) else part  # type: ignore[return-value]
+
+    return form._replace(
+        A=detached(form.A),
+        B=detached(form.B),
+        mid_scale=detached(form.mid_scale),
+        out_scale=detached(form.out_scale),
+        base_scale=detached(form.base_scale),
+        bias=detached(form.bias),
+    )
+
+
+def _check_finite(forms: Mapping[str, AdapterForm]) -> None:
+    """Raises ValueError for a form that is not finite, though all that it is made of is."""
+    checked: set[tuple[int, torch.Size]] = set()  # VeRA's layers share most of theirs
+    for path, form in forms.items():
+        for name, part in form._asdict().items():
+            if isinstance(part, Tensor):
+                key = (part.data_ptr(), part.shape)
+                finite = key in checked or bool(torch.isfinite(part).all())
+                checked.add(key)
+            else:
+                finite = part is None or math.isfinite(part)
+            if not finite:
+                raise ValueError(
+                    f"{path} gets NaN or infinite values in {name}: a scale is too large, or a magnitude is divided by "
+                    "the norm of a row of zeros; save the adapter again"
+                )
+
+
+def read_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> LoadedAdapter:
+    """The adapter in a PEFT directory, as forms for the linear layers of `model`, which is not changed.
+
+    The files are opened and read once, and what is hashed is what is parsed. root: the directory that they must lie in,
+    symlinks resolved; None where the caller answers for `directory`, whose links are then followed. modules: the
+    model's modules by path as they were before any was wrapped to serve adapters; by default `targets.base_modules`.
+    Forms have the dtype that `load_adapter` gives them: fp32 beside a 16-bit weight.
+    Raises AdapterError for whatever is wrong with the adapter, ValueError for a merged model.
+    """
+    check_unmerged(adapter_layers(model).values(), "reading an adapter for it")
+    modules = base_modules(model) if modules is None else modules
+    path = Path(directory)
+    with _refused(path), time_limit(limits.max_pattern_seconds):
+        config_content = _content(path / CONFIG_FILE, root, limits.max_config_bytes)
+        tensor_content = _content(path / TENSOR_FILE, root, limits.max_file_bytes)
+        size = len(config_content) + len(tensor_content)
+        # The length keeps a byte that moves from one file to the other from going unseen.
+        identity = hashlib.sha256(len(config_content).to_bytes(8, "little"))
+        identity.update(config_content)
+        identity.update(tensor_content)
+        config, unknown = parse_config(parse_fields(config_content, path / CONFIG_FILE), path / CONFIG_FILE)
+        if unknown:
+            raise ValueError(
+                f"{path / CONFIG_FILE} must hold only fields that fastadapt knows, got {', '.join(unknown)}: they may "
+                "change what the adapter computes; merge it with the library that wrote it, or take them out"
+            )
+        _refuse_unserved(config)
+        layers = _selected(model, config, modules, limits)
+        tensors = parse_tensors(tensor_content, path / TENSOR_FILE, limits.max_tensors)
+        del tensor_content
+        adapters = _filled(config, layers, tensors, path / TENSOR_FILE)
+        forms = {}
+        with torch.no_grad():
+            for name, adapter in adapters.items():
+                layer = layers[name]
+                assert isinstance(layer, AdapterLinear)
+                forms[name] = _detached(adapter.form(layer.weight_matrix, layer.base_bias), layer.base_bias)
+            _check_finite(forms)
+    return LoadedAdapter(config, forms, config.shared_factors(adapters), identity.hexdigest(), size)

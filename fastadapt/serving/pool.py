@@ -1,0 +1,513 @@
+"""Adapters that serve: registered by name, in memory while they are in use, their forms by layer and slot."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import PAGE_RANKS, AdapterBatch, LayerForms, SlotForm
+from ..reference import AdapterForm
+from ..targets import is_linear
+from .arena import Arena, ArenaFullError
+from .loader import AdapterError, LoadedAdapter, read_adapter
+from .tables import PoolTables
+
+# Views of this many adapters are kept ready: of a small adapter they take as much memory as the adapter itself.
+_WARM = 256
+
+_VECTOR_BYTES = 4  # scales and biases are fp32, whatever the factors are: in bf16 a g near 1 would be 1
+
+
+class PoolFullError(MemoryError):
+    """The pool's budget has no room for an adapter beside those that are pinned or in use."""
+
+
+# The offsets in the arena of pages that were taken, by their size: thousands of adapters have hundreds each.
+_Taken = dict[int, "array[int]"]
+
+
+@dataclass
+class _Factors:
+    """A pair (A, B) that several adapters share, each layer taking its own slice: Shapes: A [R, K]; B [R, N] pages."""
+
+    group: int
+    A: tuple[Tensor, ...]
+    B: tuple[Tensor, ...]
+    taken: _Taken
+    users: int = 0
+
+
+@dataclass
+class _Entry:
+    """A registered adapter, and where it lies while it is resident."""
+
+    name: str
+    identity: str
+    source: Path | None
+    loaded: LoadedAdapter | None  # kept where there is no directory to read it from again
+    true_bytes: int = 0
+    slot: int = -1
+    group: int = -1
+    shared_key: tuple[object, ...] | None = None
+    taken: _Taken = field(default_factory=dict)
+    paths: tuple[str, ...] = ()  # of the layers that it adapts; the same object for all that adapt the same
+    holders: int = 0
+    pinned: bool = False
+    retired: bool = False
+    used_at: int = 0
+
+    @property
+    def resident(self) -> bool:
+        return self.slot >= 0
+
+
+class AdapterInfo(NamedTuple):
+    """What the pool knows of an adapter. bytes: of its tensors in the pool's dtypes, without what others share."""
+
+    name: str
+    identity: str
+    bytes: int
+    resident: bool
+    pinned: bool
+    in_use: bool
+
+
+class AdapterPool:
+    """The adapters of one model that can be in a batch together.
+
+    Every adapter is a form for each layer that it adapts: its own A and B on pages of PAGE_RANKS rank rows, as many as
+    its rank takes, or a pair that VeRA adapters of one key share; scales and biases as fp32 vectors, DoRA's g = m / n
+    among them, computed once. `budget` bytes hold all of it; when they are full, those that were not used for the
+    longest time make room, except pinned ones and those in use, and are read again when they are asked for.
+    An adapter is what its files hold: loaded again with other content the name has a new identity, and whoever is
+    using the old one finishes with it. All methods may be called from any thread.
+
+    modules: the model's modules by path as they were before any was wrapped to serve; `layers` are the linear ones
+    (nn.Linear and Conv1D). dtype: of the factors; by default the base weights'. Raises ValueError for a model without
+    linear layers, or a budget that is too small to hold anything.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        *,
+        budget: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.modules = dict(modules)
+        self.layers = {path: module for path, module in self.modules.items() if is_linear(module)}
+        if not self.layers:
+            raise ValueError(f"{type(model).__name__} has no linear layers: there is nothing to adapt")
+        weights = {path: _matrix(layer) for path, layer in self.layers.items()}
+        first = next(iter(weights.values()))
+        self.dtype = dtype or first.dtype
+        self.device = first.device
+        widest = max(max(weight.shape) for weight in weights.values())
+        self.arena = Arena(budget, PAGE_RANKS * widest * self.dtype.itemsize, self.device)
+        self._pages = self.arena.memory.view(self.dtype)
+        self._vectors = self.arena.memory.view(torch.float32)
+        self._forms: dict[str, dict[int, SlotForm]] = {path: {} for path in self.layers}
+        self._warm: dict[int, _Entry] = {}  # by slot, the least recently held first
+        self._path_sets: dict[tuple[str, ...], tuple[str, ...]] = {}
+        shapes = {path: (weight.shape[0], weight.shape[1]) for path, weight in weights.items()}
+        self._tables = PoolTables(shapes, self._pages, self._vectors)
+        self._entries: dict[str, _Entry] = {}
+        self._leaving: list[_Entry] = []  # replaced or removed while in use
+        self._shared: dict[tuple[object, ...], _Factors] = {}
+        self._free_slots: list[int] = []
+        self._slots = 0
+        self._free_groups: list[int] = []
+        self._groups = 0
+        self._clock = 0
+        self._lock = threading.RLock()
+        self._released: torch.cuda.Event | None = None
+
+    # What users call
+
+    def load(self, directory: str | Path, name: str | None = None, *, root: str | Path | None = None) -> str:
+        """Registers the adapter in a PEFT directory and makes it resident. Returns its identity.
+
+        name: by default the directory's own. root: where the directory must lie. Under a name that is taken, the same
+        content changes nothing, and other content replaces it for whoever asks from now on. Raises AdapterError for a
+        bad adapter, PoolFullError where it does not fit; the pool is then as it was.
+        """
+        source = Path(directory)
+        loaded = read_adapter(self.model, source, root=root, modules=self.modules)
+        return self.add(name or source.resolve().name, loaded, source)
+
+    def add(self, name: str, loaded: LoadedAdapter, source: Path | None = None) -> str:
+        """Registers an adapter that has been read, as `load` does. source: where it can be read again once evicted."""
+        if not isinstance(name, str) or not name:
+            raise AdapterError(str(name), "its name must be a string that is not empty")
+        with self._lock:
+            old = self._entries.get(name)
+            if old is not None and old.identity == loaded.identity:
+                if not old.resident:
+                    self._settle(old, loaded)
+                return old.identity
+            entry = _Entry(name, loaded.identity, source, None if source is not None else loaded)
+            entry.used_at = self._tick()
+            self._settle(entry, loaded)
+            if old is not None:
+                self._retire(old)
+            self._entries[name] = entry
+        return entry.identity
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter; whoever is using it finishes first. Raises KeyError for an unknown name."""
+        with self._lock:
+            self._retire(self._entry(name))
+            del self._entries[name]
+
+    def evict(self, name: str) -> None:
+        """Gives back the memory of an adapter, which stays registered.
+
+        Raises KeyError for an unknown name, ValueError for one that is in use or pinned.
+        """
+        with self._lock:
+            entry = self._entry(name)
+            if entry.holders or entry.pinned:
+                raise ValueError(f"adapter {name!r} is {'in use' if entry.holders else 'pinned'}: it cannot be evicted")
+            self._vacate(entry)
+
+    def pin(self, name: str) -> None:
+        """Keeps an adapter resident until `unpin`. Raises KeyError, AdapterError or PoolFullError."""
+        with self.hold([name]), self._lock:
+            self._entry(name).pinned = True
+
+    def unpin(self, name: str) -> None:
+        """Lets an adapter be evicted again. Raises KeyError for an unknown name."""
+        with self._lock:
+            self._entry(name).pinned = False
+
+    def info(self, name: str) -> AdapterInfo:
+        """Raises KeyError for an unknown name."""
+        with self._lock:
+            entry = self._entry(name)
+            return AdapterInfo(name, entry.identity, entry.true_bytes, entry.resident, entry.pinned, entry.holders > 0)
+
+    @property
+    def names(self) -> list[str]:
+        """The registered adapters, in the order in which they came."""
+        with self._lock:
+            return list(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def used_bytes(self) -> int:
+        """Pages in use."""
+        return self.arena.used_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Pages in use and the free ones beside them, in whole slabs of the arena."""
+        return self.arena.held_bytes
+
+    @contextmanager
+    def hold(self, names: Sequence[str | None]) -> Iterator[Holding]:
+        """The adapters of these names, None for the base model, resident and unchanged inside the `with` block.
+
+        Raises KeyError for an unknown name, AdapterError for one that cannot be read again, PoolFullError where they
+        do not fit together.
+        """
+        held: list[_Entry] = []
+        try:
+            by_name = self._held(dict.fromkeys(name for name in names if name is not None), held)
+            entries = [None if name is None else by_name[name] for name in names]
+            yield Holding(
+                [-1 if entry is None else entry.slot for entry in entries],
+                [-1 if entry is None else entry.group for entry in entries],
+            )
+        finally:
+            with self._lock:
+                if self.device.type == "cuda":
+                    # Kernels that read these pages may still be queued: who overwrites them waits for that.
+                    self._released = torch.cuda.Event()
+                    self._released.record()
+                for entry in held:
+                    entry.holders -= 1
+                    if entry.retired and not entry.holders:
+                        self._vacate(entry)
+                        self._leaving.remove(entry)
+
+    def layer(self, path: str) -> LayerForms:
+        """What the layer at this module path computes for each slot."""
+        return LayerForms(self._forms[path], self._tables.layer(path), self._tables.max_rank)
+
+    def forms(self, path: str) -> Mapping[int, SlotForm]:
+        """The forms of the layer at this module path by slot, of adapters that were held not long ago."""
+        return self._forms[path]
+
+    # Making room
+
+    def _held(self, names: Mapping[str, None], held: list[_Entry]) -> dict[str, _Entry]:
+        """Resident entries of these names, each counted in as held and appended to `held`."""
+        found: dict[str, _Entry] = {}
+        with self._lock:
+            for name in names:  # those that are here already first, so that none makes room for another
+                if self._entry(name).resident:
+                    found[name] = self._take_hold(self._entry(name), held)
+        for name in names:
+            while name not in found:
+                with self._lock:
+                    entry = self._entry(name)
+                    if entry.resident or entry.loaded is not None:
+                        if not entry.resident and entry.loaded is not None:
+                            self._settle(entry, entry.loaded)
+                        found[name] = self._take_hold(entry, held)
+                        break
+                    source = entry.source
+                assert source is not None
+                loaded = read_adapter(self.model, source, modules=self.modules)  # without the lock: others go on
+                with self._lock:
+                    if self._entries.get(name) is not entry or entry.resident:
+                        continue
+                    if loaded.identity != entry.identity:
+                        raise AdapterError(name, f"{source} has changed since it was loaded: load it again")
+                    self._settle(entry, loaded)
+        return found
+
+    def _take_hold(self, entry: _Entry, held: list[_Entry]) -> _Entry:
+        entry.holders += 1
+        entry.used_at = self._tick()
+        held.append(entry)
+        self._warm.pop(entry.slot, None)
+        self._warm[entry.slot] = entry
+        if entry.paths and entry.slot not in self._forms[entry.paths[0]]:
+            for path, form in self._tables.forms(entry.slot, entry.group, entry.paths):
+                self._forms[path][entry.slot] = form
+        if len(self._warm) > _WARM:
+            idle = next((other for other in self._warm.values() if not other.holders), None)
+            if idle is not None:
+                self._cool(idle)
+        return entry
+
+    def _cool(self, entry: _Entry) -> None:
+        """Forgets the views of an adapter that nobody uses: the tables say where it lies."""
+        if self._warm.pop(entry.slot, None) is not None:
+            for path in entry.paths:
+                self._forms[path].pop(entry.slot, None)
+
+    def _settle(self, entry: _Entry, loaded: LoadedAdapter) -> None:
+        """Makes an adapter resident, evicting others where there is no room. On any error nothing is left behind."""
+        while True:
+            try:
+                self._enter(entry, loaded)
+                return
+            except ArenaFullError as error:
+                idle = [other for other in self._entries.values() if other.resident and other is not entry]
+                idle = [other for other in idle if not other.holders and not other.pinned]
+                if not idle:
+                    raise PoolFullError(
+                        f"adapter {entry.name!r} does not fit: {error}; {self.used_bytes:,} are in use: raise "
+                        "the budget, or have fewer adapters in a batch"
+                    ) from None
+                self._vacate(min(idle, key=lambda other: other.used_at))
+
+    def _retire(self, entry: _Entry) -> None:
+        """Gives back an entry's memory, at once or when its last user is done."""
+        entry.retired = True
+        if entry.holders:
+            self._leaving.append(entry)
+        else:
+            self._vacate(entry)
+
+    def _vacate(self, entry: _Entry) -> None:
+        if not entry.resident:
+            return
+        self._cool(entry)
+        self._tables.clear_slot(entry.slot)
+        self._free_slots.append(entry.slot)
+        self._give_back(entry)
+        entry.slot = entry.group = -1
+
+    def _give_back(self, entry: _Entry) -> None:
+        self._give_pages_back(entry.taken)
+        if entry.shared_key is None:
+            if entry.group >= 0:
+                self._free_group(entry.group)
+            return
+        factors = self._shared[entry.shared_key]
+        factors.users -= 1
+        if not factors.users:
+            del self._shared[entry.shared_key]
+            self._give_pages_back(factors.taken)
+            self._free_group(factors.group)
+        entry.shared_key = None
+
+    def _give_pages_back(self, taken: _Taken) -> None:
+        for size, offsets in taken.items():
+            self.arena.give_back(size, offsets)
+        taken.clear()
+
+    def _free_group(self, group: int) -> None:
+        self._tables.clear_group(group)
+        self._free_groups.append(group)
+
+    # Writing an adapter's form into the arena
+
+    def _enter(self, entry: _Entry, loaded: LoadedAdapter) -> None:
+        if self._released is not None:
+            self._released.wait()
+        slot = self._free_slots.pop() if self._free_slots else self._new_slot()
+        found: dict[str, SlotForm] = {}
+        size = 0
+        try:
+            with torch.no_grad():
+                if loaded.shared is None:
+                    entry.group = self._free_groups.pop() if self._free_groups else self._new_group()
+                else:
+                    entry.group = self._share(entry, loaded.shared)
+                for path, form in loaded.forms.items():
+                    found[path], own = self._place(entry, path, form)
+                    size += own
+        except BaseException:
+            self._free_slots.append(slot)
+            self._give_back(entry)
+            entry.group = -1
+            raise
+        entry.slot, entry.true_bytes = slot, size
+        entry.paths = self._path_sets.setdefault(tuple(found), tuple(found))
+        self._tables.enter(slot, entry.group, found, shared=entry.shared_key is not None)
+
+    def _new_slot(self) -> int:
+        self._slots += 1
+        return self._slots - 1
+
+    def _new_group(self) -> int:
+        self._groups += 1
+        return self._groups - 1
+
+    def _share(self, entry: _Entry, pair: tuple[Tensor, Tensor]) -> int:
+        """The group of a shared pair A [R, K], B [N, R], which comes into the arena with its first user."""
+        A, B = pair
+        key = (*A.shape, B.shape[0], _digest(A), _digest(B))
+        factors = self._shared.get(key)
+        if factors is None:
+            taken: _Taken = {}
+            try:
+                parts = [self._put_rows(matrix, taken, entry.name) for matrix in (A, B.T)]
+            except BaseException:
+                self._give_pages_back(taken)
+                raise
+            group = self._free_groups.pop() if self._free_groups else self._new_group()
+            factors = self._shared[key] = _Factors(group, parts[0], parts[1], taken)
+        factors.users += 1
+        entry.shared_key = key
+        return factors.group
+
+    def _place(self, entry: _Entry, path: str, form: AdapterForm) -> tuple[SlotForm, int]:
+        """One layer's form in the arena, and its bytes."""
+        n, k = _matrix(self.layers[path]).shape
+        if entry.shared_key is not None:
+            factors = self._shared[entry.shared_key]
+            A, B = tuple(a[:, :k] for a in factors.A), tuple(b[:, :n] for b in factors.B)
+            mid, size = form.mid_scale, 0
+        else:
+            down, up, mid = form.A, form.B.T, None
+            if form.mid_scale is not None:  # d goes into A, and what it switches off stays out
+                used = form.mid_scale != 0
+                down, up = down[used] * form.mid_scale[used, None], up[used]
+            A, B = self._put_rows(down, entry.taken, entry.name), self._put_rows(up, entry.taken, entry.name)
+            size = (down.numel() + up.numel()) * self.dtype.itemsize
+        scaling, out_scale = form.scaling, form.out_scale
+        if not isinstance(out_scale, Tensor) or out_scale.dim() == 0:
+            scaling *= float(out_scale)
+        h = out_scale if isinstance(out_scale, Tensor) and out_scale.dim() else None
+        base_bias = getattr(self.layers[path], "bias", None)
+        added = form.bias
+        if added is base_bias:
+            added = None
+        elif added is not None and base_bias is not None:
+            added = added.float() - base_bias.float()
+        tied = h is not None and h is form.base_scale
+        vectors = (mid, None if tied else h, form.base_scale, added)
+        mid, h, g, added = [None if vector is None else self._put_vector(vector, entry) for vector in vectors]
+        size += sum(vector.numel() * _VECTOR_BYTES for vector in (mid, h, g, added) if vector is not None)
+        return SlotForm(A, B, scaling, mid, g if tied else h, g, added), size
+
+    def _put_rows(self, rows: Tensor, taken: _Taken, name: str) -> tuple[Tensor, ...]:
+        """Rank rows [R, width] in the arena, as many views as their pages have gaps."""
+        rank, width = rows.shape
+        if not rank:
+            return ()
+        size = PAGE_RANKS * width * self.dtype.itemsize
+        offsets = self._take(size, -(-rank // PAGE_RANKS), taken)
+        rows = self._cast(rows, self.dtype, name)
+        parts, first = [], 0
+        for index, offset in enumerate(offsets):
+            if index + 1 < len(offsets) and offsets[index + 1] == offset + size:
+                continue
+            last = min(rank, (index + 1) * PAGE_RANKS)
+            start = offsets[first // PAGE_RANKS] // self.dtype.itemsize
+            part = self._pages[start : start + (last - first) * width].view(last - first, width)
+            parts.append(part.copy_(rows[first:last]))
+            first = last
+        return tuple(parts)
+
+    def _take(self, size: int, count: int, taken: _Taken) -> list[int]:
+        offsets = self.arena.take(size, count)
+        taken.setdefault(size, array("q")).extend(offsets)
+        return offsets
+
+    def _put_vector(self, vector: Tensor, entry: _Entry) -> Tensor:
+        size = vector.numel() * _VECTOR_BYTES
+        (offset,) = self._take(size, 1, entry.taken)
+        start = offset // _VECTOR_BYTES
+        return self._vectors[start : start + vector.numel()].copy_(self._cast(vector, torch.float32, entry.name))
+
+    @staticmethod
+    def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+        result = tensor.detach().to(dtype)
+        if not torch.isfinite(result).all():
+            raise AdapterError(name, f"it has values that {dtype} cannot hold: give the pool a wider dtype")
+        return result
+
+    def _entry(self, name: str) -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            known = ", ".join(map(repr, list(self._entries)[:20])) or "none"
+            raise KeyError(f"adapter {name!r} is not in the pool; it has {known}")
+        return entry
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+
+class Holding(NamedTuple):
+    """Slots and factor groups of held adapters, in the order of their names; -1 for the base model."""
+
+    slots: list[int]
+    groups: list[int]
+
+    def batch(self, tokens: int, repeat: int = 1) -> AdapterBatch:
+        """The batch in which each row has `tokens` tokens and stands `repeat` times, one behind the other."""
+        slots = [slot for slot in self.slots for _ in range(repeat)]
+        return AdapterBatch(slots, tokens, [group for group in self.groups for _ in range(repeat)])
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """The weight of a base layer as [out, in]."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight if isinstance(layer, nn.Linear) else weight.T
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,407 @@
+"""Many adapters in one batch: the arena, the pool, the served model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCAB, gpt2, llama, randomise
+from torch import Tensor
+
+from fastadapt import AdaLoRAConfig, DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter, unload
+from fastadapt.serving import AdapterError, AdapterPool, MultiAdapterModel, PoolFullError
+from fastadapt.serving.arena import Arena, ArenaFullError, page_bytes
+
+ROWS, TOKENS = 8, 6
+
+
+def configs() -> dict[str, Any]:
+    common: dict[str, Any] = {"target_modules": "all-linear"}
+    return {
+        "lora": LoRAConfig(r=4, lora_alpha=7, **common),
+        "rslora": LoRAConfig(r=16, use_rslora=True, rank_pattern={"q_proj": 3, "c_attn": 3}, **common),
+        "part": LoRAConfig(r=9, target_modules=r".*(q_proj|c_attn)"),
+        "dora": DoRAConfig(r=5, lora_alpha=3, **common),
+        "vera": VeRAConfig(r=12, **common),
+        "vera2": VeRAConfig(r=12, **common),
+        "dvora": VeRAConfig(r=12, use_dora=True, **common),
+        "other key": VeRAConfig(r=12, projection_prng_key=7, **common),
+        "adalora": AdaLoRAConfig(init_r=6, target_r=3, total_step=10, **common),
+        "bias": LoRAConfig(r=3, bias="lora_only", lora_bias=True, **common),
+    }
+
+
+def save_all(base: Any, root: Path, wanted: list[str] | None = None) -> dict[str, Path]:
+    """A directory for each config, of random adapters."""
+    found = {}
+    for index, (name, config) in enumerate(configs().items()):
+        if wanted is not None and name not in wanted:
+            continue
+        torch.manual_seed(index)
+        model = inject(copy.deepcopy(base), config)
+        randomise([parameter for parameter in model.parameters() if parameter.requires_grad])
+        save_adapter(model, root / name)
+        found[name] = root / name
+    return found
+
+
+def alone(base: Any, directory: Path | None, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits of one adapter by itself, without any serving code."""
+    model = copy.deepcopy(base)
+    if directory is not None:
+        load_adapter(model, directory)
+    with torch.no_grad():
+        logits: Tensor = model.eval()(**inputs).logits
+    return logits
+
+
+def inputs(rows: int = ROWS, seed: int = 0) -> dict[str, Tensor]:
+    """Left-padded rows of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (rows, TOKENS), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(0, rows, 3):
+        mask[row, : row % TOKENS] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="module", params=[llama, gpt2], ids=["llama", "gpt2"])
+def base(request: pytest.FixtureRequest) -> Any:
+    return request.param()
+
+
+@pytest.fixture(scope="module")
+def directories(base: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_all(base, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture
+def served(base: Any, directories: dict[str, Path]) -> MultiAdapterModel:
+    model = MultiAdapterModel(copy.deepcopy(base), budget=4 << 20)
+    for name, directory in directories.items():
+        assert model.load(directory) == model.pool.info(name).identity
+    return model
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    return bool((actual - expected).abs().max() <= 2e-5 * expected.abs().max())
+
+
+# The arena
+
+
+def test_pages_never_overlap_and_all_come_back() -> None:
+    arena = Arena(1 << 20, 3000)
+    rng = random.Random(0)
+    live: list[tuple[int, list[int]]] = []
+    for step in range(4000):
+        if live and rng.random() < 0.5:
+            arena.give_back(*live.pop(rng.randrange(len(live))))
+        else:
+            size, count = rng.choice([64, 300, 1000, 3000]), rng.choice([1, 2, 5, 40])
+            try:
+                live.append((size, arena.take(size, count)))
+            except ArenaFullError:
+                continue
+        if step % 100 == 0:
+            spans = sorted((first, first + page_bytes(size)) for size, pages in live for first in pages)
+            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+            assert not spans or spans[-1][1] <= arena.budget
+            assert arena.used_bytes == sum(end - start for start, end in spans)
+            assert arena.used_bytes <= arena.held_bytes <= arena.budget
+    for pages in live:
+        arena.give_back(*pages)
+    assert arena.used_bytes == arena.held_bytes == 0
+
+
+def test_pages_lie_together_where_they_can() -> None:
+    arena = Arena(1 << 21, 1024)
+    first = arena.take(1024, 5)
+    assert first == [1024 * index for index in range(5)]
+    second = arena.take(1024, 10)
+    arena.give_back(1024, first)
+    assert arena.take(1024, 3) == [0, 1024, 2048]
+    assert second == [1024 * index for index in range(5, 15)]
+
+
+def test_a_full_arena_takes_nothing() -> None:
+    arena = Arena(64 * 20, 64 * 20)
+    arena.take(64, 15)
+    with pytest.raises(ArenaFullError, match="6 pages of 64 bytes do not fit"):
+        arena.take(64, 6)
+    assert arena.used_bytes == 15 * 64
+    assert len(arena.take(64, 5)) == 5
+    with pytest.raises(ValueError, match="budget must be at least"):
+        Arena(100, 128)
+
+
+# The model
+
+
+def test_every_row_equals_its_adapter_alone(served: MultiAdapterModel, base: Any, directories: dict[str, Path]) -> None:
+    names = [*directories, None]
+    random.Random(0).shuffle(names)
+    batch = inputs(len(names))
+    logits = served(**batch, adapter_ids=names).logits
+    for row, name in enumerate(names):
+        expected = alone(base, None if name is None else directories[name], batch)
+        used = batch["attention_mask"][row].bool()
+        assert close(logits[row][used], expected[row][used]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_generate_answers_as_each_adapter_alone(
+    served: MultiAdapterModel, base: Any, directories: dict[str, Path], options: dict[str, int]
+) -> None:
+    names: list[str | None] = ["lora", None, "dora", "vera", "vera2", "dora", "adalora", "bias"]
+    batch = inputs()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    output = served.generate(**batch, adapter_ids=names, **settings, **options)
+    each = options.get("num_return_sequences", 1)
+    for row, name in enumerate(names):
+        model = copy.deepcopy(base)
+        if name is not None:
+            load_adapter(model, directories[name])
+        own = {key: value[row : row + 1] for key, value in batch.items()}
+        expected = model.generate(**own, **settings, **options)
+        assert torch.equal(output[row * each : (row + 1) * each], expected), name
+
+
+def test_base_rows_are_the_base_models_to_the_bit(served: MultiAdapterModel, base: Any) -> None:
+    batch = inputs()
+    with torch.no_grad():
+        expected = base(**batch).logits
+    assert torch.equal(served(**batch).logits, expected)
+    assert torch.equal(served(**batch, adapter_ids=[None] * ROWS).logits, expected)
+
+
+def test_one_name_stands_for_all_rows(served: MultiAdapterModel, base: Any, directories: dict[str, Path]) -> None:
+    batch = inputs()
+    assert close(served(**batch, adapter_ids="dora").logits, alone(base, directories["dora"], batch))
+
+
+def test_what_cannot_be_asked(served: MultiAdapterModel) -> None:
+    batch = inputs()
+    with pytest.raises(KeyError, match="adapter 'x' is not in the pool; it has 'lora'"):
+        served(**batch, adapter_ids=["x"] * ROWS)
+    with pytest.raises(ValueError, match="one entry a row, got 2 for 8"):
+        served(**batch, adapter_ids=["lora", None])
+    with pytest.raises(ValueError, match="need a batch"):
+        served.generate(adapter_ids="lora")
+
+
+def test_wrapping_and_unwrapping(base: Any) -> None:
+    model = copy.deepcopy(base)
+    names = [name for name, _ in model.named_modules()]
+    served = MultiAdapterModel(model, budget=1 << 20)
+    with pytest.raises(ValueError, match="served already"):
+        MultiAdapterModel(model)
+    assert served.unwrap() is model
+    assert [name for name, _ in model.named_modules()] == names
+    adapted = inject(model, LoRAConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="has injected adapters"):
+        MultiAdapterModel(adapted)
+    unload(adapted)
+    with pytest.raises(ValueError, match="no linear layers"):
+        MultiAdapterModel(torch.nn.ReLU())
+
+
+# The pool
+
+
+def test_vera_adapters_of_one_key_share_their_pair(served: MultiAdapterModel) -> None:
+    pool = served.pool
+    with pool.hold(["vera", "vera2", "dvora", "other key", "lora"]) as holding:
+        assert len(set(holding.slots)) == 5
+        assert len(set(holding.groups[:3])) == 1
+        assert len(set(holding.groups)) == 3
+    before = pool.used_bytes
+    pool.remove("vera2")
+    freed = before - pool.used_bytes
+    pool.remove("vera")
+    pool.remove("dvora")
+    assert before - pool.used_bytes > 3 * freed  # with its last user the pair goes
+
+
+def test_bytes_are_exact(base: Any, directories: dict[str, Path]) -> None:
+    served = MultiAdapterModel(copy.deepcopy(base), budget=4 << 20)
+    pool = served.pool
+    assert pool.used_bytes == pool.held_bytes == 0
+    for name, directory in directories.items():
+        before = pool.used_bytes
+        served.load(directory)
+        assert pool.used_bytes - before >= pool.info(name).bytes > 0
+    for name in directories:
+        pool.evict(name)
+        assert not pool.info(name).resident
+    assert pool.used_bytes == pool.held_bytes == 0
+    assert len(pool) == len(directories)
+
+
+def test_the_least_recently_used_makes_room(base: Any, tmp_path: Path) -> None:
+    served = MultiAdapterModel(copy.deepcopy(base), budget=4 << 20)
+    directory = save_all(base, tmp_path, ["lora"])["lora"]
+    served.load(directory, "0")
+    each = served.pool.held_bytes
+    served = MultiAdapterModel(copy.deepcopy(base), budget=4 * each)
+    pool, resident = served.pool, lambda: {name for name in pool.names if pool.info(name).resident}
+    count = 0
+    while resident() == set(pool.names):  # fill it
+        served.load(_changed(directory, tmp_path / str(count), count), str(count))
+        count += 1
+    last = count - 1
+    assert count > 2
+    assert resident() == {str(index) for index in range(1, count)}
+    pool.pin("1")
+    with pool.hold(["2"]):
+        served.load(_changed(directory, tmp_path / "new", 99), "new")
+        if count > 3:
+            assert resident() == {str(index) for index in range(1, count)} - {"3"} | {"new"}
+        with pytest.raises(ValueError, match="adapter '2' is in use"):
+            pool.evict("2")
+    with pytest.raises(ValueError, match="adapter '1' is pinned"):
+        pool.evict("1")
+    pool.unpin("1")
+    # An evicted one comes back by itself, and answers as before.
+    assert close(served(**inputs(), adapter_ids="0").logits, alone(base, tmp_path / "0", inputs()))
+    with pytest.raises(PoolFullError, match="raise the budget"), pool.hold([str(index) for index in range(last + 1)]):
+        pass
+
+
+def _changed(directory: Path, target: Path, seed: int) -> Path:
+    """The same adapter with other values."""
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir(parents=True)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    changed = {name: value + torch.randn(value.shape, generator=generator) / 10 for name, value in tensors.items()}
+    save_file(changed, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    (target / "adapter_config.json").write_bytes((directory / "adapter_config.json").read_bytes())
+    return target
+
+
+def test_a_changed_adapter_is_another_one(base: Any, tmp_path: Path) -> None:
+    directory = save_all(base, tmp_path, ["dora"])["dora"]
+    served = MultiAdapterModel(copy.deepcopy(base), budget=1 << 20)
+    first = served.load(directory)
+    assert served.load(directory) == first
+    batch, used = inputs(), served.pool.used_bytes
+    old = alone(base, directory, batch)
+    with served.pool.hold(["dora"]) as holding:
+        changed = _changed(directory, tmp_path / "changed", 1)
+        second = served.load(changed, "dora")
+        assert second != first
+        assert served.pool.used_bytes == 2 * used
+        # Whoever held the old one still has it.
+        from fastadapt.serving.linear import Running, running
+
+        token = running.set(Running(holding._replace(slots=holding.slots * ROWS, groups=holding.groups * ROWS)))
+        assert close(served.model(**batch).logits, old)
+        running.reset(token)
+        assert close(served(**batch, adapter_ids="dora").logits, alone(base, changed, batch))
+    assert served.pool.used_bytes == used
+    served.pool.evict("dora")
+    _overwrite(changed, directory)
+    with pytest.raises(AdapterError, match="has changed since it was loaded"):
+        served(**batch, adapter_ids="dora")
+
+
+def _overwrite(target: Path, source: Path) -> None:
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+
+
+def test_a_bad_adapter_leaves_nothing(served: MultiAdapterModel, tmp_path: Path) -> None:
+    used, names = served.pool.used_bytes, served.pool.names
+    (tmp_path / "bad").mkdir()
+    with pytest.raises(AdapterError):
+        served.load(tmp_path / "bad")
+    with pytest.raises(AdapterError):
+        served.load(tmp_path / "missing")
+    assert (served.pool.used_bytes, served.pool.names) == (used, names)
+
+
+def test_values_that_the_pools_dtype_cannot_hold_are_refused(base: Any, tmp_path: Path) -> None:
+    directory = save_all(base, tmp_path, ["lora"])["lora"]
+    large = copy.deepcopy(base)
+    load_adapter(large, directory)
+    with torch.no_grad():
+        next(p for name, p in large.named_parameters() if "lora_A" in name).fill_(1e30)
+    save_adapter(large, tmp_path / "large")
+    served = MultiAdapterModel(copy.deepcopy(base), budget=1 << 20, dtype=torch.float16)
+    with pytest.raises(AdapterError, match=r"values that torch\.float16 cannot hold"):
+        served.load(tmp_path / "large")
+    assert served.pool.used_bytes == 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_churn_under_a_running_workload(base: Any, tmp_path: Path, seed: int) -> None:
+    """Loads, evictions and replacements in one thread, requests in others: no wrong answer, no page lost."""
+    root = save_all(base, tmp_path / "source", ["lora", "dora", "vera"])
+    directories = {
+        f"{name}-{index}": _changed(directory, tmp_path / f"{name}-{index}", index)
+        for name, directory in root.items()
+        for index in range(3)
+    }
+    batch = inputs(4, seed)
+    expected = {name: alone(base, directory, batch) for name, directory in directories.items()}
+    served = MultiAdapterModel(copy.deepcopy(base), budget=1 << 19)
+    for name, directory in directories.items():
+        served.load(directory, name)
+    failures: list[str] = []
+    stop = threading.Event()
+
+    def request(thread: int) -> None:
+        rng = random.Random(100 * seed + thread)
+        while not stop.is_set():
+            names = [rng.choice([*directories, None]) for _ in range(4)]
+            try:
+                logits = served(**batch, adapter_ids=names).logits
+            except PoolFullError:
+                continue
+            except Exception as error:
+                failures.append(repr(error))
+                return
+            for row, name in enumerate(names):
+                if name is not None and not close(logits[row], expected[name][row]):
+                    failures.append(f"row {row} of {names}")
+
+    threads = [threading.Thread(target=request, args=(thread,)) for thread in range(2)]
+    for thread in threads:
+        thread.start()
+    rng = random.Random(seed)
+    for _ in range(60):
+        name = rng.choice(list(directories))
+        if rng.random() < 0.5:
+            served.load(directories[name], name)
+        else:
+            with contextlib.suppress(ValueError):  # in use
+                served.pool.evict(name)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[:3]
+    for name in directories:
+        served.pool.evict(name)
+    assert served.pool.used_bytes == served.pool.held_bytes == 0
+
+
+def test_the_pool_tells_what_it_has(served: MultiAdapterModel) -> None:
+    pool: AdapterPool = served.pool
+    assert "lora" in pool
+    assert "x" not in pool
+    assert len(pool) == len(pool.names)
+    for call in (pool.info, pool.evict, pool.remove, pool.pin, pool.unpin):
+        with pytest.raises(KeyError, match="not in the pool"):
+            call("x")
+    with pool.hold(["lora"]):
+        assert pool.info("lora").in_use
+    assert not pool.info("lora").in_use
