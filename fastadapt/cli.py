@@ -1,4 +1,4 @@
-"""The command `fastadapt`: demo, doctor, info, merge, train. Heavy imports wait until a command needs them."""
+"""The command `fastadapt`: demo, doctor, generate, info, merge, train. Heavy imports wait until they are needed."""
 
 from __future__ import annotations
 
@@ -436,6 +436,76 @@ def train(
         except Interrupted as stop:
             out.print(str(stop), highlight=False, soft_wrap=True)
             raise typer.Exit(128 + stop.signum) from None
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Base model: local directory or hub name.")],
+    adapters: Annotated[Path, typer.Argument(help="A directory with a PEFT directory for each adapter.")],
+    data: Annotated[Path, typer.Argument(help="A .jsonl file of rows with a prompt or messages, and an adapter.")],
+    output: Annotated[Path | None, typer.Option(help="Where the results go; the terminal by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Rows that go through the model at once.")] = 8,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Governs sampling.")] = 0,
+    device: Annotated[str | None, typer.Option(help="PyTorch device; cuda where there is one, else cpu.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of model and adapters.")] = "float32",
+    budget: Annotated[
+        int | None, typer.Option(help="MiB for adapters in memory; by default as much as ADAPTERS takes.")
+    ] = None,
+) -> None:
+    """Answer every row of DATA with the adapter that it names, many adapters in one batch.
+
+    A row is {"prompt": "...", "adapter": "name"}, or messages in place of prompt; without an adapter the base model
+    answers. Results are JSON lines in the same order, with text and tokens; a bad row has an error instead.
+    """
+    require("transformers")
+    with one_line_errors():
+        import torch
+
+        from .demo_assets import quiet_transformers
+        from .serving.generate import Options, run
+
+        if output is not None:
+            require_writable(output)
+        options = Options(
+            model=model,
+            adapters=adapters,
+            data=data,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            dtype=dtype,
+            budget=budget,
+        )
+        errors = Console(stderr=True)
+        with (
+            quiet_transformers(),
+            _row_progress(errors) as advance,
+            contextlib.nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8") as file,
+        ):
+            summary = run(options, file, advance)
+        rate = summary.tokens / summary.seconds if summary.seconds else 0.0
+        errors.print(
+            f"{summary.rows} rows, {summary.failed} with an error, {summary.tokens} tokens in {summary.seconds:.1f} s "
+            f"({rate:.0f} tokens/s)",
+            highlight=False,
+        )
+
+
+@contextlib.contextmanager
+def _row_progress(errors: Console) -> Iterator[Any]:
+    """A bar of rows on stderr; yields what it is told by: (done, total)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors) as progress:
+        task = progress.add_task("rows", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def main() -> None:

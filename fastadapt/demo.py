@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,22 +20,24 @@ from . import demo_compare as compare
 from . import demo_training as training
 from .checkpoint import export_lora, load_adapter, read_fields, save_adapter
 from .demo_assets import Topic, load_model, load_topic, quiet_transformers
+from .demo_serving import Request, serve_together
 from .inject import control, inject, set_adapter, trainable_parameters
-from .methods import PEFT_TYPES, Control
+from .methods import PEFT_TYPES, Control, EVAConfig
 from .recipes import RECIPES, Recipe
 from .report import new_figure, save_figure, write_json
 from .train_data import Row, collate, length
 
 ANSWER_TOKENS = 20
-# What LoRA-drop's probe and EVA see of a topic before the first step. Answers are short: EVA needs 32 tokens of them.
+# What LoRA-drop's probe and EVA see of a topic before the first step.
 OBSERVED_BATCHES, OBSERVED_ROWS = 6, 24
 
 
 class Plan(NamedTuple):
-    """One adapter of the demo: its method, by the name of its recipe, and the topic that it learns."""
+    """One adapter of the demo: its method, by the name of its recipe, the topic that it learns, more of its config."""
 
     name: str
     topic: str
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def recipe(self) -> Recipe:
@@ -55,7 +59,8 @@ PLANS = (
     Plan("lora-drop", "trivia"),
     Plan("adalora", "trivia"),
     Plan("delta-lora", "trivia"),
-    Plan("eva", "trivia"),
+    # Answers alone have too few tokens for as many components: the questions count too.
+    Plan("eva", "trivia", {"eva_config": EVAConfig(tau=0.9, use_label_mask=False)}),
 )
 
 
@@ -113,6 +118,7 @@ def run(options: Options, console: Console) -> list[dict[str, Any]]:
         trained = [train_one(plan, base, tokenizer, options, progress) for plan in PLANS]
         answers = answer_all(base, tokenizer, trained, progress)
         rows = measure(base, tokenizer, trained, options, progress)
+        served = serve(base, tokenizer, trained, progress)
     seconds = time.perf_counter() - started
 
     json_file = options.json or options.output / "demo.json"
@@ -122,9 +128,19 @@ def run(options: Options, console: Console) -> list[dict[str, Any]]:
         adapter.plan.method: {"train": adapter.curve.train, "heldout": adapter.curve.heldout} for adapter in trained
     }
     settings = {"steps": options.steps, "seed": options.seed, "rounds": options.rounds, "device": options.device}
-    write_json(json_file, "demo", rows, seconds=round(seconds, 1), settings=settings, answers=answers, curves=curves)
+    write_json(
+        json_file,
+        "demo",
+        rows,
+        seconds=round(seconds, 1),
+        settings=settings,
+        answers=answers,
+        served=served,
+        curves=curves,
+    )
     print_answers(answers, console)
     print_table(rows, options, console)
+    print_served(served, console)
     console.print(f"adapters  {options.output}/<method>, readable by PEFT", highlight=False, soft_wrap=True)
     console.print(f"rows      {json_file}", highlight=False, soft_wrap=True)
     console.print(f"curves    {picture}", highlight=False, soft_wrap=True)
@@ -139,7 +155,7 @@ def train_one(plan: Plan, base: Any, tokenizer: Any, options: Options, progress:
     torch.manual_seed(options.seed)
     recipe = plan.recipe
     common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    config = recipe.config(recipe.rank, 2 * recipe.rank, 0.0, options.steps, **common)
+    config = recipe.config(recipe.rank, 2 * recipe.rank, 0.0, options.steps, **common, **plan.settings)
     model = inject(training.skeleton(base), config)
     task = progress.add_task(f"{plan.method} on {plan.topic}", total=options.steps, note="held-out rows, before")
     padding = tokenizer.eos_token_id
@@ -232,6 +248,36 @@ def measure(
             }
         )
     return rows
+
+
+def serve(base: Any, tokenizer: Any, trained: list[Trained], progress: Progress) -> dict[str, Any]:
+    """All adapters in one batch, each asked a question of its topic that it has not seen."""
+    task = progress.add_task("one mixed batch", total=len(trained) + 2, note="then each adapter alone")
+    requests = [
+        Request(
+            adapter.plan.method,
+            adapter.directory,
+            adapter.model,
+            adapter.topic.heldout[index % len(adapter.topic.heldout)].question,
+        )
+        for index, adapter in enumerate(trained)
+    ]
+    return serve_together(base, tokenizer, requests, ANSWER_TOKENS, lambda: progress.advance(task))
+
+
+def print_served(served: dict[str, Any], console: Console) -> None:
+    """What became of the mixed batch, in one paragraph, and the rows that differ."""
+    rows = served["rows"]
+    equal = sum(row["equal"] for row in rows)
+    console.print(
+        f"\nOne batch of {len(rows)} rows, each with another adapter and one with none: {equal} of them have the "
+        f"answer of their adapter alone; {served['seconds']:.1f} s together, "
+        f"{served['seconds_one_at_a_time']:.1f} s one by one; adapters of {served['adapter_bytes'] / 1e6:.0f} MB",
+        highlight=False,
+    )
+    for row in rows:
+        if not row["equal"]:
+            console.print(Text(f"  {row['method']} differs: {row['question']} -> {row['answer']}", style="red"))
 
 
 def adapted(adapter: Trained) -> compare.Adapted:

@@ -112,6 +112,9 @@ def test_the_demo_trains_saves_loads_answers_and_measures(model_directory: Path,
         assert row["method"] in result.output
         assert (tmp_path / "adapters" / row["method"].lower() / "adapter_model.safetensors").is_file()
     assert len(document["answers"]) == 8
+    served = document["served"]
+    assert [row["method"] for row in served["rows"]] == [*(plan.method for plan in PLANS), "base model"]
+    assert all(row["equal"] for row in served["rows"])
     assert all(len(curve["train"]) == 2 for curve in document["curves"].values())
     picture = json_file.with_suffix(".png").read_bytes()
     assert picture.startswith(b"\x89PNG")
