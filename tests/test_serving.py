@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import random
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,29 @@ def test_a_changed_adapter_is_another_one(base: Any, tmp_path: Path) -> None:
 def _overwrite(target: Path, source: Path) -> None:
     for path in source.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
+
+
+def test_a_pin_goes_with_the_name(base: Any, tmp_path: Path) -> None:
+    directory = save_all(base, tmp_path, ["lora"])["lora"]
+    served = MultiAdapterModel(copy.deepcopy(base), budget=1 << 20)
+    served.load(directory)
+    served.pool.pin("lora")
+    served.load(_changed(directory, tmp_path / "changed", 1), "lora")
+    assert served.pool.info("lora").pinned
+
+
+def test_what_comes_back_still_has_to_lie_in_its_root(base: Any, tmp_path: Path) -> None:
+    outside = save_all(base, tmp_path / "outside", ["lora"])["lora"]
+    inside = tmp_path / "root" / "lora"
+    shutil.copytree(outside, inside)
+    served = MultiAdapterModel(copy.deepcopy(base), budget=1 << 20)
+    served.load(inside, root=tmp_path / "root")
+    served.pool.evict("lora")
+    shutil.rmtree(inside)
+    inside.symlink_to(outside)
+    with pytest.raises(AdapterError):
+        served(**inputs(), adapter_ids="lora")
+    assert served.pool.used_bytes == 0
 
 
 def test_a_bad_adapter_leaves_nothing(served: MultiAdapterModel, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class _Entry:
     name: str
     identity: str
     source: Path | None
+    root: Path | None  # where the source must lie, then and now
     loaded: LoadedAdapter | None  # kept where there is no directory to read it from again
     true_bytes: int = 0
     slot: int = -1
@@ -131,7 +132,7 @@ class AdapterPool:
         self._groups = 0
         self._clock = 0
         self._lock = threading.RLock()
-        self._released: torch.cuda.Event | None = None
+        self._released: list[torch.cuda.Event] = []
 
     # What users call
 
@@ -144,10 +145,15 @@ class AdapterPool:
         """
         source = Path(directory)
         loaded = read_adapter(self.model, source, root=root, modules=self.modules)
-        return self.add(name or source.resolve().name, loaded, source)
+        return self.add(name or source.resolve().name, loaded, source, root=root)
 
-    def add(self, name: str, loaded: LoadedAdapter, source: Path | None = None) -> str:
-        """Registers an adapter that has been read, as `load` does. source: where it can be read again once evicted."""
+    def add(
+        self, name: str, loaded: LoadedAdapter, source: Path | None = None, *, root: str | Path | None = None
+    ) -> str:
+        """Registers an adapter that has been read, as `load` does.
+
+        source, root: where it can be read again once evicted; without a source it is kept as it was given.
+        """
         if not isinstance(name, str) or not name:
             raise AdapterError(str(name), "its name must be a string that is not empty")
         with self._lock:
@@ -155,11 +161,15 @@ class AdapterPool:
             if old is not None and old.identity == loaded.identity:
                 if not old.resident:
                     self._settle(old, loaded)
+                old.source, old.root = source, None if root is None else Path(root)
+                old.loaded = None if source is not None else loaded
                 return old.identity
-            entry = _Entry(name, loaded.identity, source, None if source is not None else loaded)
+            kept = None if source is not None else loaded
+            entry = _Entry(name, loaded.identity, source, None if root is None else Path(root), kept)
             entry.used_at = self._tick()
             self._settle(entry, loaded)
             if old is not None:
+                entry.pinned = old.pinned
                 self._retire(old)
             self._entries[name] = entry
         return entry.identity
@@ -238,8 +248,8 @@ class AdapterPool:
             with self._lock:
                 if self.device.type == "cuda":
                     # Kernels that read these pages may still be queued: who overwrites them waits for that.
-                    self._released = torch.cuda.Event()
-                    self._released.record()
+                    self._released.append(torch.cuda.Event())
+                    self._released[-1].record()
                 for entry in held:
                     entry.holders -= 1
                     if entry.retired and not entry.holders:
@@ -272,9 +282,10 @@ class AdapterPool:
                             self._settle(entry, entry.loaded)
                         found[name] = self._take_hold(entry, held)
                         break
-                    source = entry.source
+                    source, root = entry.source, entry.root
                 assert source is not None
-                loaded = read_adapter(self.model, source, modules=self.modules)  # without the lock: others go on
+                # Without the lock: others go on.
+                loaded = read_adapter(self.model, source, root=root, modules=self.modules)
                 with self._lock:
                     if self._entries.get(name) is not entry or entry.resident:
                         continue
@@ -363,8 +374,8 @@ class AdapterPool:
     # Writing an adapter's form into the arena
 
     def _enter(self, entry: _Entry, loaded: LoadedAdapter) -> None:
-        if self._released is not None:
-            self._released.wait()
+        while self._released:
+            self._released.pop().wait()
         slot = self._free_slots.pop() if self._free_slots else self._new_slot()
         found: dict[str, SlotForm] = {}
         size = 0
