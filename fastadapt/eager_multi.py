@@ -82,7 +82,7 @@ def _apply_stacked(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, ru
     rows, x = y[run.tokens], x[run.tokens]  # a slice is a view, an index a copy of a few tokens
     if run.base_scale is not None and bias is not None:
         torch.mm(x, weight.T, out=rows)
-    u = torch.bmm(x[:, None], run.A)
+    u = torch.bmm(cast(x, run.A.dtype)[:, None], run.A)
     if isinstance(run.scaling, Tensor):
         u.mul_(run.scaling)
     # Not baddbmm_: a product of one row is summed up in what it is added to, and rounded at its size with every term.
