@@ -157,6 +157,23 @@ def test_every_row_equals_its_adapter_alone(served: MultiAdapterModel, base: Any
         assert close(logits[row][used], expected[row][used]), name
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore:.*rank_pattern:RuntimeWarning")
+def test_rows_of_the_types_that_peft_has_equal_peft_alone(
+    served: MultiAdapterModel, base: Any, directories: dict[str, Path]
+) -> None:
+    from peft import PeftModel
+
+    names = [name for name in directories if name != "dvora"]
+    batch = inputs(len(names))
+    logits = served(**batch, adapter_ids=names).logits
+    for row, name in enumerate(names):
+        peft = PeftModel.from_pretrained(copy.deepcopy(base), directories[name]).eval()
+        with torch.no_grad():
+            expected = peft(**batch).logits
+        used = batch["attention_mask"][row].bool()
+        assert close(logits[row][used], expected[row][used]), name
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_generate_answers_as_each_adapter_alone(
     served: MultiAdapterModel, base: Any, directories: dict[str, Path], options: dict[str, int]
