@@ -131,7 +131,6 @@ def churn(operations: int, layers: int) -> report.Row:
         budget = max(one.pool.held_bytes, 1 << 24)
         served = MultiAdapterModel(skeleton(base), budget=budget)
         names = [f"{index}{half}" for index in range(8) for half in "ab"]
-        holds = dict.fromkeys(names, 0)
         for name in names:
             served.load(directories[int(name[0])], name)
         wrong, answers, stop = 0, 0, threading.Event()
@@ -161,7 +160,7 @@ def churn(operations: int, layers: int) -> report.Row:
             loads += 1
         stop.set()
         thread.join()
-        for name in holds:
+        for name in names:
             served.pool.evict(name)
         return {
             "case": f"churn_{operations}",

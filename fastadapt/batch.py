@@ -116,6 +116,15 @@ class SlotForm(NamedTuple):
     base_scale: Tensor | None = None
     added_bias: Tensor | None = None
 
+    @property
+    def rank(self) -> int:
+        return sum(part.shape[0] for part in self.A)
+
+    @property
+    def tied(self) -> bool:
+        """Whether base_scale multiplies the sum of both paths."""
+        return self.base_scale is not None and self.out_scale is self.base_scale
+
 
 class FormTables(NamedTuple):
     """The adapter forms of one layer in the arena, as the kernels read them: tables of where everything begins.

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from .demo_training import answer, prompt_text, skeleton
 from .serving import MultiAdapterModel
+from .train_data import left_padded
 
 SPARE_BYTES = 64 << 20
 
@@ -67,21 +66,14 @@ def _answers(
     rows = [
         tokenizer(prompt_text(tokenizer, question), add_special_tokens=False)["input_ids"] for question in questions
     ]
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), tokenizer.eos_token_id)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(row)
-        mask[index, width - len(row) :] = 1
-    device = served.model.device
+    batch = left_padded(rows, tokenizer.eos_token_id, served.model.device)
     output = served.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+        **batch,
         adapter_ids=names,
         max_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]

@@ -123,7 +123,7 @@ def _apply(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, form: Slot
         # What g scales is the product alone: taking a large bias off again would leave its rounding.
         torch.mm(x, weight.T, out=y)
         beta = bias if beta is None else beta + bias
-    tied = g is not None and h is g
+    tied = form.tied
     if g is not None and not tied:
         scaled(y, g, None, keep=False)
     # A product of one row is summed up in y itself, and rounded at y's size with every term.

@@ -57,16 +57,19 @@ def together(runs: Sequence[FormRun], tokens: int, dtype: torch.dtype, limit: in
     """
     simple = [run for run in runs if run.form.added_bias is None]
     steps: list[Step] = []
+    gathered: set[int] = set()  # the starts of their runs
     for members in _stacks([run for run in simple if run.stop - run.start == 1 and _own_factors(run.form)]):
         first = members[0].form
         wide = _stack_dtype(dtype, first.A[0].device)
-        size = len(members) * (first.A[0].shape[1] + first.B[0].shape[1]) * _rank(first) * wide.itemsize
+        size = len(members) * (first.A[0].shape[1] + first.B[0].shape[1]) * first.rank * wide.itemsize
         if len(members) > 1 and size <= limit:
             limit -= size
             steps.append(_stacked(members, wide))
-    steps += [_shared(members, tokens, dtype) for members in _pairs(simple, tokens)]
-    done = {start for step in steps if not isinstance(step, FormRun) for start in _starts(step.tokens)}
-    return [*(run for run in runs if run.start not in done), *steps]
+            gathered.update(run.start for run in members)
+    for members in _pairs(simple, tokens):
+        steps.append(_shared(members, tokens, dtype))
+        gathered.update(run.start for run in members)
+    return [*(run for run in runs if run.start not in gathered), *steps]
 
 
 def _pairs(runs: Sequence[FormRun], tokens: int) -> list[list[FormRun]]:
@@ -86,20 +89,16 @@ def _pairs(runs: Sequence[FormRun], tokens: int) -> list[list[FormRun]]:
 
 def _own_factors(form: SlotForm) -> bool:
     """Whether it is h · B A x beside g ⊙ (W0 x) with h a number, or tied to g."""
-    tied = form.base_scale is not None and form.out_scale is form.base_scale
-    return form.mid_scale is None and (tied or (form.base_scale is None and form.out_scale is None)) and bool(form.A)
-
-
-def _rank(form: SlotForm) -> int:
-    return sum(part.shape[0] for part in form.A)
+    plain = form.base_scale is None and form.out_scale is None
+    return form.mid_scale is None and (plain or form.tied) and bool(form.A)
 
 
 def _stacks(runs: Sequence[FormRun]) -> Iterator[list[FormRun]]:
     """The runs by falling rank, in stacks that are padded to _MOST_PADDING times their size at most."""
     members: list[FormRun] = []
-    for run in sorted(runs, key=lambda run: -_rank(run.form)):
-        padded = (len(members) + 1) * _rank((members or [run])[0].form)
-        if padded > _MOST_PADDING * sum(_rank(member.form) for member in (*members, run)):
+    for run in sorted(runs, key=lambda run: -run.form.rank):
+        padded = (len(members) + 1) * (members or [run])[0].form.rank
+        if padded > _MOST_PADDING * sum(member.form.rank for member in (*members, run)):
             yield members
             members = []
         members.append(run)
@@ -115,7 +114,7 @@ def _stack_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def _stacked(members: Sequence[FormRun], dtype: torch.dtype) -> StackedRuns:
     members = sorted(members, key=lambda run: run.start)
     forms = [run.form for run in members]
-    rank = max(map(_rank, forms))
+    rank = max(form.rank for form in forms)
     scalings = [form.scaling for form in forms]
     scaling: Tensor | float = scalings[0]
     device = forms[0].A[0].device
@@ -157,10 +156,6 @@ def _tokens(members: Sequence[FormRun], device: torch.device) -> slice | Tensor:
     if all(first.stop == second.start for first, second in pairwise(members)):
         return slice(members[0].start, members[-1].stop)
     return torch.tensor([token for run in members for token in range(run.start, run.stop)], device=device)
-
-
-def _starts(tokens: slice | Tensor) -> list[int]:
-    return list(range(tokens.start, tokens.stop)) if isinstance(tokens, slice) else tokens.tolist()
 
 
 def runs_of(tables: FormTables, tokens: SortedTokens, shape: tuple[int, int]) -> list[FormRun]:

@@ -86,7 +86,8 @@ def adapter_dtype(weight: Tensor, autocast_adapter_dtype: bool) -> torch.dtype:
     return torch.float32 if sixteen_bit and autocast_adapter_dtype else weight.dtype
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module in the place that `path` names."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
@@ -98,7 +99,7 @@ def _bare_copy(module: nn.Module) -> nn.Module:
         base: nn.Module = copied.base_layer
         return base
     for path, layer in adapter_layers(copied).items():
-        _replace(copied, path, layer.base_layer)
+        replace_module(copied, path, layer.base_layer)
     return copied
 
 
@@ -173,7 +174,7 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
     modules = dict(model.named_modules())
     for path, layer in injection.layers.items():
         if modules[path] is not layer:
-            _replace(model, path, layer)
+            replace_module(model, path, layer)
         layer.adapters[injection.name] = injection.adapters[path]
     _group(model)
     for path, copy in injection.copies.items():
@@ -181,7 +182,7 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
         if not isinstance(module, ModuleToSave):
             module = ModuleToSave(module)
             module.train(module.original.training)
-            _replace(model, path, module)
+            replace_module(model, path, module)
         module.copies[injection.name] = copy
     configs[injection.name] = replace(injection.config, inference_mode=not trainable)
     set_adapter(model, injection.name)
@@ -215,7 +216,7 @@ def exchange(
         del layer.adapters[adapter_name]
         layer.active = tuple([name for name in layer.active if name != adapter_name])
         if not layer.adapters:
-            _replace(model, path, layer.base_layer)
+            replace_module(model, path, layer.base_layer)
     adapter_configs(model)[adapter_name] = config
     _group(model)
 
@@ -397,9 +398,9 @@ def unload(model: nn.Module) -> nn.Module:
     layers, modules = adapter_layers(model), saved_modules(model)
     merged = any(layer.merged for layer in layers.values())
     for path, layer in layers.items():
-        _replace(model, path, layer.base_layer)
+        replace_module(model, path, layer.base_layer)
     for path, module in modules.items():
-        _replace(model, path, module.current if merged else module.original)
+        replace_module(model, path, module.current if merged else module.original)
     model.__dict__.pop("adapter_configs", None)
     if merged:
         _untie(model)

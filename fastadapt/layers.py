@@ -68,13 +68,26 @@ class Adapter(nn.Module):
         return f"dropout={self.dropout}" if self.dropout else ""
 
 
-class AdapterLayer(nn.Module):
+class BaseLayerWrapper(nn.Module):
+    """A module over `base_layer`, which answers for every attribute that the module does not have itself."""
+
+    base_layer: Any
+
+    def __getattr__(self, name: str) -> Any:
+        # Model code asks its layers for `weight`, `in_features`, `kernel_size`, ...: the base layer answers.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+class AdapterLayer(BaseLayerWrapper):
     """A frozen base layer with named adapters. `active` has the names of those that run; without any the base does.
 
     While merged, the base layer's own tensors hold the active adapters; `unmerge` puts the untouched ones back.
     """
-
-    base_layer: Any
 
     def __init__(self, base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> None:
         super().__init__()
@@ -85,15 +98,6 @@ class AdapterLayer(nn.Module):
         self.strategy = strategy
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self.train(base_layer.training)
-
-    def __getattr__(self, name: str) -> Any:
-        # Model code asks its layers for `weight`, `in_features`, `kernel_size`, ...: the base layer answers.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
 
     @property
     def merged(self) -> bool:

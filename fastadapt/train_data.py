@@ -68,6 +68,17 @@ def collate(rows: Sequence[Row], padding: int, device: torch.device) -> Batch:
     }
 
 
+def left_padded(rows: Sequence[Sequence[int]], padding: int, device: torch.device | str) -> Batch:
+    """input_ids and attention_mask [rows, longest row], padded on the left: generation goes on at the right."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), padding)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
 def shuffled_batches(lengths: Sequence[int], size: int, generator: random.Random) -> list[list[int]]:
     """Every row's index once, in batches of `size` in a random order.
 

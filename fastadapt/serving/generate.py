@@ -12,6 +12,7 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from ..train import Base, load_base
+from ..train_data import left_padded
 from .loader import AdapterError, adapter_directory
 from .model import MultiAdapterModel
 from .pool import PoolFullError
@@ -199,19 +200,13 @@ def _generate(model: MultiAdapterModel, base: Base, rows: list[Prompt], options:
     """What each row answers. Adapters that do not fit together run apart."""
     if not rows:
         return []
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), base.padding)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):  # on the left: generation goes on at the right
-        ids[index, width - len(row.ids) :] = torch.tensor(row.ids)
-        mask[index, width - len(row.ids) :] = 1
+    batch = left_padded([row.ids for row in rows], base.padding, options.device)
     sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
         sampling |= {"temperature": options.temperature, "top_p": options.top_p}
     try:
         outputs = model.generate(
-            input_ids=ids.to(options.device),
-            attention_mask=mask.to(options.device),
+            **batch,
             adapter_ids=[row.adapter for row in rows],
             max_new_tokens=options.max_new_tokens,
             pad_token_id=base.padding,
@@ -225,7 +220,7 @@ def _generate(model: MultiAdapterModel, base: Base, rows: list[Prompt], options:
     ends = base.model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     found = []
-    for new in outputs[:, width:].tolist():
+    for new in outputs[:, batch["input_ids"].shape[1] :].tolist():
         length = next((index for index, token in enumerate(new) if token in ends), len(new))
         found.append({"text": base.tokenizer.decode(new[:length], skip_special_tokens=True), "tokens": length})
     return found

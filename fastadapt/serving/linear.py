@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import eager_multi, eager_plan
 from ..batch import AdapterBatch
 from ..functional import multi_adapter_linear
+from ..layers import BaseLayerWrapper
 from ..strategies import resolve_backend
 from .pool import AdapterPool, Holding
 
@@ -70,14 +71,12 @@ def runs_directly(model: nn.Module, backend: str) -> bool:
 running: ContextVar[Running | None] = ContextVar("running", default=None)
 
 
-class MultiAdapterLinear(nn.Module):
+class MultiAdapterLinear(BaseLayerWrapper):
     """A linear layer in which each row of a batch goes through the adapter that the running request gave it.
 
     Without a request, or for one of base rows alone, it is its base layer.
     Shapes: x [rows, ..., in]; y [rows, ..., out].
     """
-
-    base_layer: Any
 
     def __init__(self, base_layer: nn.Module, pool: AdapterPool, path: str, backend: str = "auto") -> None:
         super().__init__()
@@ -86,15 +85,6 @@ class MultiAdapterLinear(nn.Module):
         self.path = path
         self._pool = pool
         self._forms = pool.forms(path)
-
-    def __getattr__(self, name: str) -> Any:
-        # Model code asks its layers for `weight`, `in_features`, ...: the base layer answers.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
 
     def forward(self, x: Tensor) -> Tensor:
         now = running.get()

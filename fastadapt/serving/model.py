@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inject import adapter_configs
+from ..inject import adapter_configs, replace_module
 from ..strategies import check_backend
 from ..targets import base_modules
 from .linear import MultiAdapterLinear, Running, running, runs_directly
@@ -53,7 +53,7 @@ class MultiAdapterModel:
         self.pool = AdapterPool(model, base_modules(model), budget=budget, dtype=dtype)
         model.eval().requires_grad_(False)
         for path, layer in self.pool.layers.items():
-            _put(model, path, MultiAdapterLinear(layer, self.pool, path, backend))
+            replace_module(model, path, MultiAdapterLinear(layer, self.pool, path, backend))
 
     def load(self, directory: str | Path, name: str | None = None, *, root: str | Path | None = None) -> str:
         """Registers the adapter in a PEFT directory: see AdapterPool.load."""
@@ -79,7 +79,7 @@ class MultiAdapterModel:
         """Takes the serving layers out of the model and returns it as it was, frozen."""
         for path, module in list(self.model.named_modules()):
             if isinstance(module, MultiAdapterLinear):
-                _put(self.model, path, module.base_layer)
+                replace_module(self.model, path, module.base_layer)
         return self.model
 
     @contextmanager
@@ -104,8 +104,3 @@ def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         if isinstance(value, Tensor) and value.dim() > 1:
             return int(value.shape[0])
     raise ValueError("adapter_ids need a batch to go with: pass input_ids [rows, tokens], or another input with rows")
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

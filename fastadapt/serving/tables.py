@@ -64,7 +64,7 @@ class PoolTables:
 
     def enter(self, slot: int, group: int, forms: Mapping[str, SlotForm], *, shared: bool) -> None:
         """Writes an adapter's forms. A shared group's factors are another's too: there layers are only added."""
-        rank = max((_rank(form) for form in forms.values()), default=0)
+        rank = max((form.rank for form in forms.values()), default=0)
         self.max_rank = max(self.max_rank, rank)
         self._reserve(slot, group, -(-rank // PAGE_RANKS))
         self._see(forms.values())
@@ -73,7 +73,7 @@ class PoolTables:
                 self._host[name][:, group] = 0
         columns: dict[str, list[float]] = {name: [] for name in (*_BY_GROUP, "scalings", *_VECTORS)}
         for form in forms.values():
-            columns["ranks"].append(_rank(form))
+            columns["ranks"].append(form.rank)
             columns["scalings"].append(form.scaling)
             for side, parts in (("A", form.A), ("B", form.B)):
                 columns[f"{side}_strides"].append(int(parts[0].stride(0)) if parts else 0)
@@ -142,10 +142,6 @@ class PoolTables:
 def _new(name: str, shape: Sequence[int]) -> Tensor:
     dtype = torch.float32 if name == "scalings" else _BY_GROUP.get(name, torch.int64)
     return torch.full(tuple(shape), -1 if name in _VECTORS else 0, dtype=dtype)
-
-
-def _rank(form: SlotForm) -> int:
-    return sum(part.shape[0] for part in form.A)
 
 
 def _pages(parts: Sequence[Tensor]) -> list[int]:
