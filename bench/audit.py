@@ -79,7 +79,7 @@ COLUMNS = {
 }
 
 # Arguments that are sizes of tensors: where 16 divides them, rows begin on 16-byte boundaries.
-SIZES = {"M", "N", "K", "R", "Ns", "Rs", "Ks"}
+SIZES = {"M", "N", "K", "Q", "R", "Ns", "Rs", "Ks"}
 
 # Columns of tensor memory that one block may take on sm_100.
 TENSOR_MEMORY = 512
@@ -175,6 +175,36 @@ QUICK_BATCHES = [Batch(8, 1, vectors=""), Batch(16, 32, R=64)]
 QUICK: list[Case] = [(8192, Group.qkv(16), LORA), (8192, Group.square(64), ON_BASE)]
 
 
+class Recomposed(NamedTuple):
+    """Tokens through W0 ⊙ (1 + U V), U V of rank Q, beside a low-rank path of rank R."""
+
+    tokens: int
+    K: int = 4096
+    N: int = 4096
+    Q: int = 16
+    R: int = 16
+    bias: bool = True
+    base: bool = True
+    factors: torch.dtype | None = torch.float32  # None: as the activations
+    transposed: bool = False  # stored as [in, out]
+
+
+RECOMPOSED_BY_CONFIG: list[Recomposed] = [
+    *(Recomposed(M, Q=Q) for M in TOKENS for Q in (16, 32, 64)),
+    # Widths that divide by nothing.
+    *(Recomposed(M, 577, 193, Q) for M in TOKENS for Q in (16, 32, 64)),
+]
+RECOMPOSED_BY_OPERANDS: list[Recomposed] = [
+    *(Recomposed(8192, Q=Q, R=R, bias=False) for Q, R in ((16, 0), (64, 0), (8, 8), (160, 40))),
+    *(Recomposed(8192, Q=Q, base=False) for Q in (16, 64)),
+    *(Recomposed(M, Q=64, transposed=True) for M in (8192, 16)),
+    Recomposed(8192, factors=None),
+    Recomposed(1, 577, 193, 3, 0),
+    Recomposed(4099, 577, 193, 40, 5, transposed=True),
+]
+QUICK_RECOMPOSED = [Recomposed(8192), Recomposed(16, Q=64, R=0, bias=False)]
+
+
 def launch_group(dtype: torch.dtype, M: int, group: Group, form: Form) -> None:
     """Forward by every strategy, and backward, of M tokens through a group."""
     from fastadapt_kernels import configs
@@ -255,6 +285,23 @@ def launch_batch(dtype: torch.dtype, batch: Batch) -> None:
     multi_adapter_linear(tensor(M, batch.K), tensor(batch.N, batch.K), bias, tables, tokens, batch.R)
 
 
+def launch_recomposed(dtype: torch.dtype, case: Recomposed) -> None:
+    """Forward and backward, all gradients."""
+    from fastadapt_kernels.hadamard_linear import hadamard_linear, hadamard_linear_backward
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    own = case.factors or dtype
+    x, dy = tensor(case.tokens, case.K), tensor(case.tokens, case.N)
+    weight = tensor(case.K, case.N).T if case.transposed else tensor(case.N, case.K)
+    U, V = tensor(case.N, case.Q, dtype=own), tensor(case.Q, case.K, dtype=own)
+    A, B = (tensor(case.R, case.K, dtype=own), tensor(case.N, case.R, dtype=own)) if case.R else (None, None)
+    bias = tensor(case.N, dtype=own) if case.bias else None
+    _, u = hadamard_linear(x, weight, U, V, A=A, B=B, bias=bias, base=case.base)
+    hadamard_linear_backward(dy, weight, U, V, A=A, B=B, x=x, u=u, base=case.base, want_bias=case.bias)
+
+
 class Job(NamedTuple):
     """One kernel to compile for one target, in plain values that travel to another process."""
 
@@ -273,7 +320,7 @@ def jobs(pairs: Sequence[str], *, quick: bool) -> list[Job]:
 
     @functools.cache
     def recorded(dtype: str, shared_memory: int) -> list[Any]:
-        def launched(cases: Sequence[Case], batches: Sequence[Batch]) -> list[Any]:
+        def launched(cases: Sequence[Case], batches: Sequence[Batch], recomposed: Sequence[Recomposed]) -> list[Any]:
             with configs.recorded_launches(shared_memory) as launches:
                 for case in cases:
                     launch_group(DTYPES[dtype], *case)
@@ -281,12 +328,16 @@ def jobs(pairs: Sequence[str], *, quick: bool) -> list[Job]:
                     launch_parameters(DTYPES[dtype], R)
                 for batch in batches:
                     launch_batch(DTYPES[dtype], batch)
+                for layer in recomposed:
+                    launch_recomposed(DTYPES[dtype], layer)
             return launches
 
         distinct: dict[tuple[Any, str], Any] = {}
-        for launch in launched(QUICK, QUICK_BATCHES) if quick else launched(BY_CONFIG, BATCHES_BY_CONFIG):
+        by_config = BY_CONFIG, BATCHES_BY_CONFIG, RECOMPOSED_BY_CONFIG
+        by_operands = BY_OPERANDS, BATCHES_BY_OPERANDS, RECOMPOSED_BY_OPERANDS
+        for launch in launched(QUICK, QUICK_BATCHES, QUICK_RECOMPOSED) if quick else launched(*by_config):
             distinct.setdefault((config_of(launch), shown_operands(launch, dtype) if quick else ""), launch)
-        for launch in launched(BY_OPERANDS, BATCHES_BY_OPERANDS) if dtype == "bf16" and not quick else []:
+        for launch in launched(*by_operands) if dtype == "bf16" and not quick else []:
             distinct.setdefault((config_of(launch), shown_operands(launch, dtype)), launch)
         return list({(config_of(launch), str(launch.source())): launch for launch in distinct.values()}.values())
 

@@ -17,6 +17,7 @@ BENCHES = {
     "gpu": "bench.gpu",
     "microbench": "bench.microbench",
     "methods": "bench.methods",
+    "glora": "bench.glora",
     "serve": "bench.serve",
     "pool": "bench.pool",
     "fuzz": "bench.fuzz",

@@ -17,15 +17,21 @@ Batches of many adapters, whose names begin with "many", are counted behind the 
   batch, once; factors_padded_mib: the same padded to the largest rank.
 * mib: x, y, factors and vectors; minimum_mib: those once, y twice, of the tokens that have an adapter alone. Left out:
   u and its partial sums, which live within the call, and the tables, which are a few bytes a token.
+
+Layers whose weights are scaled by themselves, whose names begin with "hadamard", M tokens through K = N:
+
+* forward_mib, dx_mib, grads_mib and their minimum: every tensor of that pass once. partials_mib: of dU and dV.
+* weight_writes_mib: written to anything of W0's size, which is what these kernels are there to avoid.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from unittest import mock
@@ -130,7 +136,9 @@ BATCHES = {
     "many_methods_decode": BatchCase(_MIXED, (*range(8), 3, -1)),
     "many_base_decode": BatchCase(_LORAS, (-1,) * 8),
 }
-_NAMES = [*CASES, *BATCHES]
+# Ranks of U V.
+HADAMARD = {"hadamard_8": 8, "hadamard_32": 32}
+_NAMES = [*CASES, *BATCHES, *HADAMARD]
 
 
 @dataclass
@@ -329,14 +337,16 @@ class Touched(NamedTuple):
 Parts = dict[str, list[dict[str, tuple[float, float]]]]
 
 
-def counted_parts(case: TrafficCase) -> Parts:
+# Calls the launchers at some shape on a device; each call adds to the list.
+Run = Callable[[str, list[Any]], Passes]
+
+
+def counted_parts(runs: Sequence[Run]) -> Parts:
     """The part of each operand that each kernel reads and writes: counted at two shapes, the same at both."""
     found: list[Parts] = []
-    for tokens, K, width in _SMALL:
-        w = case.workload(tokens)
-        w = w._replace(K=K, outputs=tuple(n // min(w.outputs) * width for n in w.outputs))
+    for run in runs:
         with metered() as launches:
-            run_passes(w, "cpu", launches)
+            run("cpu", launches)
         parts: Parts = {}
         for launch in launches:
             touched = {name: (c.first_read / c.size, c.first_written / c.size) for name, c in launch.operands.items()}
@@ -370,9 +380,19 @@ class Traffic(NamedTuple):
 
 def measure(case: TrafficCase, tokens: int, shared_memory: int) -> Traffic:
     """The traffic of one group: parts from the interpreter, sizes from the launches of the full shape."""
-    parts = counted_parts(case)
+    smalls = []
+    for small, K, width in _SMALL:
+        w = case.workload(small)
+        w = w._replace(K=K, outputs=tuple(n // min(w.outputs) * width for n in w.outputs))
+        smalls.append(partial(run_passes, w))
+    return measured(smalls, partial(run_passes, case.workload(tokens)), shared_memory)
+
+
+def measured(smalls: Sequence[Run], full: Run, shared_memory: int) -> Traffic:
+    """The traffic of the full shape, whose parts are counted at the small ones."""
+    parts = counted_parts(smalls)
     with recorded(shared_memory) as launches:
-        passes = run_passes(case.workload(tokens), "meta", launches)
+        passes = full("meta", launches)
     turns = {kernel: iter(launched) for kernel, launched in parts.items()}
     touched, counts = [], {name: 0 for name, _ in passes.phases}
     for index, launch in enumerate(launches):
@@ -467,6 +487,47 @@ def batch_row(name: str, case: BatchCase, width: int = 4096) -> report.Row:
     }
 
 
+def run_hadamard(M: int, K: int, N: int, Q: int, device: str, launches: list[Any]) -> Passes:
+    """Call the launchers of W0 ⊙ (1 + U V): forward, then dx, then the gradients of the factors."""
+    from fastadapt_kernels.hadamard_linear import hadamard_linear, hadamard_linear_backward
+
+    shapes = {"x": (M, K), "dy": (M, N), "weight": (N, K)}
+    tensors = {name: torch.zeros(shape, dtype=torch.float16, device=device) for name, shape in shapes.items()}
+    tensors |= {"U": torch.zeros(N, Q, device=device), "V": torch.zeros(Q, K, device=device)}
+    x, dy, layer = tensors["x"], tensors["dy"], [tensors[name] for name in ("weight", "U", "V")]
+    phases = [("forward", len(launches))]
+    tensors["y"], _ = hadamard_linear(x, *layer)
+    phases.append(("dx", len(launches)))
+    dx = hadamard_linear_backward(dy, *layer, want_factors=False).dx
+    phases.append(("grads", len(launches)))
+    grads = hadamard_linear_backward(dy, *layer, x=x, want_dx=False)
+    made = {"dx": dx, "dU": grads.dU, "dV": grads.dV}
+    tensors |= {name: tensor for name, tensor in made.items() if tensor is not None}
+    return Passes(phases, {storage(tensor): name for name, tensor in tensors.items()}, list(tensors.values()))
+
+
+def hadamard_row(name: str, Q: int, tokens: int, device: str, width: int = 4096) -> report.Row:
+    """The row of a layer whose weights are scaled by themselves."""
+    smalls = [partial(run_hadamard, small, K, N, Q) for small, K, N in _SMALL]
+    traffic = measured(smalls, partial(run_hadamard, tokens, width, width, Q), SHARED_MEMORY[device])
+    factors = 4 * 2 * width * Q
+    activation, weight = 2 * tokens * width, 2 * width * width
+    least = {
+        "forward": 2 * activation + weight + factors,
+        "dx": 2 * activation + weight + factors,
+        "grads": 2 * activation + weight + 2 * factors,
+    }
+    row: report.Row = {"case": name}
+    for phase, minimum in least.items():
+        moved = [o.read + o.written for o in traffic.touched if o.phase == phase and o.role != "scratch"]
+        row |= {f"{phase}_mib": sum(moved) / MIB, f"{phase}_minimum_mib": minimum / MIB}
+        row[f"launches_{phase}"] = traffic.launches[phase]
+    scratch = sum(o.read + o.written for o in traffic.touched if o.role == "scratch")
+    whole = sum(o.written for o in traffic.touched if o.shape[-2:] == (width, width))
+    row |= {"partials_mib": scratch / MIB, "weight_writes_mib": whole / MIB}
+    return row | {"device": device, "M": tokens, "K": width, "r": Q}
+
+
 def minimum_bytes(w: Workload) -> float:
     """Every tensor once a pass: what no design can avoid."""
     split = works("split", w)
@@ -513,37 +574,42 @@ def row_of(name: str, case: TrafficCase, tokens: int, device: str) -> tuple[repo
     return row | {f"{peer}_mib": moved_mib(passes(w)) for peer, passes in PEERS.items()}, touched
 
 
+def restart_in_interpreter() -> None:
+    """Replace this process by one in which Triton interprets its kernels: it decides when it is imported."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "TRITON_INTERPRET": "1"})
+
+
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
-    cases: Annotated[
-        str, typer.Option(help=f"Comma-separated, of {', '.join([*CASES, *BATCHES])}; all by default.")
-    ] = "",
+    cases: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(_NAMES)}; all by default.")] = "",
     tokens: Annotated[int, typer.Option(help="M.")] = 8192,
     device: Annotated[str, typer.Option(help=f"Whose L2 and tiles: {', '.join(SHARED_MEMORY)}.")] = "H100-SXM",
     operands: Annotated[bool, typer.Option("--operands", help="A table of every operand as well.")] = False,
 ) -> None:
     """Bytes that the kernels move, counted in the interpreter, beside the minimum and the models of other libraries."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton decides when it is imported.
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "TRITON_INTERPRET": "1"})
+    restart_in_interpreter()
     if device not in SHARED_MEMORY:
         raise ValueError(f"unknown device {device!r}: choose from {', '.join(SHARED_MEMORY)}")
     names = [name.strip() for name in cases.split(",") if name.strip()] or _NAMES
     rows = []
     for name in names:
-        if name in BATCHES:
+        if name not in CASES:
             continue
         row, touched = row_of(name, CASES[name], tokens, device)
         rows.append(row)
         if operands:
             report.print_table(name, [operand_row(operand) for operand in touched], _OPERAND_COLUMNS)
     batches = [batch_row(name, BATCHES[name]) for name in names if name in BATCHES]
+    hadamard = [hadamard_row(name, HADAMARD[name], tokens, device) for name in names if name in HADAMARD]
     if rows:
         report.print_table(f"Device memory, MiB, M {tokens}, 16 bit, tiles and L2 of {device}", rows, _COLUMNS)
     if batches:
         report.print_table("Many adapters behind one base product, MiB, 16 bit", batches, _BATCH_COLUMNS)
+    if hadamard:
+        report.print_table(f"W0 ⊙ (1 + U V), MiB, M {tokens}, 16 bit, tiles of {device}", hadamard, _HADAMARD_COLUMNS)
     if json_file is not None:
-        write_json(json_file, "traffic", rows + batches)
+        write_json(json_file, "traffic", rows + batches + hadamard)
 
 
 def operand_row(operand: Touched) -> report.Row:
@@ -585,4 +651,15 @@ _BATCH_COLUMNS = {
     "factors_padded_mib": "padded",
     "mib": "moved",
     "minimum_mib": "least",
+}
+_HADAMARD_COLUMNS = {
+    "case": "case",
+    "forward_mib": "forward",
+    "forward_minimum_mib": "least",
+    "dx_mib": "dx",
+    "dx_minimum_mib": "least",
+    "grads_mib": "dU, dV",
+    "grads_minimum_mib": "least",
+    "partials_mib": "partials",
+    "weight_writes_mib": "writes of W0's size",
 }

@@ -15,7 +15,16 @@ from .inject import (
     unmerge,
 )
 from .layers import AdapterLinear
-from .methods import AdaLoRAConfig, DeltaLoRAConfig, DoRAConfig, EVAConfig, LoRAConfig, LoRADropConfig, VeRAConfig
+from .methods import (
+    AdaLoRAConfig,
+    DeltaLoRAConfig,
+    DoRAConfig,
+    EVAConfig,
+    HiRAConfig,
+    LoRAConfig,
+    LoRADropConfig,
+    VeRAConfig,
+)
 from .reference import AdapterForm
 from .selection import select_layers
 
@@ -26,6 +35,7 @@ __all__ = [
     "DeltaLoRAConfig",
     "DoRAConfig",
     "EVAConfig",
+    "HiRAConfig",
     "LoRAConfig",
     "LoRADropConfig",
     "VeRAConfig",

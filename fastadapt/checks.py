@@ -63,14 +63,65 @@ def check_adapter_linear(x: Tensor, weight: Tensor, form: AdapterForm, dropout: 
         check_device(name, value, device)
         check_floating(name, value)
     check_floating("x", x)
+    check_hadamard_factors("form.", form.U, form.V, weight)
     check_vector("form.mid_scale", form.mid_scale, r, device)
     if isinstance(form.out_scale, Tensor) and form.out_scale.dim() > 0:
         check_vector("form.out_scale", form.out_scale, n, device)
     check_vector("form.base_scale", form.base_scale, n, device)
     check_vector("form.bias", form.bias, n, device)
     check_probability("dropout", dropout)
+    _check_frozen(weight)
+
+
+def _check_frozen(weight: Tensor) -> None:
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight must be frozen, but it requires grad: call weight.requires_grad_(False)")
+
+
+def _check_pair(names: tuple[str, str], first: Tensor | None, second: Tensor | None) -> None:
+    if (first is None) != (second is None):
+        given, missing = names if second is None else names[::-1]
+        raise ValueError(f"{names[0]} and {names[1]} go together, got {given} without {missing}: give both or neither")
+
+
+def check_hadamard_factors(prefix: str, U: Tensor | None, V: Tensor | None, weight: Tensor) -> None:
+    """Raises ValueError or TypeError unless U [out, q] and V [q, in] are both there and fit the weight, or neither."""
+    _check_pair((f"{prefix}U", f"{prefix}V"), U, V)
+    if U is None or V is None:
+        return
+    n, k = weight.shape
+    if U.dim() != 2 or U.shape[0] != n or U.shape[1] == 0:
+        raise shape_error(f"{prefix}U", f"[{n}, q] with q at least 1", U)
+    if V.shape != (U.shape[1], k):
+        raise shape_error(f"{prefix}V", f"[{U.shape[1]}, {k}]", V)
+    for name, value in ((f"{prefix}U", U), (f"{prefix}V", V)):
+        check_device(name, value, weight.device)
+        check_floating(name, value)
+
+
+def check_hadamard_linear(
+    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, A: Tensor | None, B: Tensor | None, bias: Tensor | None
+) -> None:
+    """Raises ValueError or TypeError that names the first argument which does not fit ((W0 or 0) + W0 ⊙ (U V)) x."""
+    if weight.dim() != 2:
+        raise shape_error("weight", "[out, in]", weight)
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise shape_error("x", f"[..., {k}] to go with weight {tuple(weight.shape)}", x)
+    check_hadamard_factors("", U, V, weight)
+    _check_pair(("A", "B"), A, B)
+    if A is not None and B is not None:
+        if A.dim() != 2 or A.shape[1] != k:
+            raise shape_error("A", f"[r, {k}]", A)
+        if B.shape != (n, A.shape[0]):
+            raise shape_error("B", f"[{n}, {A.shape[0]}]", B)
+    for name, value in (("weight", weight), ("A", A), ("B", B)):
+        if value is not None:
+            check_device(name, value, x.device)
+            check_floating(name, value)
+    check_floating("x", x)
+    check_vector("bias", bias, n, x.device)
+    _check_frozen(weight)
 
 
 def check_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:

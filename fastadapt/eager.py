@@ -352,13 +352,13 @@ def adapter_linear_backward(
         grads += [dA] if len(members) == 1 else dA.split([member.A.shape[0] for member in members])
     if u is not None:
         for dy, member, part in zip(dys, members, _parts(u, members, shared_A), strict=True):
-            grads.append(_factor_products(dy, part, member.scaling))
+            grads.append(factor_products(dy, part, member.scaling))
     if want_bias:
         grads += [dy.sum(0, dtype=sum_dtype(dy)) for dy in dys]
     return grads + [_column_dots(dy, z) for dy, z in zip(dys, zs, strict=True) if z is not None]
 
 
-def _factor_products(dy: Tensor, u: Tensor, scaling: float) -> Tensor:
+def factor_products(dy: Tensor, u: Tensor, scaling: float) -> Tensor:
     """P = scaling · dyᵀ u [N, R]. With many more rows than columns of u, MKL is faster with the transposed product."""
     if 8 * u.shape[1] < dy.shape[0]:
         return cast(product(u.T, dy, scaling).T.contiguous(), sum_dtype(dy))

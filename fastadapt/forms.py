@@ -24,10 +24,12 @@ def plain_lora(form: AdapterForm) -> PlainLoRA:
     """The form's low-rank path as a plain LoRA: A' = diag(d) A, B' = diag(h) B, the scalar part of h as its scaling.
 
     Exact; what d switches off (AdaLoRA's pruned triplets) is left out. Shapes: A' [r, in]; B' [out, r]. Raises
-    ValueError for a form that scales the base path (DoRA): that is no low-rank addition.
+    ValueError for a form that scales the base path (DoRA) or every weight (HiRA): that is no low-rank addition.
     """
     if form.base_scale is not None:
         raise ValueError("it scales the base weight, which no low-rank addition can do")
+    if form.U is not None:
+        raise ValueError("it scales every weight by itself, which adds a matrix of full rank: merge it instead")
     A, B, scaling = form.A, form.B, form.scaling
     if form.mid_scale is not None:
         used = form.mid_scale != 0
@@ -44,9 +46,9 @@ def stacked(forms: Sequence[AdapterForm], bias: Tensor | None) -> AdapterForm:
 
         y = W0 x + b0 + Σ ((gᵢ − 1) ⊙ (W0 x) + hᵢ ⊙ (Bᵢ (dᵢ ⊙ (Aᵢ x̃))) + βᵢ − b0)
 
-    that is g = 1 + Σ (gᵢ − 1), A and B stacked along r with hᵢ and dᵢ inside Bᵢ, and β = b0 + Σ (βᵢ − b0). One
-    dropout mask serves all. Shapes: A [Σ rᵢ, in]; B [out, Σ rᵢ]; bias b0 [out]. Raises ValueError where some but not
-    all of those that scale the base path drop its input.
+    that is g = 1 + Σ (gᵢ − 1), A and B stacked along r with hᵢ and dᵢ inside Bᵢ, and β = b0 + Σ (βᵢ − b0); U and V are
+    stacked along q: Σ W0 ⊙ (Uᵢ Vᵢ) = W0 ⊙ (U V). One dropout mask serves all. Shapes: A [Σ rᵢ, in]; B [out, Σ rᵢ];
+    bias b0 [out]. Raises ValueError where some but not all of those that scale the base path drop its input.
     """
     if len(forms) == 1:
         return forms[0]
@@ -70,10 +72,13 @@ def stacked(forms: Sequence[AdapterForm], bias: Tensor | None) -> AdapterForm:
         if form.bias is not None and form.bias is not bias:
             added = form.bias if bias is None else form.bias - bias
             beta = added if beta is None else beta + added
+    factors = [(form.U, form.V) for form in forms if form.U is not None and form.V is not None]
     return AdapterForm(
         torch.cat([form.A.to(dtype) for form in forms]),
         torch.cat([up.to(dtype) for up in ups], dim=1),
         base_scale=base_scale,
         bias=beta,
         dropout_on_base=any(form.dropout_on_base for form in scaling),
+        U=torch.cat([U.to(dtype) for U, _ in factors], dim=1) if factors else None,
+        V=torch.cat([V.to(dtype) for _, V in factors]) if factors else None,
     )

@@ -7,18 +7,20 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import eager, ops, tuner
 from .batch import AdapterBatch, LayerForms
-from .checks import check_adapter_linear, check_multi_adapter_linear, check_weight_norm
+from .checks import check_adapter_linear, check_hadamard_linear, check_multi_adapter_linear, check_weight_norm
 from .cost import Workload, keeps_recomposed
 from .eager import Member, cast
 from .ops import STRATEGIES
 from .reference import (
     AdapterForm,
     adapter_linear_reference,
+    hadamard_linear_reference,
     merged_weight_reference,
     weight_norm_reference,
 )
@@ -26,7 +28,7 @@ from .strategies import candidates, cheapest, check_explicit, check_strategy, re
 
 
 def merged_weight(weight: Tensor, form: AdapterForm) -> Tensor:
-    """W' = diag(g) W0 + diag(h) B diag(d) A: the merge rule of every adapter form, computed in at least fp32.
+    """W' = diag(g) W0 + W0 ⊙ (U V) + diag(h) B diag(d) A: the merge rule of every adapter form, in at least fp32.
 
     Shapes: weight and W' [N, K]. The result has the dtype of `weight`; F.linear(x, W', β) equals the form.
     """
@@ -237,6 +239,7 @@ def adapter_linear(
     Shapes: x [..., K]; weight [N, K]; form as AdapterForm states, r may be 0; y [..., N].
     Dtypes: weight has x's dtype, or autocast's takes the place of both; the form's tensors may be fp32 beside 16-bit x.
     Gradients flow to x and to every tensor of the form; weight is frozen. Once differentiable.
+    A form with U and V adds (W0 ⊙ (U V)) x̃: it runs as `hadamard_linear`, whatever the strategy on its backend.
     strategy: "auto", "tune", or by name "split", "fused", "library" or "recompose" (see strategies.py).
     Raises ValueError on mismatched shapes, devices, a dropout outside [0, 1), a weight that requires grad, a backend
     or strategy that cannot run; TypeError on dtypes that cannot be mixed.
@@ -262,7 +265,8 @@ def adapter_linear_group(
 
     Their A are applied to x as one product, their dA are one, and dx is accumulated over all of them; members whose A
     is the same tensor (VeRA) share u = A x̃. One dropout mask serves all, otherwise each y is what `adapter_linear`
-    gives. Ranks, widths and forms may differ. Raises what `adapter_linear` raises, and ValueError for no layers.
+    gives. Ranks, widths and forms may differ; forms with U and V run one by one, and share a mask among themselves.
+    Raises what `adapter_linear` raises, and ValueError for no layers.
     """
     if not weights or len(weights) != len(forms):
         raise ValueError(
@@ -271,10 +275,7 @@ def adapter_linear_group(
     dtype = compute_dtype(x)
     for weight, form in zip(weights, forms, strict=True):
         check_adapter_linear(x, weight, form, dropout)
-        if dtype == x.dtype and weight.dtype != x.dtype:
-            raise TypeError(
-                f"weight must have x's dtype {x.dtype}, got {weight.dtype}: cast one of them or use torch.autocast"
-            )
+        _check_same_dtype(x, weight)
     check_strategy(strategy, backend)
     p = dropout if training else 0.0
     if backend == "reference":
@@ -284,6 +285,17 @@ def adapter_linear_group(
         p = 1.0 - ops.keep_probability(p, "eager")
         pairs = zip(weights, forms, strict=True)
         return tuple([adapter_linear_reference(x, weight, form, mask=mask, p=p) for weight, form in pairs])
+    recomposed = [index for index, form in enumerate(forms) if form.U is not None]
+    if recomposed:
+        backend = STRATEGIES.get(strategy, backend)
+        x_dropped = F.dropout(x, p) if p > 0.0 else x
+        found = {index: _recomposed(x, x_dropped, weights[index], forms[index], backend) for index in recomposed}
+        rest = [index for index in range(len(forms)) if index not in found]
+        if rest:
+            own = [weights[index] for index in rest], [forms[index] for index in rest]
+            options: dict[str, Any] = {"dropout": p, "training": True, "backend": backend, "strategy": strategy}
+            found |= zip(rest, adapter_linear_group(x, *own, **options), strict=True)
+        return tuple([found[index] for index in range(len(forms))])
     shared_A = len(forms) > 1 and all(_same_tensor(form.A, forms[0].A) for form in forms[1:])
     workload = _workload(x, weights, forms, dtype, p > 0.0, shared_A)
     if strategy in STRATEGIES:
@@ -318,6 +330,13 @@ def adapter_linear_group(
         *tensors,
     )
     return ys
+
+
+def _check_same_dtype(x: Tensor, weight: Tensor) -> None:
+    if compute_dtype(x) == x.dtype != weight.dtype:
+        raise TypeError(
+            f"weight must have x's dtype {x.dtype}, got {weight.dtype}: cast one of them or use torch.autocast"
+        )
 
 
 def _workload(
@@ -410,6 +429,117 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and (a.shape, a.stride(), a.dtype, a.data_ptr()) == (b.shape, b.stride(), b.dtype, b.data_ptr())
     )
+
+
+class HadamardLinearFunction(torch.autograd.Function):
+    """y = ((W0 or 0) + W0 ⊙ (U V)) x + B (A x) + β, from which nothing of size [N, K] is kept, or made at once.
+
+    Kept for the backward: x only where U, V or A trains, u = A x only where B does. Once differentiable. Algebra: with
+    W = (W0 or 0) + W0 ⊙ (U V), G = dyᵀ x and q = dy B,
+
+        dx = dy W + q A     dU = (G ⊙ W0) Vᵀ     dV = Uᵀ (G ⊙ W0)     dA = qᵀ x     dB = dyᵀ u     dβ = Σ dy
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        U: Tensor,
+        V: Tensor,
+        A: Tensor | None,
+        B: Tensor | None,
+        bias: Tensor | None,
+        base: bool,
+        backend: str,
+    ) -> Tensor:
+        _, _, needs_U, needs_V, needs_A, needs_B, _, *_ = ctx.needs_input_grad
+        dtype = compute_dtype(x)
+        with _without_autocast(x):
+            rows = cast(_rows(x), dtype)
+            y, u = ops.hadamard_linear(rows, cast(weight, dtype), U, V, A, B, bias, base, needs_B, backend)
+        ctx.save_for_backward(rows if needs_U or needs_V or needs_A else None, u, weight, U, V, A, B)
+        ctx.x_shape, ctx.dtype, ctx.base, ctx.backend = x.shape, dtype, base, backend
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, u, weight, U, V, A, B = ctx.saved_tensors
+        needs_x, _, needs_U, needs_V, needs_A, _, needs_bias, *_ = ctx.needs_input_grad
+        with _without_autocast(dy):
+            wanted = needs_x, needs_U or needs_V, needs_A, needs_bias
+            dx, dU, dV, dA, dB, dbias = ops.hadamard_linear_backward(
+                _rows(dy), cast(weight, ctx.dtype), U, V, A, B, rows, u, ctx.base, *wanted, ctx.backend
+            )
+        dx = None if dx is None else dx.view(ctx.x_shape)
+        return dx, None, dU if needs_U else None, dV if needs_V else None, dA, dB, dbias, None, None
+
+
+def hadamard_linear(
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    *,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    bias: Tensor | None = None,
+    base: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """A frozen linear layer each of whose weights is scaled by itself, and a low-rank path beside it:
+
+        y = ((W0 or 0) + W0 ⊙ (U V)) x + B (A x) + β
+
+    W0 ⊙ (U V) has full rank in general; it is rebuilt block by block, and never in memory as a whole, forward or
+    backward. base: whether W0 x is part of y.
+    Shapes: x [..., K]; weight [N, K], any strides; U [N, q]; V [q, K], q at least 1; A [r, K] and B [N, r], both or
+    neither; bias [N]; y [..., N].
+    Dtypes: weight has x's dtype, or autocast's takes the place of both; the others may be fp32 beside 16-bit x. In 16
+    bits W0 x and (W0 ⊙ (U V)) x are two products: W0 (1 + U V) would lose a U V below half an ulp of 1.
+    Gradients flow to x, U, V, A, B and bias; weight is frozen. Once differentiable.
+    Raises ValueError on mismatched shapes or devices, a weight that requires grad, a backend that cannot run; TypeError
+    on dtypes that cannot be mixed.
+    Source: Huang et al., HiRA, ICLR 2025, section 3; Chavan et al. 2023, arXiv:2306.07967, section 3.
+    """
+    check_hadamard_linear(x, weight, U, V, A, B, bias)
+    _check_same_dtype(x, weight)
+    backend = resolve_backend(backend, x, weight)
+    if backend == "reference":
+        return hadamard_linear_reference(x, weight, U, V, A, B, bias, base)
+    tensors = x, weight, U, V, A, B, bias
+    if torch.is_grad_enabled() and any([_requires_grad(tensor) for tensor in tensors]):
+        y: Tensor = HadamardLinearFunction.apply(*tensors, base, backend)
+        return y
+    dtype = compute_dtype(x)
+    with _without_autocast(x):
+        rows = cast(_rows(x), dtype)
+        y, _ = ops.hadamard_linear(rows, cast(weight, dtype), U, V, A, B, bias, base, False, backend)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _recomposed(x: Tensor, x_dropped: Tensor, weight: Tensor, form: AdapterForm, backend: str) -> Tensor:
+    """A form with U and V; x_dropped is x itself without dropout."""
+    assert form.U is not None
+    assert form.V is not None
+    A, B, g = (form.A, form.B, form.base_scale) if form.A.shape[0] else (None, None, form.base_scale)
+    if B is not None:
+        B = B if form.mid_scale is None else B * form.mid_scale
+        out_scale = form.out_scale
+        B = B * (
+            form.scaling * (out_scale[:, None] if isinstance(out_scale, Tensor) and out_scale.dim() else out_scale)
+        )
+    options: dict[str, Any] = {"A": A, "B": B, "backend": backend}
+    if x_dropped is x and g is None:
+        return hadamard_linear(x, weight, form.U, form.V, bias=form.bias, **options)
+    y = hadamard_linear(x_dropped, weight, form.U, form.V, base=False, **options)
+    base_scale = None if form.dropout_on_base and x_dropped is not x else g
+    none = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
+    y = y + adapter_linear(x, weight, AdapterForm(*none, base_scale=base_scale, bias=form.bias), backend=backend)
+    if g is not None and base_scale is None:
+        y = y + ((g - 1) * F.linear(x_dropped, weight)).to(y.dtype)
+    return y
 
 
 class WeightNormFunction(torch.autograd.Function):

@@ -157,7 +157,7 @@ class AdapterLayer(BaseLayerWrapper):
         return matrix
 
     def merge(self) -> None:
-        """Writes the active adapters into the base layer: W' = diag(g) W0 + diag(h) B diag(d) A, b' = β.
+        """Writes the active adapters into the base layer: W' = diag(g) W0 + W0 ⊙ (U V) + diag(h) B diag(d) A, b' = β.
 
         The base layer gets new parameters; the old ones are set aside untouched for `unmerge`, so that whoever shares
         them (a tied head) is not changed.
@@ -193,12 +193,20 @@ class AdapterLayer(BaseLayerWrapper):
         """The base layer with the active adapters applied to x."""
         raise TypeError(f"{type(self).__name__} does not say how it applies a form")
 
-    def _refuse_triton(self) -> None:
+    def _low_rank_form(self) -> AdapterForm:
+        """The form of the active adapters on a layer that has a low-rank path alone, in eager PyTorch."""
         if self.backend == "triton" or STRATEGIES.get(self.strategy) == "triton":
             raise ValueError(
                 f'{type(self).__name__} has no Triton kernel: leave backend and strategy "auto" to run this layer in '
                 "eager PyTorch"
             )
+        form = self.form()
+        if form.U is not None:
+            raise ValueError(
+                f"{type(self).__name__} cannot scale every weight by itself (U and V), only linear layers can: merge "
+                "this adapter, or name only linear layers in target_modules"
+            )
+        return form
 
     def extra_repr(self) -> str:
         return f"active={self.active!r}, merged={self.merged}"
@@ -260,8 +268,7 @@ class AdapterEmbedding(AdapterLayer):
         return None
 
     def adapted(self, x: Tensor) -> Tensor:
-        self._refuse_triton()
-        form = self.form()
+        form = self._low_rank_form()
         base = self.base_layer
         u = F.embedding(
             x, form.A.T, base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse
@@ -285,9 +292,8 @@ class AdapterConv2d(AdapterLayer):
         return matrix.view_as(self.base_layer.weight)
 
     def adapted(self, x: Tensor) -> Tensor:
-        self._refuse_triton()
+        form = self._low_rank_form()
         base = self.base_layer
-        form = self.form()
         y: Tensor = base(x) if form.bias is base.bias else base._conv_forward(x, base.weight, None)
         if form.A.shape[0]:  # torch has no convolution to zero channels
             kernel = form.A.unflatten(1, base.weight.shape[1:])

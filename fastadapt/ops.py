@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import eager, eager_multi, eager_plan
+from . import eager, eager_hadamard, eager_multi, eager_plan
 from .batch import AdapterBatch, FormTables, LayerForms, SortedTokens
 from .eager import Member, sum_dtype
 
@@ -248,6 +248,123 @@ def adapter_linear_backward(
     return Grads(
         dx, results[ends[0] : ends[1]], results[ends[1] : ends[2]], results[ends[2] : ends[3]], results[ends[3] :]
     )
+
+
+def _run_hadamard(
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    base: bool,
+    keep_u: bool,
+    backend: str,
+) -> list[Tensor]:
+    if backend == "eager":
+        y, u = eager_hadamard.hadamard_linear(x, weight, U, V, A, B, bias, base)
+    else:
+        launch = _kernels("hadamard_linear").hadamard_linear
+        y, u = launch(x, weight, U, V, A=A, B=B, bias=bias, base=base)
+    return [y, u] if keep_u and u is not None else [y]
+
+
+def _hadamard_fake(x: Tensor, weight: Tensor, *operands: Any) -> list[Tensor]:
+    A, keep_u = operands[2], operands[6]
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return [y, x.new_empty(x.shape[0], A.shape[0])] if keep_u and A is not None else [y]
+
+
+_hadamard_linear = _define(
+    "hadamard_linear",
+    "(Tensor x, Tensor weight, Tensor U, Tensor V, Tensor? A, Tensor? B, Tensor? bias, bool base, bool keep_u, "
+    "str backend) -> Tensor[]",
+    _run_hadamard,
+    _hadamard_fake,
+)
+
+
+def hadamard_linear(
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    base: bool,
+    keep_u: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """(y [M, N] = ((W0 or 0) + W0 ⊙ (U V)) x + B u + β, u [M, R] = A x where keep_u and there is an A)."""
+    call = _run_hadamard if _runs_directly(x) else _hadamard_linear
+    results = call(x, weight, U, V, A, B, bias, base, keep_u, backend)
+    return results[0], results[1] if len(results) > 1 else None
+
+
+def _run_hadamard_backward(dy: Tensor, *operands: Any) -> list[Tensor]:
+    weight, U, V, A, B, x, u, base, want_dx, want_factors, want_A, want_bias, backend = operands
+    if backend == "eager":
+        return eager_hadamard.hadamard_linear_backward(dy, *operands[:-1])
+    found = _kernels("hadamard_linear").hadamard_linear_backward(
+        dy,
+        weight,
+        U,
+        V,
+        A=A,
+        B=B,
+        x=x,
+        u=u,
+        base=base,
+        want_dx=want_dx,
+        want_factors=want_factors,
+        want_A=want_A,
+        want_bias=want_bias,
+    )
+    return [grad for grad in found if grad is not None]
+
+
+def _hadamard_backward_fake(dy: Tensor, *operands: Any) -> list[Tensor]:
+    weight, U, V, A, _, _, u, _, want_dx, want_factors, want_A, want_bias, _ = operands
+    wanted = [(U, want_factors), (V, want_factors), (A, want_A)]
+    shapes = [tensor.shape for tensor, want in wanted if want]
+    shapes += [(dy.shape[1], u.shape[1])] if u is not None else []
+    shapes += [(dy.shape[1],)] if want_bias else []
+    dx = [dy.new_empty(dy.shape[0], weight.shape[1])] if want_dx else []
+    return dx + [dy.new_empty(shape, dtype=sum_dtype(dy)) for shape in shapes]
+
+
+_hadamard_linear_backward = _define(
+    "hadamard_linear_backward",
+    "(Tensor dy, Tensor weight, Tensor U, Tensor V, Tensor? A, Tensor? B, Tensor? x, Tensor? u, bool base, "
+    "bool want_dx, bool want_factors, bool want_A, bool want_bias, str backend) -> Tensor[]",
+    lambda dy, *operands: _apart(_run_hadamard_backward(dy, *operands)),
+    _hadamard_backward_fake,
+)
+
+
+def hadamard_linear_backward(
+    dy: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    x: Tensor | None,
+    u: Tensor | None,
+    base: bool,
+    want_dx: bool,
+    want_factors: bool,
+    want_A: bool,
+    want_bias: bool,
+    backend: str,
+) -> list[Tensor | None]:
+    """[dx, dU, dV, dA, dB, dβ], None for what is not asked for: dB is where u is given. All but dx are in fp32."""
+    call = _run_hadamard_backward if _runs_directly(dy) else _hadamard_linear_backward
+    results = iter(call(dy, weight, U, V, A, B, x, u, base, want_dx, want_factors, want_A, want_bias, backend))
+    wanted = (want_dx, want_factors, want_factors, want_A, u is not None, want_bias)
+    return [next(results) if want else None for want in wanted]
 
 
 def _weight_norm(*operands: Any) -> tuple[Tensor, Tensor]:

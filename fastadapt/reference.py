@@ -22,9 +22,13 @@ class AdapterForm(NamedTuple):
 
         y = W0 x + (g − 1) ⊙ (W0 x̃) + h ⊙ (B (d ⊙ (A x̃))) + β
 
-    Shapes: A [r, in], B [out, r], mid_scale d [r], out_scale scalar or [out], base_scale g [out], bias β [out]; r may
-    be 0. h = scaling · out_scale. An absent scale is 1. ``bias`` is the whole β: the base layer's own bias is part of
-    it. Where out_scale is the very tensor base_scale (DoRA), g scales the sum of both paths, which costs less.
+    With U and V (GLoRA, HiRA) every weight is scaled by itself, which adds (W0 ⊙ (U V)) x̃ to y: a matrix of full rank
+    in general, for which there is no low-rank path.
+
+    Shapes: A [r, in], B [out, r], mid_scale d [r], out_scale scalar or [out], base_scale g [out], bias β [out],
+    U [out, q], V [q, in]; r may be 0. h = scaling · out_scale. An absent scale is 1. ``bias`` is the whole β: the base
+    layer's own bias is part of it. Where out_scale is the very tensor base_scale (DoRA), g scales the sum of both
+    paths, which costs less.
     """
 
     A: Tensor
@@ -35,6 +39,8 @@ class AdapterForm(NamedTuple):
     bias: Tensor | None = None
     dropout_on_base: bool = False
     scaling: float = 1.0
+    U: Tensor | None = None
+    V: Tensor | None = None
 
 
 def dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
@@ -56,6 +62,8 @@ def adapter_linear_reference(
             y = y + (form.base_scale - 1) * (x_dropped @ weight.T)
         else:
             y = form.base_scale * y
+    if form.U is not None and form.V is not None:
+        y = y + x_dropped @ (weight * (form.U @ form.V)).T
     u = x_dropped @ form.A.T
     if form.mid_scale is not None:
         u = form.mid_scale * u
@@ -64,7 +72,7 @@ def adapter_linear_reference(
 
 
 def merged_weight_reference(weight: Tensor, form: AdapterForm) -> Tensor:
-    """W' = diag(g) W0 + diag(h) B diag(d) A, so that F.linear(x, W', β) equals the form without dropout.
+    """W' = diag(g) W0 + W0 ⊙ (U V) + diag(h) B diag(d) A, so that F.linear(x, W', β) is the form without dropout.
 
     Shapes: weight and W' [N, K].
     """
@@ -73,7 +81,32 @@ def merged_weight_reference(weight: Tensor, form: AdapterForm) -> Tensor:
         form.out_scale if isinstance(form.out_scale, float) or form.out_scale.dim() == 0 else form.out_scale[:, None]
     )
     base = weight if form.base_scale is None else form.base_scale[:, None] * weight
+    if form.U is not None and form.V is not None:
+        base = base + weight * (form.U @ form.V)
     return base + form.scaling * out_scale * (up @ form.A)
+
+
+def hadamard_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    bias: Tensor | None = None,
+    base: bool = True,
+) -> Tensor:
+    """y = ((W0 or 0) + W0 ⊙ (U V)) x + B (A x) + β.
+
+    Shapes: x [..., K]; weight [N, K]; U [N, q]; V [q, K]; A [r, K]; B [N, r]; bias [N]; y [..., N].
+    Source: Huang et al., HiRA, ICLR 2025, section 3; Chavan et al. 2023, arXiv:2306.07967, section 3.
+    """
+    y = x @ (weight * (U @ V)).T
+    if base:
+        y = x @ weight.T + y
+    if A is not None and B is not None:
+        y = y + (x @ A.T) @ B.T
+    return y if bias is None else y + bias
 
 
 def weight_norm_reference(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -103,3 +136,47 @@ def multi_adapter_linear_reference(
         else:
             rows.append(adapter_linear_reference(row, weight, forms[adapter]))
     return torch.stack(rows) if rows else x.new_zeros(*x.shape[:-1], weight.shape[0])
+
+
+ACTIVATIONS = {
+    "identity": lambda a: a,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "quick_gelu": lambda a: a * torch.sigmoid(1.702 * a),
+}
+
+
+def bottleneck_reference(
+    v: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    scaling: float = 1.0,
+    activation: str = "relu",
+    groups: int = 1,
+    mask: Tensor | None = None,
+    p: float = 0.0,
+) -> Tensor:
+    """A bottleneck on a stream of tokens:
+
+        out = z + s · (U dropout(φ(D v + a)) + c)
+
+    With groups > 1 U is block-diagonal: the g-th slice of the hidden features feeds the g-th slice of the output.
+
+    Shapes: v [..., K]; down D [H, K]; up U [N, H / groups]; down_bias a [H]; up_bias c [N]; residual z [..., N]; mask
+    [..., H] bool, true where kept, drawn with drop probability p; out [..., N].
+    Source: Chen et al. 2022, arXiv:2205.13535, section 3.2; Luo et al. 2023, arXiv:2302.08106, section 3.3.
+    """
+    hidden = v @ down.T
+    hidden = ACTIVATIONS[activation](hidden if down_bias is None else hidden + down_bias)
+    hidden = dropped(hidden, mask, p)
+    if groups == 1:
+        out = hidden @ up.T
+    else:
+        parts = zip(hidden.chunk(groups, -1), up.chunk(groups), strict=True)
+        out = torch.cat([part @ block.T for part, block in parts], -1)
+    out = scaling * (out if up_bias is None else out + up_bias)
+    return out if residual is None else residual + out

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import the layers before it.
 LAYERS = [
     {"fastadapt_kernels"},
-    {"reference", "report", "versions", "batch", "eager", "eager_multi", "eager_plan", "ops", "cost"},
+    {"reference", "report", "versions", "batch", "eager", "eager_hadamard", "eager_multi", "eager_plan", "ops", "cost"},
     {"checks", "patterns", "strategies", "tuner", "functional"},
     {"forms", "groups", "layers"},
     {"methods"},

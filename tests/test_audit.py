@@ -129,9 +129,11 @@ def test_every_kernel_compiles_for_real_gpus(tmp_path: Path) -> None:
     assert {row["kernel"] for row in products} == {"_adapter_linear_kernel", "_adapter_linear_dx_kernel"}
     for row in rows:
         assert audit.violations(row) == []
+    recomposed = [row for row in rows if row["kernel"].startswith("_hadamard_")]
+    assert {row["kernel"] for row in recomposed} == {"_hadamard_linear_kernel", "_hadamard_grads_kernel"}
     many = [row for row in rows if row["kernel"].startswith("_multi_")]
     assert {row["kernel"] for row in many} == {"_multi_shrink_kernel", "_multi_expand_kernel"}
-    for row in products + many:
+    for row in products + recomposed + many:
         if row["dtype"] != "fp32":
             assert (row["matrix_ops"] > 0) == ("BLOCK_M=1 " not in row["config"]), row
             assert row["widest_load"] == 128, row
@@ -156,18 +158,34 @@ def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
         )
         for _ in range(80)
     ]
+    layers = [
+        audit.Recomposed(
+            2 ** generator.randint(0, 14),
+            generator.randint(100, 20_000),
+            generator.randint(100, 20_000),
+            generator.randint(1, 256),
+            generator.choice([0, 8, 40]),
+        )
+        for _ in range(40)
+    ]
 
     def found(
-        dtype: torch.dtype, shared_limit: int, cases: list[audit.Case], batches: list[audit.Batch]
+        dtype: torch.dtype,
+        shared_limit: int,
+        cases: list[audit.Case],
+        batches: list[audit.Batch],
+        layers: list[audit.Recomposed],
     ) -> set[tuple[str, str]]:
         with configs.recorded_launches(shared_limit) as launches:
             for case in cases:
                 audit.launch_group(dtype, *case)
             for batch in batches:
                 audit.launch_batch(dtype, batch)
+            for layer in layers:
+                audit.launch_recomposed(dtype, layer)
         return {audit.config_of(launch) for launch in launches}
 
     for dtype in (torch.float16, torch.float32):
         for shared_limit in {target.shared_limit for target in audit.TARGETS.values()}:
-            compiled = found(dtype, shared_limit, audit.BY_CONFIG, audit.BATCHES_BY_CONFIG)
-            assert found(dtype, shared_limit, cases, batches) - compiled == set()
+            compiled = found(dtype, shared_limit, audit.BY_CONFIG, audit.BATCHES_BY_CONFIG, audit.RECOMPOSED_BY_CONFIG)
+            assert found(dtype, shared_limit, cases, batches, layers) - compiled == set()

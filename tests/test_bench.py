@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import measure, saved, step
+from bench import glora, measure, saved, step
 from bench.__main__ import main
 from bench.cases import STEP_CASES, chosen
+from fastadapt import eager_hadamard
 from fastadapt.report import write_json
 
 
@@ -146,6 +147,19 @@ class Keeper(nn.Module):
         if self.place == "mask":
             return x.masked_fill(x > 0, 0.0)
         return x + self.weight
+
+
+@pytest.mark.usefixtures("_same_threads")
+def test_glora_rebuilds_the_weight_without_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glora, "CASES", {"wide": glora.Shape(16, 512, 4)})
+    monkeypatch.setattr(eager_hadamard, "_BLOCK_BYTES", 64 * 512 * 4)
+    main(["glora", "--json", str(tmp_path / "glora.json"), "--rounds", "1", "--threads", "1", "--no-traffic"])
+    (row,) = rows_of(tmp_path / "glora.json", "glora")
+    assert row["forward_x"] > 0
+    assert row["step_x_low"] <= row["step_x"] <= row["step_x_high"]
+    weight = 512 * 512 * 4 / 1e6
+    assert row["step_dense_peak_mb"] > 2 * weight > 5 * row["step_peak_mb"] > 0
+    assert row["step_x_peak"] == pytest.approx(row["step_dense_peak_mb"] / row["step_peak_mb"])
 
 
 @pytest.mark.parametrize(

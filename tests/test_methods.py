@@ -12,6 +12,7 @@ from fastadapt import (
     AdaLoRAConfig,
     DeltaLoRAConfig,
     DoRAConfig,
+    HiRAConfig,
     LoRAConfig,
     LoRADropConfig,
     VeRAConfig,
@@ -61,6 +62,7 @@ CONFIGS: dict[str, AdapterConfig] = {
     "VeRA, trained bias": VeRAConfig(r=16, target_modules=TARGETS, bias="vera_only"),
     "DVoRA": VeRAConfig(r=16, target_modules=TARGETS, use_dora=True),
     "AdaLoRA": AdaLoRAConfig(init_r=6, target_r=4, total_step=20, target_modules=TARGETS),
+    "HiRA": HiRAConfig(r=4, target_modules=TARGETS),
     "AdaLoRA, trained bias": AdaLoRAConfig(total_step=20, target_modules=TARGETS, bias="lora_only"),
 }
 
@@ -246,12 +248,13 @@ DORA = ("q", "k", "v", "up", "down")
         ("LoRA-FA", 8, 12, qv(768), 147_456),  # RoBERTa-base
         ("DoRA", 32, 32, llama(4096, 11008, *DORA), 56_975_360),  # LLaMA-7B
         ("DoRA", 16, 32, llama(4096, 11008, *DORA), 28_925_952),
+        ("HiRA", 32, 32, llama(4096, 11008, *DORA), 56_098_816),  # as LoRA of this rank
     ],
 )
 def test_published_parameter_counts(
     method: str, r: int, count: int, layers: dict[str, tuple[int, int]], expected: int
 ) -> None:
-    methods = {"LoRA": LoRAConfig, "VeRA": VeRAConfig, "DoRA": DoRAConfig}
+    methods = {"LoRA": LoRAConfig, "VeRA": VeRAConfig, "DoRA": DoRAConfig, "HiRA": HiRAConfig}
     config = methods[method.removesuffix("-FA")](r=r, target_modules=list(layers))
     if method == "LoRA-FA":
         config.freeze_A = True

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, HiraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import output, randomise, tokens
 from torch import Tensor, nn
 
 import fastadapt
-from fastadapt import AdaLoRAConfig, DoRAConfig, LoRAConfig, VeRAConfig
+from fastadapt import AdaLoRAConfig, DoRAConfig, HiRAConfig, LoRAConfig, VeRAConfig
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Case:
         return PEFTS.get(self.method, LoraConfig)(**fields)
 
 
-OURS = {"lora": LoRAConfig, "dora": DoRAConfig, "vera": VeRAConfig, "adalora": AdaLoRAConfig}
-PEFTS = {"vera": VeraConfig, "adalora": AdaLoraConfig}
+OURS = {"lora": LoRAConfig, "dora": DoRAConfig, "vera": VeRAConfig, "adalora": AdaLoRAConfig, "hira": HiRAConfig}
+PEFTS = {"vera": VeraConfig, "adalora": AdaLoraConfig, "hira": HiraConfig}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 BIASED_LLAMA = {"attention_bias": True}
 
@@ -108,6 +108,17 @@ CASES = {
         {"init_r": 4, "target_r": 2, "total_step": 9, "target_modules": ATTENTION, "bias": "lora_only"},
         "adalora",
     ),
+    "hira": Case(biased_llama, {"r": 4, "target_modules": "all-linear"}, "hira"),
+    "hira, settings": Case(
+        tiny_models.llama,
+        {
+            "r": 4,
+            "target_modules": ["q_proj", "up_proj"],
+            "init_weights": "gaussian",
+            "modules_to_save": ["lm_head"],
+        },
+        "hira",
+    ),
     "gpt2 lora": Case(tiny_models.gpt2, {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}),
     "gpt2 lora_bias": Case(tiny_models.gpt2, {"r": 4, "target_modules": ["c_attn", "c_proj"], "lora_bias": True}),
     "gpt2 lora_only": Case(tiny_models.gpt2, {"r": 4, "target_modules": ["c_attn"], "bias": "lora_only"}),
@@ -116,6 +127,7 @@ CASES = {
     "gpt2 adalora": Case(
         tiny_models.gpt2, {"init_r": 4, "target_r": 2, "total_step": 9, "target_modules": ["c_attn", "c_fc"]}, "adalora"
     ),
+    "gpt2 hira": Case(tiny_models.gpt2, {"r": 3, "target_modules": ["c_attn", "c_fc", "c_proj"]}, "hira"),
     "mixed lora": Case(tiny_models.mixed, {"r": 3, "lora_alpha": 6, "target_modules": ["embed", "conv", "fc1", "fc2"]}),
     "mixed, patterns": Case(
         tiny_models.mixed,
@@ -331,7 +343,7 @@ def test_a_vera_file_whose_projection_is_not_the_keys_is_honoured(tmp_path: Path
 # 16-bit bases, dropout, several adapters.
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "vera", "gpt2 dora"])
+@pytest.mark.parametrize("name", ["lora", "dora", "vera", "gpt2 dora", "hira"])
 def test_bf16_models_agree_to_bf16(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     exact = in_ours(case)
@@ -339,7 +351,7 @@ def test_bf16_models_agree_to_bf16(name: str, tmp_path: Path) -> None:
         randomise([parameter], seed)
     with torch.no_grad():  # trained adapters move an output by less than its size
         for name, parameter in our_parameters(exact).items():
-            if "lora_B" in name or "lambda_b" in name:
+            if "lora_B" in name or "lambda_b" in name or "hira_B" in name:
                 parameter.mul_(0.2)
     fastadapt.save_adapter(exact, tmp_path)
     with quiet_peft():
@@ -357,11 +369,11 @@ def our_parameters_or_none(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if ".adapters." in name]
 
 
-@pytest.mark.parametrize("name", ["lora", "vera", "dora"])
+@pytest.mark.parametrize("name", ["lora", "vera", "dora", "hira"])
 def test_dropout_is_pefts_on_average(name: str) -> None:
     """Masks differ, so means over many draws are compared: the same expectation, and for DoRA the published rule."""
     case = CASES[name]
-    field = "vera_dropout" if case.method == "vera" else "lora_dropout"
+    field = f"{case.method}_dropout" if case.method in ("vera", "hira") else "lora_dropout"
     case = Case(tiny_models.mlp, {**case.fields, "target_modules": ["up"], field: 0.4}, case.method)
     ours, peft = in_ours(case), in_peft(case)
     fill_alike(ours, peft)

@@ -89,6 +89,16 @@ def test_many_adapters_move_what_their_true_ranks_are(name: str) -> None:
         assert row["mib"] == 0
 
 
+@needs_interpreter
+def test_a_recomposed_weight_is_never_written() -> None:
+    row = traffic.hadamard_row("hadamard", 8, 8192, "H100-SXM")
+    assert row["weight_writes_mib"] == 0
+    for phase in ("forward", "dx", "grads"):
+        assert row[f"{phase}_mib"] == pytest.approx(row[f"{phase}_minimum_mib"], rel=1e-3)
+    assert row["partials_mib"] <= 16
+    assert (row["launches_forward"], row["launches_dx"], row["launches_grads"]) == (1, 1, 3)
+
+
 def moved(peer: str, w: Workload) -> float:
     found = peers.moved_mib(peers.PEERS[peer](w))
     assert found is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from .adalora import AdaLoRAConfig
 from .config import AdapterConfig, Control
 from .delta_lora import DeltaLoRAConfig
+from .hira import HiRAConfig
 from .lora import DoRAConfig, EVAConfig, LoRAConfig
 from .lora_drop import LoRADropConfig
 from .vera import VeRAConfig
@@ -19,10 +20,11 @@ METHODS: dict[str, type[AdapterConfig]] = {
     "VERA": VeRAConfig,
     "DVORA": VeRAConfig,
     "ADALORA": AdaLoRAConfig,
+    "HIRA": HiRAConfig,
 }
 
 # Those that PEFT has too: it reads their directories.
-PEFT_TYPES = ("LORA", "VERA", "ADALORA")
+PEFT_TYPES = ("LORA", "VERA", "ADALORA", "HIRA")
 
 __all__ = [
     "METHODS",
@@ -33,6 +35,7 @@ __all__ = [
     "DeltaLoRAConfig",
     "DoRAConfig",
     "EVAConfig",
+    "HiRAConfig",
     "LoRAConfig",
     "LoRADropConfig",
     "VeRAConfig",

@@ -351,6 +351,12 @@ def read_adapter(
             for name, adapter in adapters.items():
                 layer = layers[name]
                 assert isinstance(layer, AdapterLinear)
-                forms[name] = _detached(adapter.form(layer.weight_matrix, layer.base_bias), layer.base_bias)
+                form = adapter.form(layer.weight_matrix, layer.base_bias)
+                if form.U is not None:
+                    raise ValueError(
+                        f"{config.peft_type} scales every weight of {name} by itself, which tokens of other adapters "
+                        "cannot share: merge it, or serve it alone"
+                    )
+                forms[name] = _detached(form, layer.base_bias)
             _check_finite(forms)
     return LoadedAdapter(config, forms, config.shared_factors(adapters), identity.hexdigest(), size)

@@ -296,6 +296,46 @@ def input_grads(x: Tensor, R: int) -> Config:
     return {**tiles, "BLOCK": 512, "num_warps": 4, "num_stages": stages}
 
 
+def hadamard_linear(x: Tensor, operands: Sequence[Tensor], N: int, Q: int) -> Config:
+    """Tiles of _hadamard_linear_kernel for x [M, K], N columns of the product and the rank Q of U V."""
+    if _interpreted():
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_Q": 16, "BLOCK_R": 16, "GROUP_M": 2}
+    M, shared_memory = x.shape[0], _shared_memory(x.device)
+    tiles: Config
+    if x.dtype == torch.float32:
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    elif not _aligned(operands):
+        tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    elif M <= 32:
+        tiles = {"BLOCK_M": _block(M, 16, 32), "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    elif triton.cdiv(M, 128) * triton.cdiv(N, 128) < _WANTED_PROGRAMS // 4:
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    else:
+        # The rebuilt tile is in registers: only Hopper's matrix unit, whose right operand is not, leaves them for 64.
+        block_k = 64 if shared_memory >= _HOPPER else 32
+        tiles = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
+    # More ranks of U V are taken in steps: fp32 and AMD's smaller shared memory leave room for few.
+    most = 16 if x.dtype == torch.float32 else 32 if shared_memory < _MEDIUM else 64
+    return {"BLOCK_Q": _block(Q, 16, most), "BLOCK_R": 16, **tiles, "GROUP_M": 16}
+
+
+def hadamard_grads(x: Tensor, operands: Sequence[Tensor]) -> Config:
+    """Tiles of _hadamard_grads_kernel for x [M, K] and dy [M, N]."""
+    if _interpreted():
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_Q": 16, "GROUP_N": 2}
+    tiles: Config
+    if x.dtype == torch.float32:
+        tiles = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
+    elif not _aligned(operands):
+        tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    else:
+        # Wide tiles keep the parts of both gradients few.
+        block_m = 64 if _shared_memory(x.device) >= _LARGE else 32
+        tiles = {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+    # More ranks at once do not fit beside the tile of gradients on AMD.
+    return {**tiles, "BLOCK_Q": 16, "GROUP_N": 16}
+
+
 def weight_norm(R: int) -> Config:
     """Tiles of _weight_norm_kernel for B [N, R]."""
     if _interpreted():

@@ -1,0 +1,137 @@
+"""The eager product with a recomposed weight W0 ⊙ (1 + U V), rebuilt block by block: nothing of size [N, K] is made.
+
+A block is rebuilt in memory that the next one reuses and that stays in the cache until its product has read it: rows of
+W0 forward, columns backward, so that no sum over features is cut into blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .eager import cast, factor_products, sum_dtype
+
+# What the block of a recomposed weight may take, and the fewest rows or columns of it that a product runs well with.
+_BLOCK_BYTES = 4 << 20
+_LEAST_BLOCK = 64
+
+
+def _blocks(count: int, length: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of `count` rows (or columns) that have `length` elements each."""
+    size = max(_LEAST_BLOCK, _BLOCK_BYTES // max(1, length * dtype.itemsize))
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _rebuilt(weight: Tensor, U: Tensor, V: Tensor, base: bool, memory: Tensor) -> Tensor:
+    """(weight or 0) + weight ⊙ (U V) in weight's dtype, computed in `memory`, which has at least its size."""
+    block = torch.mm(U, V, out=memory[: U.shape[0] * V.shape[1]].view(U.shape[0], V.shape[1]))
+    if base:
+        return torch.addcmul(weight, weight, block, out=block)
+    return cast(block.mul_(weight), weight.dtype)
+
+
+def _adds_base(weight: Tensor, base: bool) -> bool:
+    """Whether the blocks contain W0 itself: in 16 bits W0 (1 + U V) is W0 wherever U V is below half an ulp of 1."""
+    return base and weight.dtype == sum_dtype(weight)
+
+
+def _block_memory(weight: Tensor, blocks: list[slice], length: int) -> Tensor:
+    size = max([block.stop - block.start for block in blocks], default=0)
+    return torch.empty(size * length, dtype=sum_dtype(weight), device=weight.device)
+
+
+def hadamard_linear(
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    base: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, u): y = ((W0 or 0) + W0 ⊙ (U V)) x + B u + β with u = A x, None without A."""
+    n, k = weight.shape
+    u = None
+    if A is not None and B is not None:
+        u = F.linear(x, cast(A, x.dtype))
+        y = F.linear(u, cast(B, x.dtype), None if bias is None else cast(bias, x.dtype))
+    else:
+        y = torch.zeros(x.shape[0], n, dtype=x.dtype, device=x.device)
+        if bias is not None:
+            y += bias
+    inside = _adds_base(weight, base)
+    if base and not inside:
+        y.addmm_(x, weight.T)
+    U, V = cast(U, sum_dtype(x)), cast(V, sum_dtype(x))
+    blocks = list(_blocks(n, k, U.dtype))
+    memory = _block_memory(weight, blocks, k)
+    for rows in blocks:
+        y[:, rows].addmm_(x, _rebuilt(weight[rows], U[rows], V, inside, memory).T)
+    return y, u
+
+
+def _add_factor_grads(dU: Tensor, dV: Tensor, dy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor) -> None:
+    """dU += (G ⊙ W0) Vᵀ and dV = Uᵀ (G ⊙ W0) with G = dyᵀ x, for some columns of x, W0 and V."""
+    grad = cast(dy.T @ x, dU.dtype).mul_(weight)
+    dU.addmm_(grad, V.T)
+    torch.mm(U.T, grad, out=dV)
+
+
+def hadamard_linear_backward(
+    dy: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    x: Tensor | None,
+    u: Tensor | None,
+    base: bool,
+    want_dx: bool,
+    want_factors: bool,
+    want_A: bool,
+    want_bias: bool,
+) -> list[Tensor]:
+    """dx where want_dx; dU and dV where want_factors; dA where want_A; dB where u is given; dβ where want_bias.
+
+    All but dx are sums in fp32. One pass over the blocks of W0 serves dx, dU and dV.
+    """
+    dtype = sum_dtype(dy)
+    k = weight.shape[1]
+    q = dy @ cast(B, dy.dtype) if A is not None and B is not None and (want_dx or want_A) else None
+    grads = []
+    dx = dU = dV = None
+    inside = _adds_base(weight, base)
+    if want_dx:
+        if q is not None and A is not None:
+            dx = q @ cast(A, dy.dtype)
+        else:
+            dx = torch.zeros(dy.shape[0], k, dtype=dy.dtype, device=dy.device)
+        if base and not inside:
+            dx.addmm_(dy, weight)
+        grads.append(dx)
+    if want_factors:
+        dU = torch.zeros(U.shape, dtype=dtype, device=dy.device)
+        dV = torch.empty(V.shape, dtype=dtype, device=dy.device)
+        grads += [dU, dV]
+    U, V = cast(U, dtype), cast(V, dtype)
+    blocks = list(_blocks(k, weight.shape[0], dtype)) if want_dx or want_factors else []
+    memory = _block_memory(weight, blocks, weight.shape[0])
+    for columns in blocks:
+        block = weight[:, columns]
+        if dx is not None:
+            dx[:, columns].addmm_(dy, _rebuilt(block, U, V[:, columns], inside, memory))
+        if dU is not None and dV is not None and x is not None:
+            _add_factor_grads(dU, dV[:, columns], dy, x[:, columns], block, U, V[:, columns])
+    if want_A and q is not None and x is not None:
+        grads.append(cast(q.T @ x, dtype))
+    if u is not None:
+        grads.append(factor_products(dy, u, 1.0))
+    if want_bias:
+        grads.append(dy.sum(0, dtype=dtype))
+    return grads
