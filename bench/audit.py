@@ -172,6 +172,35 @@ BATCHES_BY_OPERANDS: list[Batch] = [
     *(Batch(rows, tokens, 577, 193, R) for rows, tokens in ((8, 1), (4, 2048)) for R in (5, 0)),
 ]
 QUICK_BATCHES = [Batch(8, 1, vectors=""), Batch(16, 32, R=64)]
+
+
+class Bottleneck(NamedTuple):
+    """A bottleneck of H features on a stream of K, with biases; `stream` is its residual's dtype, None: as v's."""
+
+    M: int
+    K: int
+    H: int
+    activation: str = "gelu"
+    groups: int = 1
+    dropout: bool = True
+    stream: torch.dtype | None = None
+    parameters: torch.dtype | None = torch.float32  # None: as v
+
+
+HIDDEN = (16, 32, 64, 128)
+BOTTLENECKS_BY_CONFIG: list[Bottleneck] = [
+    *(Bottleneck(M, K, H) for K in (768, 577) for M in TOKENS for H in HIDDEN),
+    # Hidden features that 16 does not divide.
+    *(Bottleneck(M, 768, H) for M in TOKENS for H in (8, 24, 50, 100)),
+]
+BOTTLENECKS_BY_OPERANDS: list[Bottleneck] = [
+    *(Bottleneck(1576, 768, 64, activation) for activation in ("identity", "relu", "gelu", "quick_gelu")),
+    *(Bottleneck(16384, 768, H, dropout=False, parameters=None) for H in HIDDEN),
+    *(Bottleneck(16384, 768, H, groups=2) for H in (8, 128)),
+    *(Bottleneck(16384, 768, H, stream=torch.float32) for H in HIDDEN),
+    *(Bottleneck(4099, 577, H) for H in (50, 100)),
+]
+QUICK_BOTTLENECKS = [Bottleneck(1576, 768, 64, "relu"), Bottleneck(16384, 768, 8, "identity", groups=2)]
 QUICK: list[Case] = [(8192, Group.qkv(16), LORA), (8192, Group.square(64), ON_BASE)]
 
 
@@ -203,6 +232,10 @@ RECOMPOSED_BY_OPERANDS: list[Recomposed] = [
     Recomposed(4099, 577, 193, 40, 5, transposed=True),
 ]
 QUICK_RECOMPOSED = [Recomposed(8192), Recomposed(16, Q=64, R=0, bias=False)]
+
+CASES_BY_CONFIG = BY_CONFIG, BATCHES_BY_CONFIG, RECOMPOSED_BY_CONFIG, BOTTLENECKS_BY_CONFIG
+CASES_BY_OPERANDS = BY_OPERANDS, BATCHES_BY_OPERANDS, RECOMPOSED_BY_OPERANDS, BOTTLENECKS_BY_OPERANDS
+QUICK_CASES = QUICK, QUICK_BATCHES, QUICK_RECOMPOSED, QUICK_BOTTLENECKS
 
 
 def launch_group(dtype: torch.dtype, M: int, group: Group, form: Form) -> None:
@@ -302,6 +335,23 @@ def launch_recomposed(dtype: torch.dtype, case: Recomposed) -> None:
     hadamard_linear_backward(dy, weight, U, V, A=A, B=B, x=x, u=u, base=case.base, want_bias=case.bias)
 
 
+def launch_bottleneck(dtype: torch.dtype, case: Bottleneck) -> None:
+    """Forward and backward of a bottleneck, with all that they can be asked for."""
+    from fastadapt_kernels.bottleneck import bottleneck, bottleneck_backward
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    M, K, H, own = case.M, case.K, case.H, case.parameters or dtype
+    v, residual = tensor(M, K), tensor(M, K, dtype=case.stream or dtype)
+    down, up = tensor(H, K, dtype=own), tensor(K, H // case.groups, dtype=own)
+    down_bias, up_bias = tensor(H, dtype=own), tensor(K, dtype=own)
+    seed = tensor(1, dtype=torch.int64) if case.dropout else None
+    rest = (seed, 0.1 if case.dropout else 0.0, 0.5, case.activation, case.groups)
+    out = bottleneck(v, down, up, down_bias, up_bias, residual, *rest)
+    bottleneck_backward(out, v, down, up, down_bias, *rest, case.stream is None, [True] * 5)
+
+
 class Job(NamedTuple):
     """One kernel to compile for one target, in plain values that travel to another process."""
 
@@ -320,7 +370,12 @@ def jobs(pairs: Sequence[str], *, quick: bool) -> list[Job]:
 
     @functools.cache
     def recorded(dtype: str, shared_memory: int) -> list[Any]:
-        def launched(cases: Sequence[Case], batches: Sequence[Batch], recomposed: Sequence[Recomposed]) -> list[Any]:
+        def launched(
+            cases: Sequence[Case],
+            batches: Sequence[Batch],
+            recomposed: Sequence[Recomposed],
+            bottlenecks: Sequence[Bottleneck],
+        ) -> list[Any]:
             with configs.recorded_launches(shared_memory) as launches:
                 for case in cases:
                     launch_group(DTYPES[dtype], *case)
@@ -330,14 +385,15 @@ def jobs(pairs: Sequence[str], *, quick: bool) -> list[Job]:
                     launch_batch(DTYPES[dtype], batch)
                 for layer in recomposed:
                     launch_recomposed(DTYPES[dtype], layer)
+                for bottleneck in bottlenecks:
+                    launch_bottleneck(DTYPES[dtype], bottleneck)
             return launches
 
         distinct: dict[tuple[Any, str], Any] = {}
-        by_config = BY_CONFIG, BATCHES_BY_CONFIG, RECOMPOSED_BY_CONFIG
-        by_operands = BY_OPERANDS, BATCHES_BY_OPERANDS, RECOMPOSED_BY_OPERANDS
-        for launch in launched(QUICK, QUICK_BATCHES, QUICK_RECOMPOSED) if quick else launched(*by_config):
+        by_config = QUICK_CASES if quick else CASES_BY_CONFIG
+        for launch in launched(*by_config):
             distinct.setdefault((config_of(launch), shown_operands(launch, dtype) if quick else ""), launch)
-        for launch in launched(*by_operands) if dtype == "bf16" and not quick else []:
+        for launch in launched(*CASES_BY_OPERANDS) if dtype == "bf16" and not quick else []:
             distinct.setdefault((config_of(launch), shown_operands(launch, dtype)), launch)
         return list({(config_of(launch), str(launch.source())): launch for launch in distinct.values()}.values())
 

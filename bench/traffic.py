@@ -22,10 +22,14 @@ Layers whose weights are scaled by themselves, whose names begin with "hadamard"
 
 * forward_mib, dx_mib, grads_mib and their minimum: every tensor of that pass once. partials_mib: of dU and dV.
 * weight_writes_mib: written to anything of W0's size, which is what these kernels are there to avoid.
+
+Bottlenecks, whose names begin with "bottleneck", forward and backward: mib and minimum_mib as above; split_target_mib
+has v and dy twice in the backward pass, whose sums over tokens are launches of their own.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -136,9 +140,27 @@ BATCHES = {
     "many_methods_decode": BatchCase(_MIXED, (*range(8), 3, -1)),
     "many_base_decode": BatchCase(_LORAS, (-1,) * 8),
 }
+
+
+class BottleneckCase(NamedTuple):
+    """A bottleneck of H features with biases on a stream of width K, its parameters in fp32."""
+
+    H: int
+    groups: int = 1
+    on_itself: bool = False  # v is the residual too
+    dropout: bool = True
+    K: int = 768
+
+
+BOTTLENECKS = {
+    "bottleneck_adaptformer": BottleneckCase(64),
+    "bottleneck_noah": BottleneckCase(50, on_itself=True, dropout=False),
+    "bottleneck_repadapter": BottleneckCase(8, groups=2, on_itself=True),
+}
+
 # Ranks of U V.
 HADAMARD = {"hadamard_8": 8, "hadamard_32": 32}
-_NAMES = [*CASES, *BATCHES, *HADAMARD]
+_NAMES = [*CASES, *BATCHES, *BOTTLENECKS, *HADAMARD]
 
 
 @dataclass
@@ -263,20 +285,51 @@ class Passes(NamedTuple):
     roles: dict[int, str]
     kept: list[Tensor]
 
+    def known(self, role: str, *tensors: Tensor | None) -> None:
+        """Gives the tensors a role, and keeps them: their memory is what the role belongs to."""
+        for tensor in tensors:
+            if tensor is not None:
+                self.roles.setdefault(storage(tensor), role)
+                self.kept.append(tensor)
+
+
+# Runs the launchers on a device; each call adds to the launches.
+Run = Callable[[str, list[Any]], Passes]
+
+
+def run_bottleneck(case: BottleneckCase, tokens: int, K: int, device: str, launches: list[Any]) -> Passes:
+    """Call the launchers for one forward and one backward pass of a bottleneck; each call adds to `launches`."""
+    from fastadapt_kernels.bottleneck import bottleneck, bottleneck_backward
+
+    passes = Passes([("forward", len(launches))], {}, [])
+
+    def new(role: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        tensor = torch.zeros(shape, dtype=dtype, device=device)
+        passes.known(role, tensor)
+        return tensor
+
+    v = new("v", tokens, K, dtype=torch.float16)
+    residual = v if case.on_itself else new("residual", tokens, K, dtype=torch.float16)
+    dy = new("dy", tokens, K, dtype=torch.float16)
+    down, up = new("down", case.H, K), new("up", K, case.H // case.groups)
+    down_bias, up_bias = new("vector", case.H), new("vector", K)
+    seed = new("seed", 1, dtype=torch.int64) if case.dropout else None
+    rest = (seed, _DROPOUT if case.dropout else 0.0, 0.5, "gelu", case.groups)
+    passes.known("out", bottleneck(v, down, up, down_bias, up_bias, residual, *rest))
+    passes.phases.append(("backward", len(launches)))
+    dv, *grads = bottleneck_backward(dy, v, down, up, down_bias, *rest, case.on_itself, [True] * 5)
+    passes.known("dv", dv)
+    passes.known("gradient", *grads)
+    return passes
+
 
 def run_passes(w: Workload, device: str, launches: list[Any]) -> Passes:
     """Call the launchers for one forward and one backward pass; each call adds to `launches`."""
     from fastadapt_kernels.adapter_linear import Member, adapter_linear, adapter_linear_backward
     from fastadapt_kernels.weight_norm import weight_norm
 
-    roles: dict[int, str] = {}
-    kept: list[Tensor] = []
-
-    def known(role: str, *tensors: Tensor | None) -> None:
-        for tensor in tensors:
-            if tensor is not None:
-                roles.setdefault(storage(tensor), role)
-                kept.append(tensor)
+    passes = Passes([("norm", len(launches))], {}, [])
+    known, phases = passes.known, passes.phases
 
     def new(role: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         tensor = torch.zeros(shape, dtype=dtype, device=device)
@@ -303,7 +356,6 @@ def run_passes(w: Workload, device: str, launches: list[Any]) -> Passes:
         )
         for n, r in zip(w.outputs, w.ranks, strict=True)
     ]
-    phases = [("norm", len(launches))]
     if w.base_scale:
         for member in members:
             squares = new("vector", member.weight.shape[0])
@@ -318,7 +370,7 @@ def run_passes(w: Workload, device: str, launches: list[Any]) -> Passes:
     grads = adapter_linear_backward(dys, members, x=x if w.trains_A else None, u=u, zs=zs, **drop)
     known("dx", grads.dx)
     known("gradient", *(grads.dA or ()), *(grads.P or ()), *grads.dbase)
-    return Passes(phases, roles, kept)
+    return passes
 
 
 class Touched(NamedTuple):
@@ -337,8 +389,13 @@ class Touched(NamedTuple):
 Parts = dict[str, list[dict[str, tuple[float, float]]]]
 
 
-# Calls the launchers at some shape on a device; each call adds to the list.
-Run = Callable[[str, list[Any]], Passes]
+def small_runs(case: TrafficCase) -> list[Run]:
+    """The passes of a case at the shapes at which they are counted."""
+    workloads = []
+    for tokens, K, width in _SMALL:
+        w = case.workload(tokens)
+        workloads.append(w._replace(K=K, outputs=tuple(n // min(w.outputs) * width for n in w.outputs)))
+    return [functools.partial(run_passes, w) for w in workloads]
 
 
 def counted_parts(runs: Sequence[Run]) -> Parts:
@@ -378,19 +435,9 @@ class Traffic(NamedTuple):
     gemms: list[l2.Gemm]
 
 
-def measure(case: TrafficCase, tokens: int, shared_memory: int) -> Traffic:
+def measure(small: Sequence[Run], full: Run, shared_memory: int) -> Traffic:
     """The traffic of one group: parts from the interpreter, sizes from the launches of the full shape."""
-    smalls = []
-    for small, K, width in _SMALL:
-        w = case.workload(small)
-        w = w._replace(K=K, outputs=tuple(n // min(w.outputs) * width for n in w.outputs))
-        smalls.append(partial(run_passes, w))
-    return measured(smalls, partial(run_passes, case.workload(tokens)), shared_memory)
-
-
-def measured(smalls: Sequence[Run], full: Run, shared_memory: int) -> Traffic:
-    """The traffic of the full shape, whose parts are counted at the small ones."""
-    parts = counted_parts(smalls)
+    parts = counted_parts(small)
     with recorded(shared_memory) as launches:
         passes = full("meta", launches)
     turns = {kernel: iter(launched) for kernel, launched in parts.items()}
@@ -509,7 +556,7 @@ def run_hadamard(M: int, K: int, N: int, Q: int, device: str, launches: list[Any
 def hadamard_row(name: str, Q: int, tokens: int, device: str, width: int = 4096) -> report.Row:
     """The row of a layer whose weights are scaled by themselves."""
     smalls = [partial(run_hadamard, small, K, N, Q) for small, K, N in _SMALL]
-    traffic = measured(smalls, partial(run_hadamard, tokens, width, width, Q), SHARED_MEMORY[device])
+    traffic = measure(smalls, partial(run_hadamard, tokens, width, width, Q), SHARED_MEMORY[device])
     factors = 4 * 2 * width * Q
     activation, weight = 2 * tokens * width, 2 * width * width
     least = {
@@ -538,7 +585,10 @@ def minimum_bytes(w: Workload) -> float:
 def row_of(name: str, case: TrafficCase, tokens: int, device: str) -> tuple[report.Row, list[Touched]]:
     """The row of a case, and its operands."""
     alone = [case._replace(outputs=(n,)) for n in case.outputs] if case.separate else [case]
-    groups = [measure(group, tokens, SHARED_MEMORY[device]) for group in alone]
+    groups = [
+        measure(small_runs(group), functools.partial(run_passes, group.workload(tokens)), SHARED_MEMORY[device])
+        for group in alone
+    ]
     # Autograd adds the dx of layers by themselves pair by pair.
     sums = len(groups) - 1
     touched = [operand for group in groups for operand in group.touched]
@@ -574,6 +624,36 @@ def row_of(name: str, case: TrafficCase, tokens: int, device: str) -> tuple[repo
     return row | {f"{peer}_mib": moved_mib(passes(w)) for peer, passes in PEERS.items()}, touched
 
 
+def bottleneck_row(name: str, case: BottleneckCase, tokens: int, device: str) -> tuple[report.Row, list[Touched]]:
+    """The row of a bottleneck, and its operands."""
+    small = [functools.partial(run_bottleneck, case, M, K) for M, K, _ in _SMALL]
+    found = measure(small, functools.partial(run_bottleneck, case, tokens, case.K), SHARED_MEMORY[device])
+    moved = {
+        scratch: sum(o.read + o.written for o in found.touched if (o.role == "scratch") is scratch) / MIB
+        for scratch in (False, True)
+    }
+    large = sorted({o.role for o in found.touched if o.shape == (tokens, case.K)})
+    # Factors and biases, in fp32, are read in both passes, and their gradients written.
+    parameters = 3 * 4 * (case.H * case.K + case.K * case.H // case.groups + case.H + case.K)
+    stream = 2 * tokens * case.K
+    # v, out and any other residual; v, dy and dv.
+    minimum = stream * (5 if case.on_itself else 6) + parameters
+    return {
+        "case": name,
+        "mib": moved[False],
+        "minimum_mib": minimum / MIB,
+        "split_target_mib": (minimum + 2 * stream) / MIB,
+        "partials_mib": moved[True],
+        "launches_forward": found.launches["forward"],
+        "launches_backward": found.launches["backward"],
+        "large_tensors": " ".join(large),
+        "device": device,
+        "M": tokens,
+        "K": case.K,
+        "r": case.H,
+    }, found.touched
+
+
 def restart_in_interpreter() -> None:
     """Replace this process by one in which Triton interprets its kernels: it decides when it is imported."""
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -592,12 +672,16 @@ def main(
     if device not in SHARED_MEMORY:
         raise ValueError(f"unknown device {device!r}: choose from {', '.join(SHARED_MEMORY)}")
     names = [name.strip() for name in cases.split(",") if name.strip()] or _NAMES
-    rows = []
+    rows, bottlenecks = [], []
     for name in names:
-        if name not in CASES:
+        if name in BOTTLENECKS:
+            row, touched = bottleneck_row(name, BOTTLENECKS[name], tokens, device)
+            bottlenecks.append(row)
+        elif name in CASES:
+            row, touched = row_of(name, CASES[name], tokens, device)
+            rows.append(row)
+        else:
             continue
-        row, touched = row_of(name, CASES[name], tokens, device)
-        rows.append(row)
         if operands:
             report.print_table(name, [operand_row(operand) for operand in touched], _OPERAND_COLUMNS)
     batches = [batch_row(name, BATCHES[name]) for name in names if name in BATCHES]
@@ -606,10 +690,12 @@ def main(
         report.print_table(f"Device memory, MiB, M {tokens}, 16 bit, tiles and L2 of {device}", rows, _COLUMNS)
     if batches:
         report.print_table("Many adapters behind one base product, MiB, 16 bit", batches, _BATCH_COLUMNS)
+    if bottlenecks:
+        report.print_table(f"Bottlenecks, MiB, M {tokens}, 16 bit, tiles of {device}", bottlenecks, _BOTTLENECK_COLUMNS)
     if hadamard:
         report.print_table(f"W0 ⊙ (1 + U V), MiB, M {tokens}, 16 bit, tiles of {device}", hadamard, _HADAMARD_COLUMNS)
     if json_file is not None:
-        write_json(json_file, "traffic", rows + batches + hadamard)
+        write_json(json_file, "traffic", rows + batches + bottlenecks + hadamard)
 
 
 def operand_row(operand: Touched) -> report.Row:
@@ -641,6 +727,16 @@ _COLUMNS = {
     "unsloth_mib": "Unsloth",
     "peft_bf16_mib": "PEFT bf16",
     "peft_mib": "PEFT",
+}
+_BOTTLENECK_COLUMNS = {
+    "case": "case",
+    "r": "hidden",
+    "mib": "moved",
+    "minimum_mib": "least",
+    "split_target_mib": "target",
+    "partials_mib": "partials",
+    "launches_forward": "fwd",
+    "launches_backward": "bwd",
 }
 _BATCH_COLUMNS = {
     "case": "case",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import AdapterForm
+from .reference import ACTIVATIONS, AdapterForm
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -26,10 +26,10 @@ def check_probability(name: str, p: float) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {p}; 0 turns dropout off")
 
 
-def check_device(name: str, value: Tensor, device: torch.device) -> None:
-    """Raises ValueError when `value` lives on another device than x."""
+def check_device(name: str, value: Tensor, device: torch.device, beside: str = "x") -> None:
+    """Raises ValueError when `value` lives on another device than x, or whatever it goes with."""
     if value.device != device:
-        raise ValueError(f"{name} is on {value.device} but x is on {device}: move one of them with .to()")
+        raise ValueError(f"{name} is on {value.device} but {beside} is on {device}: move one of them with .to()")
 
 
 def check_floating(name: str, value: Tensor) -> None:
@@ -38,12 +38,12 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
 
 
-def check_vector(name: str, value: Tensor | None, length: int, device: torch.device) -> None:
+def check_vector(name: str, value: Tensor | None, length: int, device: torch.device, beside: str = "x") -> None:
     if value is None:
         return
     if value.shape != (length,):
         raise shape_error(name, f"[{length}]", value)
-    check_device(name, value, device)
+    check_device(name, value, device, beside)
 
 
 def check_adapter_linear(x: Tensor, weight: Tensor, form: AdapterForm, dropout: float) -> None:
@@ -158,3 +158,42 @@ def check_multi_adapter_linear(x: Tensor, weight: Tensor, bias: Tensor | None, t
         raise ValueError(
             "x requires grad, but many adapters in one batch are for inference: call under torch.no_grad()"
         )
+
+
+def check_bottleneck(
+    v: Tensor,
+    down: Tensor,
+    up: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    groups: int,
+    dropout: float,
+) -> None:
+    """Raises ValueError or TypeError that names the first argument which does not fit a bottleneck."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if down.dim() != 2 or down.numel() == 0:
+        raise shape_error("down", "[H, K], both at least 1", down)
+    h, k = down.shape
+    if v.dim() == 0 or v.shape[-1] != k:
+        raise shape_error("v", f"[..., {k}] to go with down {tuple(down.shape)}", v)
+    if groups < 1 or h % groups:
+        raise ValueError(f"groups must divide the {h} hidden features of down, got {groups}")
+    if up.dim() != 2 or up.shape[1] != h // groups:
+        raise shape_error("up", f"[N, {h // groups}], a row of down for each of its columns and groups={groups}", up)
+    n = up.shape[0]
+    if n % groups:
+        raise ValueError(f"groups must divide the {n} output features of up, got {groups}")
+    device = v.device
+    for name, value in (("down", down), ("up", up), ("residual", residual)):
+        if value is not None:
+            check_device(name, value, device, "v")
+            check_floating(name, value)
+    check_floating("v", v)
+    check_vector("down_bias", down_bias, h, device, "v")
+    check_vector("up_bias", up_bias, n, device, "v")
+    if residual is not None and residual.shape != (*v.shape[:-1], n):
+        raise shape_error("residual", str([*v.shape[:-1], n]), residual)
+    check_probability("dropout", dropout)

@@ -22,6 +22,9 @@ _BLOCK_ELEMENTS = 1 << 20
 # Products of fewer rows than this lose time to reading the weight again.
 _BLOCK_ROWS = 512
 
+# Rows whose fp32 copy stays in the cache.
+_SUMMED_ROWS = 256
+
 _DROPOUT_LEVELS = 1 << 16
 
 # The p up to which positions, 4·p bytes an element, take no more memory than a mask of one byte.
@@ -86,10 +89,10 @@ def _draw_positions(count: int, p: float) -> Tensor:
 
 def dropout_mask(drop: Tensor, shape: torch.Size) -> Tensor:
     """The mask, true where an element is kept, that `drop` stands for."""
-    return _zero_dropped(torch.ones(shape, dtype=torch.bool, device=drop.device), drop)
+    return zero_dropped(torch.ones(shape, dtype=torch.bool, device=drop.device), drop)
 
 
-def _zero_dropped(x: Tensor, drop: Tensor) -> Tensor:
+def zero_dropped(x: Tensor, drop: Tensor) -> Tensor:
     """Sets the dropped elements of a contiguous x to zero, in place."""
     if drop.dtype == torch.bool:
         return x.mul_(drop)
@@ -99,7 +102,7 @@ def _zero_dropped(x: Tensor, drop: Tensor) -> Tensor:
 
 def _dropped(x: Tensor, drop: Tensor, factor: float) -> Tensor:
     """mask ⊙ x · factor, in new memory."""
-    return _zero_dropped(torch.mul(x, factor, out=torch.empty(x.shape, dtype=x.dtype, device=x.device)), drop)
+    return zero_dropped(torch.mul(x, factor, out=torch.empty(x.shape, dtype=x.dtype, device=x.device)), drop)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -307,7 +310,7 @@ def _input_grad(
         for dy, member in zip(dys, members, strict=True):
             if member.dropout_on_base and member.base_scale is not None:
                 _add_base_grad(dx, dy, member.weight, (member.base_scale - 1) / keep)
-        _zero_dropped(dx, drop)
+        zero_dropped(dx, drop)
     for dy, member in zip(dys, members, strict=True):
         on_base = drop is not None and member.dropout_on_base
         _add_base_grad(dx, dy, member.weight, None if on_base else member.base_scale)
@@ -354,7 +357,7 @@ def adapter_linear_backward(
         for dy, member, part in zip(dys, members, _parts(u, members, shared_A), strict=True):
             grads.append(factor_products(dy, part, member.scaling))
     if want_bias:
-        grads += [dy.sum(0, dtype=sum_dtype(dy)) for dy in dys]
+        grads += [column_sums(dy) for dy in dys]
     return grads + [_column_dots(dy, z) for dy, z in zip(dys, zs, strict=True) if z is not None]
 
 
@@ -363,6 +366,18 @@ def factor_products(dy: Tensor, u: Tensor, scaling: float) -> Tensor:
     if 8 * u.shape[1] < dy.shape[0]:
         return cast(product(u.T, dy, scaling).T.contiguous(), sum_dtype(dy))
     return cast(product(dy.T, u, scaling), sum_dtype(dy))
+
+
+def column_sums(dy: Tensor) -> Tensor:
+    """Σ_m dy [N]."""
+    dtype = sum_dtype(dy)
+    if dy.device.type != "cpu" or dy.dtype == dtype:
+        return dy.sum(0, dtype=dtype)
+    # A CPU would make an fp32 copy of all of dy, which takes twice as long as one of a few rows after the other.
+    sums = dy.new_zeros(dy.shape[1], dtype=dtype)
+    for rows in dy.split(_SUMMED_ROWS):
+        sums += rows.sum(0, dtype=dtype)
+    return sums
 
 
 def _column_dots(dy: Tensor, z: Tensor) -> Tensor:

@@ -13,18 +13,32 @@ from torch.autograd.function import once_differentiable
 
 from . import eager, ops, tuner
 from .batch import AdapterBatch, LayerForms
-from .checks import check_adapter_linear, check_hadamard_linear, check_multi_adapter_linear, check_weight_norm
+from .checks import (
+    check_adapter_linear,
+    check_bottleneck,
+    check_hadamard_linear,
+    check_multi_adapter_linear,
+    check_weight_norm,
+)
 from .cost import Workload, keeps_recomposed
-from .eager import Member, cast
+from .eager import Member, cast, sum_dtype
 from .ops import STRATEGIES
 from .reference import (
     AdapterForm,
     adapter_linear_reference,
+    bottleneck_reference,
     hadamard_linear_reference,
     merged_weight_reference,
     weight_norm_reference,
 )
-from .strategies import candidates, cheapest, check_explicit, check_strategy, resolve_backend
+from .strategies import (
+    candidates,
+    cheapest,
+    check_explicit,
+    check_strategy,
+    resolve_backend,
+    resolve_bottleneck_backend,
+)
 
 
 def merged_weight(weight: Tensor, form: AdapterForm) -> Tensor:
@@ -631,3 +645,154 @@ def multi_adapter_linear(
         rows = cast(_rows(x), dtype)
         y = ops.multi_adapter_linear(rows, cast(weight, dtype), bias, batch, layer, resolved)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+class BottleneckFunction(torch.autograd.Function):
+    """out = z + s · (U dropout(φ(D v + a)) + c), of which the backward computes the hidden again.
+
+    Kept for the backward: v, the parameters and what makes the dropout mask. Once differentiable. With h̃ what U is
+    applied to and e = s · mask ⊙ (Uᵀ dy) / (1 − p) ⊙ φ'(D v + a):
+
+        dv = e D     dD = eᵀ v     da = Σ e     dU = s · dyᵀ h̃     dc = s · Σ dy     dz = dy
+
+    adds_v: z is v itself; dv is then e D + dy, in one pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        v: Tensor,
+        residual: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        drop: Tensor | None,
+        p: float,
+        scaling: float,
+        activation: str,
+        groups: int,
+        adds_v: bool,
+        backend: str,
+    ) -> Tensor:
+        dtype = compute_dtype(v)
+        with _without_autocast(v):
+            rows = cast(_rows(v), dtype)
+            z = rows if adds_v else None if residual is None else _rows(residual)
+            out = ops.bottleneck(rows, down, up, down_bias, up_bias, z, drop, p, scaling, activation, groups, backend)
+        if any(ctx.needs_input_grad):
+            needs_v, _, needs_down, needs_down_bias, needs_up, _ = ctx.needs_input_grad[:6]
+            needs_rows = needs_v or needs_down or needs_down_bias or needs_up
+            ctx.save_for_backward(rows if needs_rows else None, down, down_bias, up, drop)
+            ctx.p, ctx.scaling, ctx.activation, ctx.groups = p, scaling, activation, groups
+            ctx.v_shape, ctx.adds_v, ctx.backend = v.shape, adds_v, backend
+        return out.view(*v.shape[:-1], up.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, down, down_bias, up, drop = ctx.saved_tensors
+        needs_v, needs_residual, *needs = ctx.needs_input_grad[:6]
+        with _without_autocast(dy):
+            dv, *grads = ops.bottleneck_backward(
+                _rows(dy),
+                rows,
+                down,
+                up,
+                down_bias,
+                drop,
+                ctx.p,
+                ctx.scaling,
+                ctx.activation,
+                ctx.groups,
+                ctx.adds_v,
+                [needs_v, *needs],
+                ctx.backend,
+            )
+        # The sums are in fp32: autograd casts them.
+        return (
+            None if dv is None else dv.view(ctx.v_shape),
+            dy if needs_residual else None,
+            *grads,
+            *[None] * 7,
+        )
+
+
+def bottleneck(
+    v: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    scaling: float = 1.0,
+    activation: str = "relu",
+    groups: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """A bottleneck on a stream of tokens: out = z + s · (U dropout(φ(D v + a)) + c).
+
+    The dropout acts on the hidden features while `training`; its mask follows torch.manual_seed and gradient
+    checkpointing. With groups > 1, U is block-diagonal: the g-th slice of the hidden features feeds the g-th slice of
+    the output. The residual z may be v itself, which is cheapest, another tensor, or absent.
+
+    Shapes: v [..., K]; down D [H, K]; up U [N, H / groups]; down_bias a [H]; up_bias c [N]; residual [..., N]; out
+    [..., N]. activation φ: "identity", "relu", "gelu" or "quick_gelu" (x · sigmoid(1.702 x)).
+    Dtypes: the products have v's, or autocast's; the parameters may be fp32 beside it, and so may the residual, whose
+    dtype is the result's.
+    Gradients flow to v, the residual and all parameters. Once differentiable.
+    backend: "auto", "triton" (up to 128 hidden features), "eager" or "reference".
+    Raises ValueError on mismatched shapes, devices, groups, an unknown activation, a dropout outside [0, 1), a backend
+    that cannot run; TypeError on dtypes that cannot be mixed.
+    Source: Chen et al. 2022, arXiv:2205.13535, section 3.2; Luo et al. 2023, arXiv:2302.08106, section 3.3; Zhang et
+    al. 2022, arXiv:2206.04673, section 3.
+    """
+    check_bottleneck(v, down, up, down_bias, up_bias, residual, activation, groups, dropout)
+    dtype = compute_dtype(v)
+    if residual is not None and residual.dtype not in (dtype, sum_dtype(v)):
+        raise TypeError(
+            f"residual must have the dtype of the products, {dtype}, or float32 beside 16 bits, got {residual.dtype}: "
+            "cast it"
+        )
+    backend = resolve_bottleneck_backend(backend, down.shape[0], v, down, up)
+    p = dropout if training else 0.0
+    drop = None
+    if p > 0.0:
+        with torch.no_grad():
+            hidden = v.new_empty(()).expand(v.numel() // v.shape[-1], down.shape[0])
+            drop = ops.draw_dropout(hidden, p, "eager" if backend == "reference" else backend)
+    if backend == "reference":
+        return bottleneck_reference(
+            v,
+            down,
+            up,
+            down_bias=down_bias,
+            up_bias=up_bias,
+            residual=residual,
+            scaling=scaling,
+            activation=activation,
+            groups=groups,
+            mask=None if drop is None else eager.dropout_mask(drop, torch.Size((*v.shape[:-1], down.shape[0]))),
+            p=1.0 - ops.keep_probability(p, "eager"),
+        )
+    # Its gradient is then part of v's, and nothing has to add the two.
+    adds_v = residual is v and v.dtype == dtype
+    out: Tensor = BottleneckFunction.apply(
+        v,
+        None if adds_v else residual,
+        down,
+        down_bias,
+        up,
+        up_bias,
+        drop,
+        p,
+        scaling,
+        activation,
+        groups,
+        adds_v,
+        backend,
+    )
+    return out

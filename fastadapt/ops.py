@@ -7,7 +7,8 @@ None of them knows autograd: functional.py builds the Functions from them.
 Letters: x [M, K]; of each member of a group weight [N, K], A [R, K], B [N, R], y and dy [M, N]; u [M, ΣR] = x̃ Aᵀ,
 [M, R] where the members share A; q [M, ΣR] = (h ⊙ dy) B. The low-rank output scale is h = scaling · out_scale. `drop`
 is what makes the dropout mask of x: for the eager strategies what eager.draw_dropout says, for Triton a seed of one
-int64, from which every kernel draws the same mask.
+int64, from which every kernel draws the same mask. Of a bottleneck v [M, K], down [H, K], up [N, H / groups], residual,
+output and dy [M, N]; there `drop` makes the mask of the hidden [M, H].
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import eager, eager_hadamard, eager_multi, eager_plan
+from . import eager, eager_bottleneck, eager_hadamard, eager_multi, eager_plan
 from .batch import AdapterBatch, FormTables, LayerForms, SortedTokens
 from .eager import Member, sum_dtype
 
@@ -365,6 +366,96 @@ def hadamard_linear_backward(
     results = iter(call(dy, weight, U, V, A, B, x, u, base, want_dx, want_factors, want_A, want_bias, backend))
     wanted = (want_dx, want_factors, want_factors, want_A, u is not None, want_bias)
     return [next(results) if want else None for want in wanted]
+
+
+def _run_bottleneck(*operands: Any) -> Tensor:
+    *arguments, backend = operands
+    module = eager_bottleneck if backend == "eager" else _kernels("bottleneck")
+    out: Tensor = module.bottleneck(*arguments)
+    return out
+
+
+def _bottleneck_fake(v: Tensor, down: Tensor, up: Tensor, *rest: Any) -> Tensor:
+    residual = rest[2]
+    dtype = v.dtype if residual is None else residual.dtype
+    return v.new_empty(v.shape[0], up.shape[0], dtype=dtype)
+
+
+_bottleneck_operator = _define(
+    "bottleneck",
+    "(Tensor v, Tensor down, Tensor up, Tensor? down_bias, Tensor? up_bias, Tensor? residual, Tensor? drop, float p, "
+    "float scaling, str activation, int groups, str backend) -> Tensor",
+    _run_bottleneck,
+    _bottleneck_fake,
+)
+
+
+def bottleneck(
+    v: Tensor,
+    down: Tensor,
+    up: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    drop: Tensor | None,
+    p: float,
+    scaling: float,
+    activation: str,
+    groups: int,
+    backend: str,
+) -> Tensor:
+    """z + s · (U dropout(φ(D v + a)) + c): [M, N] in the residual's dtype, which is v's where there is none."""
+    call = _run_bottleneck if _runs_directly(v) else _bottleneck_operator
+    out: Tensor = call(v, down, up, down_bias, up_bias, residual, drop, p, scaling, activation, groups, backend)
+    return out
+
+
+def _run_bottleneck_backward(*operands: Any) -> list[Tensor]:
+    *arguments, backend = operands
+    module = eager_bottleneck if backend == "eager" else _kernels("bottleneck")
+    grads: list[Tensor] = module.bottleneck_backward(*arguments)
+    return grads
+
+
+def _bottleneck_backward_fake(dy: Tensor, v: Tensor | None, down: Tensor, up: Tensor, *rest: Any) -> list[Tensor]:
+    dtype, wants = sum_dtype(dy), rest[-2]
+    grads = [v.new_empty(v.shape)] if wants[0] and v is not None else []
+    sums = zip((down.shape, down.shape[:1], up.shape, up.shape[:1]), wants[1:], strict=True)
+    return grads + [dy.new_empty(shape, dtype=dtype) for shape, wanted in sums if wanted]
+
+
+_bottleneck_backward_operator = _define(
+    "bottleneck_backward",
+    "(Tensor dy, Tensor? v, Tensor down, Tensor up, Tensor? down_bias, Tensor? drop, float p, float scaling, "
+    "str activation, int groups, bool adds_dy, bool[] wants, str backend) -> Tensor[]",
+    lambda *operands: _apart(_run_bottleneck_backward(*operands)),
+    _bottleneck_backward_fake,
+)
+
+
+def bottleneck_backward(
+    dy: Tensor,
+    v: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    down_bias: Tensor | None,
+    drop: Tensor | None,
+    p: float,
+    scaling: float,
+    activation: str,
+    groups: int,
+    adds_dy: bool,
+    wants: Sequence[bool],
+    backend: str,
+) -> list[Tensor | None]:
+    """dv, dD, da, dU and dc, None where one is not wanted; all but the last need v. All but dv are sums in fp32.
+
+    adds_dy: the residual was v itself, whose gradient then has dy in it.
+    """
+    call = _run_bottleneck_backward if _runs_directly(dy) else _bottleneck_backward_operator
+    operands = (dy, v, down, up, down_bias, drop, p, scaling, activation, groups, adds_dy, list(wants), backend)
+    grads = iter(call(*operands))
+    return [next(grads) if wanted else None for wanted in wants]
 
 
 def _weight_norm(*operands: Any) -> tuple[Tensor, Tensor]:

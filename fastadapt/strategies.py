@@ -22,8 +22,9 @@ from . import cost
 from .cost import Workload
 from .ops import STRATEGIES
 
-# The kernels' own limit (fastadapt_kernels.configs), which is not imported where there is no Triton.
+# The kernels' own limits (fastadapt_kernels.configs), which is not imported where there is no Triton.
 _MOST_FUSED_RANKS = 64
+_MOST_HIDDEN = 128
 
 BACKENDS = ("auto", "triton", "eager", "reference")
 
@@ -73,6 +74,18 @@ def resolve_backend(backend: str, *tensors: Tensor) -> str:
         if any(t.dtype == torch.float64 for t in tensors):
             raise TypeError('backend "triton" has no float64 kernels: take backend="eager"')
     return backend
+
+
+def resolve_bottleneck_backend(backend: str, hidden: int, *tensors: Tensor) -> str:
+    """As `resolve_backend`, for a bottleneck with this many hidden features; the kernels hold up to 128 of them."""
+    resolved = resolve_backend(backend, *tensors)
+    if resolved == "triton" and hidden > _MOST_HIDDEN:
+        if backend == "triton":
+            raise ValueError(
+                f'backend "triton" takes up to {_MOST_HIDDEN} hidden features, got {hidden}: take backend="eager"'
+            )
+        return "eager"
+    return resolved
 
 
 _cached_cheapest = functools.lru_cache(maxsize=4096)(cost.cheapest)

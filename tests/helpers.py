@@ -79,3 +79,14 @@ def guarded_outputs() -> Iterator[list[Tensor]]:
 
     with mock.patch.object(torch, "empty", guarded_empty), mock.patch.object(torch, "empty_like", guarded_empty_like):
         yield outputs
+
+
+def layout_is_told(operator: Any, args: tuple[Any, ...]) -> None:
+    """Assert that an operator's fake tells what it returns: shapes, dtypes and strides, which compiled code trusts."""
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        convert = lambda a: mode.from_tensor(a) if isinstance(a, Tensor) else a  # noqa: E731
+        fake = operator(*torch.utils._pytree.tree_map(convert, args))
+    real = operator(*args)
+    for f, r in zip(*((v if isinstance(v, (tuple, list)) else [v]) for v in (fake, real)), strict=True):
+        assert (f.shape, f.dtype) == (r.shape, r.dtype)
+        assert f.stride() == r.stride() or r.numel() == 0

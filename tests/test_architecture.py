@@ -14,11 +14,13 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import the layers before it.
 LAYERS = [
     {"fastadapt_kernels"},
-    {"reference", "report", "versions", "batch", "eager", "eager_hadamard", "eager_multi", "eager_plan", "ops", "cost"},
+    {"reference", "report", "versions", "batch", "ops", "cost"}
+    | {"eager", "eager_bottleneck", "eager_hadamard", "eager_multi", "eager_plan"},
     {"checks", "patterns", "strategies", "tuner", "functional"},
     {"forms", "groups", "layers"},
     {"methods"},
-    {"targets", "inject", "checkpoint", "combine", "selection", "optim", "incremental_pca", "eva"},
+    {"targets", "inject", "checkpoint", "combine", "selection", "optim", "incremental_pca", "eva"}
+    | {"search", "search_spaces"},
     {"recipes"},
     {"serving", "integrations", "doctor", "demo", "demo_assets", "demo_compare", "demo_serving"}
     | {"demo_training", "cli"}

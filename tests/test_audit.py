@@ -133,7 +133,9 @@ def test_every_kernel_compiles_for_real_gpus(tmp_path: Path) -> None:
     assert {row["kernel"] for row in recomposed} == {"_hadamard_linear_kernel", "_hadamard_grads_kernel"}
     many = [row for row in rows if row["kernel"].startswith("_multi_")]
     assert {row["kernel"] for row in many} == {"_multi_shrink_kernel", "_multi_expand_kernel"}
-    for row in products + recomposed + many:
+    streams = [row for row in rows if row["kernel"].startswith("_bottleneck_")]
+    assert {row["kernel"] for row in streams} == {"_bottleneck_kernel", "_bottleneck_backward_kernel"}
+    for row in products + recomposed + many + streams:
         if row["dtype"] != "fp32":
             assert (row["matrix_ops"] > 0) == ("BLOCK_M=1 " not in row["config"]), row
             assert row["widest_load"] == 128, row
@@ -169,12 +171,24 @@ def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
         for _ in range(40)
     ]
 
+    bottlenecks = [
+        audit.Bottleneck(
+            generator.randint(1, 20_000),
+            2 * generator.randint(10, 700),
+            2 * generator.randint(1, 64),
+            groups=generator.choice([1, 2]),
+            dropout=generator.random() < 0.5,
+        )
+        for _ in range(80)
+    ]
+
     def found(
         dtype: torch.dtype,
         shared_limit: int,
         cases: list[audit.Case],
         batches: list[audit.Batch],
         layers: list[audit.Recomposed],
+        bottlenecks: list[audit.Bottleneck],
     ) -> set[tuple[str, str]]:
         with configs.recorded_launches(shared_limit) as launches:
             for case in cases:
@@ -183,9 +197,11 @@ def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
                 audit.launch_batch(dtype, batch)
             for layer in layers:
                 audit.launch_recomposed(dtype, layer)
+            for bottleneck in bottlenecks:
+                audit.launch_bottleneck(dtype, bottleneck)
         return {audit.config_of(launch) for launch in launches}
 
     for dtype in (torch.float16, torch.float32):
         for shared_limit in {target.shared_limit for target in audit.TARGETS.values()}:
-            compiled = found(dtype, shared_limit, audit.BY_CONFIG, audit.BATCHES_BY_CONFIG, audit.RECOMPOSED_BY_CONFIG)
-            assert found(dtype, shared_limit, cases, batches, layers) - compiled == set()
+            compiled = found(dtype, shared_limit, *audit.CASES_BY_CONFIG)
+            assert found(dtype, shared_limit, cases, batches, layers, bottlenecks) - compiled == set()

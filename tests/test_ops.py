@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import layout_is_told
 from torch import Tensor
 
 from fastadapt import AdapterForm, functional, ops
@@ -85,16 +86,6 @@ def test_the_norms_operators(backend: str) -> None:
     ):
         torch.library.opcheck(operator, args)
         layout_is_told(operator, args)
-
-
-def layout_is_told(operator: Any, args: tuple[Any, ...]) -> None:
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        convert = lambda a: mode.from_tensor(a) if isinstance(a, Tensor) else a  # noqa: E731
-        fake = operator(*torch.utils._pytree.tree_map(convert, args))
-    real = operator(*args)
-    for f, r in zip(*((v if isinstance(v, (tuple, list)) else [v]) for v in (fake, real)), strict=True):
-        assert (f.shape, f.dtype) == (r.shape, r.dtype)
-        assert f.stride() == r.stride() or r.numel() == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

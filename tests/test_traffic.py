@@ -90,6 +90,19 @@ def test_many_adapters_move_what_their_true_ranks_are(name: str) -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize("name", traffic.BOTTLENECKS)
+def test_a_bottleneck_moves_its_stream_once_a_launch(name: str) -> None:
+    row, touched = traffic.bottleneck_row(name, traffic.BOTTLENECKS[name], 8192, "H100-SXM")
+    # The model leaves out what the first stage of a split sum keeps, and reads the factors once a pass.
+    assert row["minimum_mib"] < row["mib"] == pytest.approx(row["split_target_mib"], rel=0.005)
+    assert row["partials_mib"] < 0.2 * row["mib"]
+    assert (row["launches_forward"], row["launches_backward"]) == (1, 4)
+    own = [] if traffic.BOTTLENECKS[name].on_itself else ["residual"]
+    assert row["large_tensors"].split() == ["dv", "dy", "out", *own, "v"]
+    assert {operand.phase for operand in touched} == {"forward", "backward"}
+
+
+@needs_interpreter
 def test_a_recomposed_weight_is_never_written() -> None:
     row = traffic.hadamard_row("hadamard", 8, 8192, "H100-SXM")
     assert row["weight_writes_mib"] == 0

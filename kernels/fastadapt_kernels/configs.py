@@ -28,6 +28,9 @@ _WANTED_PROGRAMS = 512
 MOST_FUSED_RANKS = 64
 MOST_ONE_PASS_RANKS = 32
 
+# The widest hidden of a bottleneck: a program holds all of it in registers.
+MOST_HIDDEN = 128
+
 # Rows of one token up to which each has programs of its own; and runs of a batch that are counted at once.
 _ONE_TOKEN_ROWS = 32
 _SEGMENTS = 256
@@ -334,6 +337,42 @@ def hadamard_grads(x: Tensor, operands: Sequence[Tensor]) -> Config:
         tiles = {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
     # More ranks at once do not fit beside the tile of gradients on AMD.
     return {**tiles, "BLOCK_Q": 16, "GROUP_N": 16}
+
+
+def _bottleneck(v: Tensor, down: Tensor, operands: Sequence[Tensor]) -> Config:
+    """Tiles of the bottleneck's kernels, which hold the whole hidden of BLOCK_M tokens."""
+    M, block_h = v.shape[0], _block(down.shape[0], 16, MOST_HIDDEN)
+    if _interpreted():
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_H": block_h}
+    # Fewer tokens: smaller tiles, so that more programs stream them.
+    block_m = _block(M // 256, 16, 64)
+    wide, aligned = block_h == 128, _aligned(operands)
+    tiles: Config
+    if v.dtype == torch.float32:
+        block_m = 16 if wide else min(block_m, 32)
+        tiles = {"BLOCK_M": block_m, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
+    elif wide and aligned and block_m > 16:
+        # The hidden, its slope and its gradient are as wide: more threads share them. AMD's matrix unit takes 64 tokens
+        # or 16; 32 of them spill.
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    elif wide or not aligned:
+        # Every element may have a load, an address and a mask of its own.
+        block_m, warps = (16, 8) if wide else (min(block_m, 32), 4)
+        tiles = {"BLOCK_M": block_m, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": warps, "num_stages": 2}
+    else:
+        stages = 3 if _shared_memory(v.device) >= _LARGE else 2
+        tiles = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": stages}
+    return {"BLOCK_H": block_h, **tiles}
+
+
+def bottleneck(v: Tensor, down: Tensor, up: Tensor, residual: Tensor | None) -> Config:
+    """Tiles of _bottleneck_kernel for v [M, K], down [H, K], up [N, H / groups] and residual [M, N]."""
+    return _bottleneck(v, down, [v, down, up] if residual is None else [v, down, up, residual])
+
+
+def bottleneck_backward(dy: Tensor, v: Tensor, down: Tensor, up: Tensor) -> Config:
+    """Tiles of _bottleneck_backward_kernel for dy [M, N], v [M, K], down [H, K] and up [N, H / groups]."""
+    return _bottleneck(v, down, [dy, v, down, up])
 
 
 def weight_norm(R: int) -> Config:
