@@ -45,8 +45,11 @@ from fastadapt import (
     AdaLoRAConfig,
     DeltaLoRAConfig,
     DoRAConfig,
+    GLoRAConfig,
     LoRAConfig,
     LoRADropConfig,
+    RepAdapterConfig,
+    SSFConfig,
     VeRAConfig,
     save_adapter,
 )
@@ -617,6 +620,17 @@ METHOD_CONFIGS: dict[str, Any] = {
     "adalora": lambda: AdaLoRAConfig(init_r=3, target_r=2, total_step=10, target_modules=TARGETS, rank_pattern=PRUNED),
     "delta_lora": lambda: DeltaLoRAConfig(r=4, target_modules=TARGETS, anchored=True),
     "lora_drop": lambda: LoRADropConfig(r=4, target_modules=TARGETS, kept=["model.layers.0.self_attn.q_proj"]),
+    "ssf": lambda: SSFConfig(target_modules=TARGETS),
+    "repadapter": lambda: RepAdapterConfig(r=4, target_modules=TARGETS),
+    "glora": lambda: GLoRAConfig(config_A_B="vector", target_modules=TARGETS),
+    "glora_mixed": lambda: GLoRAConfig(
+        config_A_B="none",
+        target_modules=TARGETS,
+        support_pattern={
+            "q_proj": ["constant", "lora:3", "none", "none", "none"],
+            "v_proj": ["none", "constant", "none", "none", "none"],
+        },
+    ),
 }
 
 

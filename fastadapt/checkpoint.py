@@ -21,6 +21,7 @@ from .forms import PlainLoRA, plain_lora
 from .inject import Injection, ModelType, attach, check_unmerged, prepare, present
 from .layers import Adapter
 from .methods import METHODS, AdapterConfig
+from .methods.glora import glora_of
 from .methods.lora import lora_of
 from .methods.lora_drop import recognised
 from .targets import selection_of
@@ -130,6 +131,31 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
             adapters[path].get_parameter("bias").copy_(bias)
     exported = injection._replace(config=config, adapters=adapters)
     _write(model, Path(directory), config.to_peft(list(factors)), _named_tensors(exported))
+
+
+def export_glora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Saves a GLoRA adapter with any supports, that which a supernet computes with in eval mode too, as one that PEFT
+    reads: every layer's A, B and C of one rank, its D and E vectors.
+
+    Exact: a vector a is the first column of Xd beside a row of ones in Xu, a constant a column of equal numbers, a
+    smaller rank is filled up with zeros. PEFT's GLoRA takes nn.Linear alone. Raises ValueError for an unknown name, an
+    adapter of another method, a merged adapter or a bias where the base has none; OSError where the directory cannot be
+    written.
+    """
+    injection = present(model, adapter_name)
+    check_unmerged(injection.layers.values(), "exporting it")
+    old, paths = injection.config, list(injection.layers)
+    config, adapters = glora_of(
+        injection.layers,
+        injection.adapters,
+        **selection_of(model, paths),
+        modules_to_save=old.modules_to_save,
+        task_type=old.task_type,
+        base_model_name_or_path=old.base_model_name_or_path,
+        revision=old.revision,
+    )
+    exported = injection._replace(config=config, adapters=adapters)
+    _write(model, Path(directory), config.to_peft(paths), _named_tensors(exported))
 
 
 def _write(model: nn.Module, target: Path, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -320,6 +346,7 @@ def check_tensors(injection: Injection, tensors: dict[str, Tensor], source: Path
         if name.endswith(".bias") and layered in wanted:
             tensors[layered] = tensors.pop(name)
     _drop_base_weights(injection, tensors, source)
+    _drop_zeros(injection, tensors, source)
     missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     for kind, names in (("is missing", missing), ("does not belong to this config and model", surplus)):
         if names:
@@ -335,7 +362,7 @@ def check_tensors(injection: Injection, tensors: dict[str, Tensor], source: Path
     for name, parameter in wanted.items():
         same = first.setdefault(id(parameter), name)
         if not torch.equal(tensors[same], tensors[name]):
-            raise ValueError(f"{source}: {same} and {name} must be equal: their layers share one tensor (LoRA-drop)")
+            raise ValueError(f"{source}: {same} and {name} must be equal: their layers share one tensor")
 
 
 def fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
@@ -363,6 +390,15 @@ def _drop_base_weights(injection: Injection, tensors: dict[str, Tensor], source:
                 f"{source}: {name} is not the base weight of this model: the adapter was saved with a trained or "
                 "resized embedding; give the model that weight first"
             )
+
+
+def _drop_zeros(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
+    """PEFT's GLoRA saves what it does not have as zeros of full size."""
+    for path in injection.layers:
+        for suffix in injection.config.zero_tensors:
+            name = f"{PREFIX}model.{path}.{suffix}"
+            if name in tensors and tensors.pop(name).any():
+                raise ValueError(f"{source}: {name} must be zero: the adapter is damaged, save it again")
 
 
 def load_adapter(

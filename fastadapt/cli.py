@@ -231,6 +231,8 @@ def method_name(fields: dict[str, Any]) -> str:
         "ADALORA": "AdaLoRA",
         "LORA_DROP": "LoRA-drop",
         "DELTA_LORA": "Delta-LoRA",
+        "GLORA": "GLoRA",
+        "GLORA_MIXED": "GLoRA, supports by layer",
     }
     if peft_type != "LORA":
         return names.get(peft_type, peft_type)

@@ -15,6 +15,18 @@ from .versions import optimizer_steps, version
 if TYPE_CHECKING:
     from .layers import AdapterLinear
 
+# Names of sibling projections that read the same input.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
 # After so many rounds in which a layer did not come for its output, the guess that the layers share x was wrong.
 _MISSES = 2
 
@@ -99,7 +111,7 @@ class ProjectionGroup:
 
 def _joins(other: AdapterLinear, leader: AdapterLinear, x: Tensor) -> bool:
     """Whether a layer can run together with the one that was called."""
-    if not other.active or other.merged or other.dropout != leader.dropout:
+    if not other.active or other.merged or other.on_stream or other.dropout != leader.dropout:
         return False
     weight, own = other.weight_matrix, leader.weight_matrix
     return (
@@ -124,4 +136,4 @@ def _state(layer: AdapterLinear) -> tuple[Any, ...]:
     adapters = layer.active_adapters
     tensors = [t for adapter in adapters for t in (*adapter._parameters.values(), *adapter._buffers.values())]
     versions = [version(tensor) for tensor in (weight, *tensors) if tensor is not None]
-    return [id(adapter) for adapter in adapters], id(weight), layer.merged, layer.training, versions
+    return [(id(adapter), adapter.variant) for adapter in adapters], id(weight), layer.merged, layer.training, versions

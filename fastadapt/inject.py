@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .groups import ProjectionGroup
-from .layers import Adapter, AdapterLayer, AdapterLinear, ModuleToSave, adapter_layer
+from .layers import Adapter, AdapterLayer, AdapterLinear, AdapterModule, ModuleToSave, adapter_layer
 from .methods import AdapterConfig, Control
 from .strategies import check_backend, check_strategy
 from .targets import saved_paths, shared_inputs, target_paths
@@ -40,14 +40,29 @@ def adapter_configs(model: nn.Module) -> dict[str, AdapterConfig]:
     return configs
 
 
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `model` by path, those inside of an AdapterModule by the path that they had before it came."""
+    modules = dict(model.named_modules())
+    around = [f"{path}.base_layer." for path, module in modules.items() if isinstance(module, AdapterModule)]
+    if not around:
+        return modules
+    found: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        for prefix in reversed(around):  # the inner ones first
+            if path.startswith(prefix):
+                path = prefix.removesuffix("base_layer.") + path.removeprefix(prefix)
+        found[path] = module
+    return found
+
+
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapter layers of `model` by module path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
+    return {path: module for path, module in named_modules(model).items() if isinstance(module, AdapterLayer)}
 
 
 def saved_modules(model: nn.Module) -> dict[str, ModuleToSave]:
     """The modules of modules_to_save of `model` by module path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, ModuleToSave)}
+    return {path: module for path, module in named_modules(model).items() if isinstance(module, ModuleToSave)}
 
 
 def trainable_parameters(model: nn.Module) -> ParameterCount:
@@ -88,16 +103,18 @@ def adapter_dtype(weight: Tensor, autocast_adapter_dtype: bool) -> torch.dtype:
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Puts a module in the place that `path` names."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    while isinstance(parent, AdapterLayer):
+        parent = parent.base_layer
+    setattr(parent, name, module)
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
     """A copy of a module as it was before any injection."""
     copied = deepcopy(module.original if isinstance(module, ModuleToSave) else module)
-    if isinstance(copied, AdapterLayer):
-        base: nn.Module = copied.base_layer
-        return base
+    while isinstance(copied, AdapterLayer):
+        copied = copied.base_layer
     for path, layer in adapter_layers(copied).items():
         replace_module(copied, path, layer.base_layer)
     return copied
@@ -131,7 +148,7 @@ def prepare(
     check_new(model, adapter_name)
     check_backend(backend)
     check_strategy(strategy, backend)
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     layers: dict[str, AdapterLayer] = {}
     for path in target_paths(model, config, every_name=every_target):
         module = modules[path]
@@ -139,6 +156,7 @@ def prepare(
             layers[path] = module if isinstance(module, AdapterLayer) else adapter_layer(module, backend, strategy)
         except ValueError as error:
             raise ValueError(f"target_modules: {path}: {error}") from None
+        config.check_kind(path, layers[path])
     adapters = config.build(layers, lambda weight: adapter_dtype(weight, autocast_adapter_dtype))
     for path, adapter in adapters.items():
         adapter.train(layers[path].training)
@@ -171,7 +189,7 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
     if not configs:
         model.requires_grad_(False)
         model.__dict__["adapter_configs"] = configs
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     for path, layer in injection.layers.items():
         if modules[path] is not layer:
             replace_module(model, path, layer)
@@ -228,7 +246,7 @@ def rebuild(model: nn.Module, adapter_name: str, config: AdapterConfig) -> dict[
     it was.
     """
     old = present(model, adapter_name)
-    dtypes = {id(layer.base_layer.weight): _dtype(old.adapters[path]) for path, layer in old.layers.items()}
+    dtypes = {id(layer.like): _dtype(old.adapters[path]) for path, layer in old.layers.items()}
     adapters = config.build(old.layers, lambda weight: dtypes[id(weight)])
     for path, layer in old.layers.items():
         adapters[path].train(old.adapters[path].training)

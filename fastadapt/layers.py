@@ -1,12 +1,16 @@
 """Layers that carry adapters: a frozen base layer, named adapters beside it, none, one or several of them active.
 
 An `Adapter` is one adapter of one layer: its parameters and the form that they fill in. An `AdapterLayer` wraps a base
-layer and applies the form of the active adapters; AdapterLinear (nn.Linear, transformers' Conv1D), AdapterEmbedding and
-AdapterConv2d differ only in how they see the base weight as a matrix [out, in] and how they apply a form.
+layer and applies the form of the active adapters; AdapterLinear (nn.Linear, transformers' Conv1D), AdapterEmbedding,
+AdapterConv2d and AdapterNorm differ only in how they see the base weight as a matrix [out, in] and how they apply a
+form. An adapter that is no form works on the stream of tokens instead, on what a module reads or gives (`around`).
+AdapterModule carries such adapters over any other module.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +29,20 @@ class Adapter(nn.Module):
     """The parameters of one adapter of one layer. A method subclasses it and says what they mean in `form`.
 
     `checkpoint_names` maps each tensor to its suffix in a PEFT checkpoint; what is frozen is a buffer, the rest are
-    parameters. `bias` is the adapter's own copy of the base bias where it trains one.
+    parameters. `bias` is the adapter's own copy of the base bias where it trains one. `variant` is what the form
+    depends on beside the tensors, where there is such a thing.
+
+    has_form: whether a forward applies `form`. on_stream: whether it goes through `around`. merges: whether `form` is
+    all that the adapter does, so that a weight can hold it.
     """
+
+    has_form: bool = True
+    on_stream: bool = False
+    merges: bool = True
 
     bias: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
+    variant: Any = None
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -64,8 +77,23 @@ class Adapter(nn.Module):
         """The adapter form for the base weight [out, in] and bias [out], differentiable in the parameters."""
         raise TypeError(f"{type(self).__name__} does not say its form")
 
+    def around(self, layer: AdapterLayer, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the layer gives for x in the place of run(x, *args, **kwargs), which is all that is inside of it."""
+        return run(x, *args, **kwargs)
+
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}" if self.dropout else ""
+
+
+class StreamAdapter(Adapter):
+    """An adapter that is no form: no weight can hold what it does to the stream of tokens."""
+
+    has_form = False
+    on_stream = True
+    merges = False
+
+    def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
+        raise ValueError(f"{type(self).__name__} works on the stream of tokens: it has no form")
 
 
 class BaseLayerWrapper(nn.Module):
@@ -123,8 +151,19 @@ class AdapterLayer(BaseLayerWrapper):
         return max(probabilities, default=0.0)
 
     @property
+    def on_stream(self) -> bool:
+        """Whether an active adapter works on what the layer reads or gives."""
+        return any([adapter.on_stream for adapter in self.active_adapters])
+
+    @property
     def weight_matrix(self) -> Tensor:
         """The base weight as a view [out, in]."""
+        weight: Tensor = self.base_layer.weight
+        return weight
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the base layer's device and dtype."""
         weight: Tensor = self.base_layer.weight
         return weight
 
@@ -133,19 +172,31 @@ class AdapterLayer(BaseLayerWrapper):
         return getattr(self.base_layer, "bias", None)
 
     def form(self) -> AdapterForm:
-        """The form of the active adapters. Raises ValueError when none is active."""
+        """The form that the active adapters have in a forward. Raises ValueError when none is active."""
         adapters = self.active_adapters
         if not adapters:
             raise ValueError("no adapter is active on this layer: call set_adapter(model, name) first")
+        return self._form_of([adapter for adapter in adapters if adapter.has_form])
+
+    def _form_of(self, adapters: list[Adapter]) -> AdapterForm:
         weight, bias = self.weight_matrix, self.base_bias
         if len(adapters) == 1:
             return adapters[0].form(weight, bias)
         return stacked([adapter.form(weight, bias) for adapter in adapters], bias)
 
     def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """(W' as a matrix [out, in], b') of the active adapters. Raises ValueError where they are not finite."""
+        """(W' as a matrix [out, in], b') of the active adapters.
+
+        Raises ValueError where they are not finite, or more than a form.
+        """
+        for name, adapter in zip(self.active, self.active_adapters, strict=True):
+            if not adapter.merges:
+                raise ValueError(
+                    f"adapter {name!r} cannot be merged: {type(adapter).__name__} works on the stream of tokens, and "
+                    "no weight of this layer can hold that; serve it unmerged"
+                )
         with torch.no_grad():
-            form = self.form()
+            form = self._form_of(self.active_adapters)
             weight = merged_weight(self.weight_matrix, form)
             if not torch.isfinite(weight).all() or (form.bias is not None and not torch.isfinite(form.bias).all()):
                 names = ", ".join(map(repr, self.active))
@@ -183,14 +234,25 @@ class AdapterLayer(BaseLayerWrapper):
                 setattr(base, name, parameter)
         self._unmerged = None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.merged or not self.active:
-            result: Tensor = self.base_layer(x, *args, **kwargs)
-            return result
-        return self.adapted(x)
+            return self.base_layer(x, *args, **kwargs)
+        if not self.on_stream:
+            return self.adapted(x)
+        run: Callable[..., Any] = self.with_forms
+        for adapter in reversed(self.active_adapters):
+            if adapter.on_stream:
+                run = partial(adapter.around, self, run)
+        return run(x, *args, **kwargs)
+
+    def with_forms(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base layer with the forms alone of the active adapters applied to x."""
+        if not self.merged and any([adapter.has_form for adapter in self.active_adapters]):
+            return self.adapted(x)
+        return self.base_layer(x, *args, **kwargs)
 
     def adapted(self, x: Tensor) -> Tensor:
-        """The base layer with the active adapters applied to x."""
+        """The base layer with the form of the active adapters applied to x."""
         raise TypeError(f"{type(self).__name__} does not say how it applies a form")
 
     def _low_rank_form(self) -> AdapterForm:
@@ -234,10 +296,14 @@ class AdapterLinear(AdapterLayer):
         return matrix.T.contiguous() if self.fan_in_fan_out else matrix
 
     def adapted(self, x: Tensor) -> Tensor:
-        if self.group is not None:
+        if self.group is not None and not self.on_stream:
             y = self.group.output(self, x)
             if y is not None:
                 return y
+        return self.alone(x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """`adapted` without the layers that are expected to read the same x."""
         return functional.adapter_linear(
             x,
             self.weight_matrix,
@@ -294,14 +360,60 @@ class AdapterConv2d(AdapterLayer):
     def adapted(self, x: Tensor) -> Tensor:
         form = self._low_rank_form()
         base = self.base_layer
-        y: Tensor = base(x) if form.bias is base.bias else base._conv_forward(x, base.weight, None)
+        if form.base_scale is not None:
+            # One product less than scaling y, which is larger than the weight.
+            weight = (form.base_scale[:, None, None, None] * base.weight).to(base.weight.dtype)
+            y: Tensor = base._conv_forward(x, weight, None)
+        else:
+            y = base(x) if form.bias is base.bias else base._conv_forward(x, base.weight, None)
         if form.A.shape[0]:  # torch has no convolution to zero channels
             kernel = form.A.unflatten(1, base.weight.shape[1:])
             u = base._conv_forward(F.dropout(x, self.dropout, self.training).to(kernel.dtype), kernel, None)
             B = form.B if form.mid_scale is None else form.B * form.mid_scale
             low_rank = form.scaling * form.out_scale * F.conv2d(u, B[:, :, None, None])
             y = y + low_rank.to(y.dtype)
-        return y if form.bias is base.bias or form.bias is None else y + form.bias.to(y.dtype)[:, None, None]
+        has_bias = form.bias is base.bias and form.base_scale is None
+        return y if has_bias or form.bias is None else y + form.bias.to(y.dtype)[:, None, None]
+
+
+class AdapterNorm(AdapterLayer):
+    """An adapter over nn.LayerNorm: y = g ⊙ (w ⊙ x̂) + β. Eager PyTorch only.
+
+    In the matrix view it is a diagonal: weight [out, 1], A [0, 1], B [out, 0].
+    """
+
+    @property
+    def weight_matrix(self) -> Tensor:
+        weight: Tensor = self.base_layer.weight
+        return weight[:, None]
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix[:, 0]
+
+    def adapted(self, x: Tensor) -> Tensor:
+        base, form = self.base_layer, self._low_rank_form()
+        weight = base.weight if form.base_scale is None else (form.base_scale * base.weight).to(base.weight.dtype)
+        bias = None if form.bias is None else form.bias.to(weight.dtype)
+        return F.layer_norm(x, base.normalized_shape, weight, bias, base.eps)
+
+
+class AdapterModule(AdapterLayer):
+    """Any module with adapters that work on the stream of tokens: they have no form here."""
+
+    @property
+    def weight_matrix(self) -> Tensor:
+        raise ValueError(
+            f"{type(self.base_layer).__name__} has no weight as a matrix: its adapters work on the stream of tokens"
+        )
+
+    @property
+    def like(self) -> Tensor:
+        first: Tensor = next(self.base_layer.parameters())
+        return first
+
+    def merge(self) -> None:
+        if self.active:
+            self.merged_tensors()  # says why it cannot
 
 
 class ModuleToSave(nn.Module):
@@ -330,7 +442,7 @@ class ModuleToSave(nn.Module):
 
 
 def adapter_layer(base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> AdapterLayer:
-    """The adapter layer for a base layer. Raises ValueError for a type that none of them wraps."""
+    """The adapter layer for a base layer. Raises ValueError for a Conv2d of several groups."""
     if isinstance(base_layer, nn.Linear) or type(base_layer).__name__ == "Conv1D":
         return AdapterLinear(base_layer, backend, strategy)
     if isinstance(base_layer, nn.Embedding):
@@ -339,7 +451,6 @@ def adapter_layer(base_layer: nn.Module, backend: str = "auto", strategy: str = 
         if base_layer.groups != 1:
             raise ValueError(f"a Conv2d of {base_layer.groups} groups cannot take an adapter: only groups=1 can")
         return AdapterConv2d(base_layer, backend, strategy)
-    raise ValueError(
-        f"{type(base_layer).__name__} cannot take an adapter: only Linear, Conv1D, Embedding and Conv2d can; "
-        "name others in modules_to_save to train them whole"
-    )
+    if isinstance(base_layer, nn.LayerNorm) and base_layer.weight is not None and base_layer.weight.dim() == 1:
+        return AdapterNorm(base_layer, backend, strategy)
+    return AdapterModule(base_layer, backend, strategy)

@@ -16,7 +16,16 @@ from torch import nn
 
 from .eva import initialize_eva
 from .inject import in_mode
-from .methods import AdaLoRAConfig, AdapterConfig, DeltaLoRAConfig, DoRAConfig, LoRAConfig, LoRADropConfig, VeRAConfig
+from .methods import (
+    AdaLoRAConfig,
+    AdapterConfig,
+    DeltaLoRAConfig,
+    DoRAConfig,
+    GLoRAConfig,
+    LoRAConfig,
+    LoRADropConfig,
+    VeRAConfig,
+)
 from .optim import LoRAFAAdamW, parameter_groups
 from .selection import select_layers
 
@@ -97,6 +106,12 @@ def _vera(**fixed: Any) -> Callable[..., AdapterConfig]:
     return config
 
 
+def _glora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    if dropout:
+        raise ValueError(f"GLoRA has no dropout, got {dropout}: leave it 0")
+    return GLoRAConfig(r=r, config_D_E="vector", **common)
+
+
 def _delta_lora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
     # The weight moves once a tenth of the steps has settled A and B. Dropout is refused.
     config = _lora(DeltaLoRAConfig, delta_lambda=0.5, start_step=steps // 10)
@@ -131,4 +146,5 @@ RECIPES: dict[str, Recipe] = {
     "dora": Recipe("DoRA", _lora(DoRAConfig), 5e-4),
     "vera": Recipe("VeRA", _vera(), 1e-2, rank=256),
     "dvora": Recipe("DVoRA", _vera(use_dora=True), 1e-2, rank=256),
+    "glora": Recipe("GLoRA", _glora, 5e-4, rank=8),
 }

@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from . import patterns
-from .layers import AdapterLayer, AdapterLinear, ModuleToSave
+from .groups import SIBLINGS
+from .layers import AdapterLayer, AdapterLinear, AdapterModule, ModuleToSave
 from .methods import AdapterConfig
 from .methods.config import path_suffixes
 
 # The usual attention projections, by transformers' model_type.
-DEFAULT_TARGETS = {
+DEFAULT_TARGETS: dict[str, list[str] | str] = {
     "bert": ["query", "value"],
     "bloom": ["query_key_value"],
     "deberta-v2": ["query_proj", "value_proj"],
@@ -33,20 +34,8 @@ DEFAULT_TARGETS = {
     "qwen3": ["q_proj", "v_proj"],
     "roberta": ["query", "value"],
     "t5": ["q", "v"],
-    "vit": ["query", "value"],
+    "vit": r".*\.(query|value|q_proj|v_proj)",  # before transformers 5 and from it on
 }
-
-# Names of sibling projections that read the same input.
-SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("to_q", "to_k", "to_v"),
-    ("q", "k", "v"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
-)
 
 # In modules of these names the queries read another input than keys and values.
 CROSS_ATTENTION = re.compile(r"cross|encoder_?attn|encdec|attn2", re.IGNORECASE)
@@ -68,6 +57,8 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         seen.add(id(module))
         if path:
             modules[path] = module
+        if isinstance(module, AdapterModule):  # what is inside has its own path still
+            module = module.base_layer
         if isinstance(module, (AdapterLayer, ModuleToSave)):
             return
         for name, child in module.named_children():
@@ -158,11 +149,14 @@ def target_paths(
     targets = config.target_modules
     if targets is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type not in DEFAULT_TARGETS:
+        usual = config.usual_targets()
+        defaults = usual or DEFAULT_TARGETS
+        if model_type not in defaults:
             raise ValueError(
-                f"target_modules must be given for architecture {model_type!r}: name the layers, or take 'all-linear'"
+                f"target_modules must be given for architecture {model_type!r}: name the layers"
+                + ("" if usual else ", or take 'all-linear'")
             )
-        targets = DEFAULT_TARGETS[model_type]
+        targets = defaults[model_type]
     exclude = config.exclude_modules if isinstance(config.exclude_modules, str) else set(config.exclude_modules or [])
     paths = [path for path in modules if not _excluded(path, exclude) and not _saved_whole(path, config)]
     if not targets:
@@ -218,6 +212,8 @@ def shared_inputs(model: nn.Module) -> list[list[AdapterLinear]]:
     and more. A group checks that at run time."""
     found = []
     for path, parent in model.named_modules():
+        if isinstance(parent, AdapterModule):  # it answers with its base layer's children, which come next
+            continue
         for names in SIBLINGS:
             if len(names) == 3 and CROSS_ATTENTION.search(path):
                 names = names[1:]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -33,3 +35,23 @@ def version(tensor: Tensor) -> int:
 def identity(tensor: Tensor) -> tuple[Any, ...]:
     """Equal as long as a tensor is the same memory and its `version` is."""
     return tensor.data_ptr(), version(tensor), tensor.dtype, tensor.device
+
+
+class Kept:
+    """A tensor that is made of others and kept, outside training, for as long as they are what they were."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles start empty
+        return Kept, ()
+
+    def __call__(self, sources: Sequence[Tensor | None], make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, or gave before of these sources; where a backward may follow it is made anew."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._kept = None
+            return make()
+        key = (*[identity(source) for source in sources if source is not None], optimizer_steps())
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, make())
+        return self._kept[1]

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from peft import AdaLoraConfig, HiraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, GloraConfig, HiraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import output, randomise, tokens
 from torch import Tensor, nn
 
 import fastadapt
-from fastadapt import AdaLoRAConfig, DoRAConfig, HiRAConfig, LoRAConfig, VeRAConfig
+from fastadapt import AdaLoRAConfig, DoRAConfig, GLoRAConfig, HiRAConfig, LoRAConfig, VeRAConfig
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,15 @@ class Case:
         return PEFTS.get(self.method, LoraConfig)(**fields)
 
 
-OURS = {"lora": LoRAConfig, "dora": DoRAConfig, "vera": VeRAConfig, "adalora": AdaLoRAConfig, "hira": HiRAConfig}
-PEFTS = {"vera": VeraConfig, "adalora": AdaLoraConfig, "hira": HiraConfig}
+OURS = {
+    "lora": LoRAConfig,
+    "dora": DoRAConfig,
+    "vera": VeRAConfig,
+    "adalora": AdaLoRAConfig,
+    "glora": GLoRAConfig,
+    "hira": HiRAConfig,
+}
+PEFTS = {"vera": VeraConfig, "adalora": AdaLoraConfig, "glora": GloraConfig, "hira": HiraConfig}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 BIASED_LLAMA = {"attention_bias": True}
 
@@ -107,6 +114,12 @@ CASES = {
         biased_llama,
         {"init_r": 4, "target_r": 2, "total_step": 9, "target_modules": ATTENTION, "bias": "lora_only"},
         "adalora",
+    ),
+    "glora": Case(biased_llama, {"r": 3, "target_modules": ATTENTION}, "glora"),
+    "glora, vectors": Case(
+        biased_llama,
+        {"target_modules": ATTENTION, "config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        "glora",
     ),
     "hira": Case(biased_llama, {"r": 4, "target_modules": "all-linear"}, "hira"),
     "hira, settings": Case(

@@ -115,7 +115,7 @@ def classes(path: Path, count: int = 24) -> Path:
 
 def options(model: Path, data: Path, output: Path, **changes: Any) -> Options:
     small: dict[str, Any] = {"r": 4, "dropout": 0.2, "steps": 4, "batch_size": 2, "accumulate": 2, "device": "cpu"}
-    if changes.get("method") == "delta-lora":  # which refuses it
+    if changes.get("method") in ("delta-lora", "glora"):  # which refuse it
         small["dropout"] = 0.0
     return Options(model=str(model), data=data, output=output, **{**small, **changes})
 

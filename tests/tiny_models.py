@@ -105,3 +105,20 @@ def randomise(parameters: Iterable[Tensor], seed: int = 5) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def vit(**changes: Any) -> Any:
+    """A ViT for images of 8 x 8 with 16 patches, three blocks and a head for five classes; biases are not zero."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48, "image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 5}
+    sizes["initializer_range"] = 0.2  # so that every part shows in the output
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(**{**sizes, **changes})).eval()
+    randomise([p for name, p in model.named_parameters() if name.endswith("bias")])
+    return model
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import UnionType
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from .. import patterns
 from ..checks import shown
-from ..layers import Adapter, AdapterLayer
+from ..layers import Adapter, AdapterConv2d, AdapterEmbedding, AdapterLayer, AdapterLinear
 
 T = TypeVar("T")
 
@@ -49,6 +49,8 @@ def pattern_of(values: dict[str, T], default: T) -> dict[str, T]:
 def _is_a(value: object, hint: Any) -> bool:
     """Whether a value that may come from a JSON file has the type that a field is annotated with."""
     origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in inner)
     if origin is UnionType:
         return any(_is_a(value, part) for part in inner)
     if origin is list:
@@ -114,8 +116,12 @@ class AdapterConfig:
 
     peft_type: ClassVar[str]
     bias_choices: ClassVar[tuple[str, ...]] = ("none",)
+    # The layers that the method can adapt.
+    layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear, AdapterEmbedding, AdapterConv2d)
     # Fields of PEFT's file that would change the function, and the values at which they do not.
     neutral_fields: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    # Tensors of a layer in PEFT's file, by their suffix, that hold nothing but zeros.
+    zero_tensors: ClassVar[tuple[str, ...]] = ()
 
     r: int = 8
     target_modules: list[str] | str | None = None
@@ -163,6 +169,21 @@ class AdapterConfig:
     def dropout(self) -> float:
         """Drop probability of the adapter's input."""
         raise TypeError(f"{type(self).__name__} does not say its dropout")
+
+    def usual_targets(self) -> dict[str, list[str] | str]:
+        """What target_modules=None means, by transformers' model_type; empty for the usual attention projections."""
+        return {}
+
+    def check_kind(self, path: str, layer: AdapterLayer) -> None:
+        """Raises ValueError for a layer of a type that the method cannot adapt."""
+        if isinstance(layer, self.layer_kinds):
+            return
+        kinds = {AdapterLinear: "Linear, Conv1D", AdapterEmbedding: "Embedding", AdapterConv2d: "Conv2d"}
+        names = [kinds.get(kind, kind.__name__.removeprefix("Adapter")) for kind in self.layer_kinds]
+        raise ValueError(
+            f"target_modules: {path}: {type(layer.base_layer).__name__} cannot take an adapter of "
+            f"{type(self).__name__}: only {', '.join(names)} can; name others in modules_to_save to train them whole"
+        )
 
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
         """One new adapter for each module path.

@@ -1,0 +1,167 @@
+"""RepAdapter: a linear bottleneck before frozen layers, which merges into all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_probability
+from ..functional import bottleneck
+from ..groups import SIBLINGS
+from ..layers import Adapter, AdapterLayer, AdapterLinear
+from ..reference import AdapterForm
+from ..versions import Kept, optimizer_steps, version
+from .config import AdapterConfig
+
+
+class _Read:
+    """x' for one x, and the layers that have fetched it."""
+
+    def __init__(self, x: Tensor, result: Tensor, circumstances: tuple[Any, ...]) -> None:
+        self.x, self.result, self.circumstances = x, result, circumstances
+        self.served: list[AdapterLayer] = []
+
+    def serves(self, x: Tensor, layer: AdapterLayer) -> bool:
+        again = any([other is layer for other in self.served])
+        return self.x is x and not again and self.circumstances == _circumstances(x)
+
+
+def _circumstances(x: Tensor) -> tuple[Any, ...]:
+    if torch.compiler.is_compiling():  # tensors have no versions while they are traced
+        return ()
+    return version(x), torch.is_grad_enabled(), optimizer_steps()
+
+
+class RepAdapter(Adapter):
+    """D, a, G and c before the layers that read one x: x' = x + s (G dropout(D x + a) + c).
+
+    While training the layers read x', which is made once for all of them. Otherwise each has it in a form:
+
+        B = W0 G     A = D     h = s     bias = b0 + s W0 (G a + c)
+
+    Shapes: conv_A [r, in, 1], conv_A_bias [r], conv_B [in, r / groups, 1], conv_B_bias [in]: G is block-diagonal, its
+    g-th block maps the g-th slice of the hidden features to the g-th slice of x.
+    """
+
+    on_stream = True
+
+    conv_A: nn.Parameter
+    conv_A_bias: nn.Parameter
+    conv_B: nn.Parameter
+    conv_B_bias: nn.Parameter
+
+    def __init__(self, layer: AdapterLayer, config: RepAdapterConfig, readers: int, dtype: torch.dtype) -> None:
+        super().__init__(config.adapter_dropout)
+        self.scaling, self.groups, self.readers = config.scaling, config.groups, readers
+        k = layer.weight_matrix.shape[1]
+        if k % config.groups:
+            raise ValueError(f"groups must divide the features of what the layer reads, {k}, got {config.groups}")
+        add = partial(self.add_tensor, like=layer.like, dtype=dtype)
+        add("conv_A", nn.init.xavier_uniform_(torch.empty(config.r, k, 1)), checkpoint_name="conv_A.weight")
+        add("conv_A_bias", torch.zeros(config.r), checkpoint_name="conv_A.bias")
+        add("conv_B", torch.zeros(k, config.r // config.groups, 1), checkpoint_name="conv_B.weight")
+        add("conv_B_bias", torch.zeros(k), checkpoint_name="conv_B.bias")
+        self._read: _Read | None = None
+        self._up: dict[int, Kept] = {}
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles start empty
+        return {**self.__dict__, "_read": None, "_up": {}}
+
+    @property
+    def has_form(self) -> bool:  # type: ignore[override]
+        return not self.training
+
+    def around(self, layer: AdapterLayer, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return run(x if self.has_form else self._before(layer, x), *args, **kwargs)
+
+    def _before(self, layer: AdapterLayer, x: Tensor) -> Tensor:
+        # One bottleneck, and so one dropout mask, for all that read x: each of them fetches it once.
+        current = self._read
+        if current is None or not current.serves(x, layer):
+            read = bottleneck(
+                x,
+                self.conv_A[..., 0],
+                self.conv_B[..., 0],
+                down_bias=self.conv_A_bias,
+                up_bias=self.conv_B_bias,
+                residual=x,
+                scaling=self.scaling,
+                activation="identity",
+                groups=self.groups,
+                dropout=self.dropout,
+                training=True,
+                backend=layer.backend,
+            )
+            current = _Read(x, read, _circumstances(x))
+        current.served.append(layer)
+        self._read = current if len(current.served) < self.readers else None
+        return current.result
+
+    def _into(self, weight: Tensor) -> Tensor:
+        """W0 G, without the zeros of G. Shapes: weight [out, in]; result [out, r]."""
+        blocks = zip(weight.chunk(self.groups, 1), self.conv_B[..., 0].chunk(self.groups), strict=True)
+        return torch.cat([part.to(block.dtype) @ block for part, block in blocks], 1)
+
+    def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
+        weight = weight.detach()
+        kept = self._up.setdefault(id(weight.untyped_storage()), Kept())
+        B = kept((weight, self.conv_B), lambda: self._into(weight))
+        shift = B @ self.conv_A_bias + weight.to(B.dtype) @ self.conv_B_bias
+        beta = self.scaling * shift if bias is None else torch.add(bias.detach(), shift, alpha=self.scaling)
+        return AdapterForm(self.conv_A[..., 0], B, out_scale=self.scaling, bias=beta)
+
+
+@dataclass
+class RepAdapterConfig(AdapterConfig):
+    """RepAdapter: the target layers read x' = x + s (G dropout(D x + a) + c) in the place of x. Trains D, a, G and c.
+
+    r: hidden features. groups: diagonal blocks of G. scaling: s, which the paper searches in 0.1 to 10.
+    adapter_dropout: drop probability of the hidden features. Target layers that are siblings (q, k and v) read one x
+    and share one adapter. Starts as the identity. Merges exactly: W' = W0 (I + s G D), b' = b0 + s W0 (G a + c).
+    target_modules: None is q, k, v and the first layer of the MLP of a ViT; without the latter it is the paper's
+    variant for attention alone. PEFT has no such type: its files carry peft_type "REPADAPTER", and `export_lora` makes
+    a LoRA with biases of it. Linear and Conv1D layers only.
+    Raises ValueError for a value outside its range, by name.
+    Source: Luo et al. 2023, arXiv:2302.08106, sections 3.2 and 3.3.
+    """
+
+    peft_type: ClassVar[str] = "REPADAPTER"
+    layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)
+
+    groups: int = 2
+    scaling: float = 1.0
+    adapter_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_probability("adapter_dropout", self.adapter_dropout)
+        if self.groups <= 0 or self.r % self.groups:
+            raise ValueError(f"groups must be positive and divide r, {self.r}, got {self.groups!r}")
+
+    @property
+    def dropout(self) -> float:
+        return self.adapter_dropout
+
+    def usual_targets(self) -> dict[str, list[str] | str]:
+        return {"vit": r"(.*\.)?([qkv]_proj|fc1)"}
+
+    def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
+        readers: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for path in layers:
+            parent, _, name = path.rpartition(".")
+            siblings = next((names for names in SIBLINGS if name in names), (name,))
+            readers.setdefault((parent, siblings), []).append(path)
+        built: dict[str, Adapter] = {}
+        for paths in readers.values():
+            first = layers[paths[0]]
+            try:
+                adapter = RepAdapter(first, self, len(paths), dtype_of(first.like))
+            except ValueError as error:
+                raise ValueError(f"{paths[0]}: {error}") from None
+            built |= dict.fromkeys(paths, adapter)
+        return {path: built[path] for path in layers}
