@@ -17,6 +17,7 @@ BENCHES = {
     "gpu": "bench.gpu",
     "microbench": "bench.microbench",
     "methods": "bench.methods",
+    "vision": "bench.vision",
     "glora": "bench.glora",
     "serve": "bench.serve",
     "pool": "bench.pool",

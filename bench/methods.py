@@ -1,9 +1,9 @@
 """Every method on one real task: all-MiniLM-L6-v2 on movie-review sentences, several seeds, equal steps.
 
-Each method adapts every linear layer of the encoder but the pooler and trains the classifier's head in its own copy. Its learning rate
-is the one of RATES times its recipe's that does best on validation sentences, with a seed that is used for nothing
-else. The accuracy is on test sentences that no choice has seen. Steps are timed interleaved, as multiples of the
-frozen pass.
+Each method adapts every linear layer of the encoder but the pooler and trains the classifier's head in its own copy.
+Its learning rate is the one of RATES times its recipe's that does best on validation sentences, with a seed that is
+used for nothing else. The accuracy is on test sentences that no choice has seen. Steps are timed interleaved, as
+multiples of the frozen pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from bench import measure, report
@@ -29,6 +28,7 @@ from fastadapt.recipes import RECIPES, Recipe
 from fastadapt.report import write_json
 from fastadapt.train_data import Batch, Row, collate
 from fastadapt.train_loop import evaluate
+from fastadapt.train_options import SCHEDULES
 
 BATCH_ROWS = 16
 MAX_TOKENS = 48
@@ -67,7 +67,7 @@ def train(model: Any, recipe: Recipe, rate: float, rows: list[Row], steps: int, 
     """A tenth of the steps to warm up, then a linear descent to zero."""
     optimizer = recipe.optimizer(model, rate, 0.0)
     chosen = batches(rows, model.config.pad_token_id, steps, seed)
-    for _ in losses_of_steps(model, chosen, steps, optimizer, control(model), last=0.0):
+    for _ in losses_of_steps(model, chosen, steps, optimizer, control(model), schedule=SCHEDULES["linear"]):
         pass
 
 
@@ -91,14 +91,7 @@ def run(
     padding = base.config.pad_token_id
     positive = statistics.mean([label for _, label in split.test])
     found: list[report.Row] = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
+    with report.progress() as progress:
         task = progress.add_task("", total=len(names) * (seeds + (len(rates) if len(rates) > 1 else 0)))
         for name in names:
             recipe = RECIPES[name]

@@ -323,3 +323,56 @@ def draw_serve(document: Document, path: Path) -> None:
         axes.set_ylabel("time, x of the base model on the same batch")
     _legend(figure, ["ours", "peft"])
     save_figure(figure, path, dpi=110)
+
+
+def draw_vision(document: Document, path: Path) -> None:
+    """Accuracy against trained parameters and against the images of each class: a colour and marker for each method.
+
+    On the left the mean over all numbers of images, with a line from the worst to the best seed; a method that trains
+    the head alone has no place on the axis and is a line across.
+    """
+    from matplotlib import colormaps
+    from matplotlib.ticker import PercentFormatter
+
+    rows = sorted(document["rows"], key=lambda row: row["accuracy"], reverse=True)
+    figure = new_figure(14, 6)
+    left, right = figure.subplots(1, 2, sharey=False)
+    colors = colormaps["tab10"]
+    sizes: list[int] = []
+    for index, row in enumerate(rows):
+        style = {"color": colors(index % 10), "marker": MARKERS[index // 10 % len(MARKERS)]}
+        low, high = row["accuracy"] - row["accuracy_low"], row["accuracy_high"] - row["accuracy"]
+        if row["trainable"]:
+            # Methods of like size would hide each other: each stands a little to the right of those before it.
+            neighbours = sum(0.9 < size / row["trainable"] < 1.1 for size in sizes)
+            sizes.append(row["trainable"])
+            left.errorbar(row["trainable"] * 1.06**neighbours, row["accuracy"], [[low], [high]], capsize=3, **style)
+        else:
+            left.axhline(row["accuracy"], color=style["color"], linestyle="--")
+        found = row["few_shot"]
+        right.plot(
+            [point["shots"] for point in found],
+            [point["accuracy"] for point in found],
+            label=f"{row['method']}, {row['accuracy']:.1%}",
+            linestyle="-" if row["trainable"] else "--",
+            **style,
+        )
+    left.set_xscale("log")
+    left.set_xlabel("trained parameters in the adapters (the head apart)")
+    left.set_ylabel("accuracy on the test images, mean over the numbers of shots")
+    right.set_xscale("log", base=2)
+    shots = [point["shots"] for point in rows[0]["few_shot"]]
+    right.set_xticks(shots, [str(count) for count in shots])
+    right.set_xlabel("images of each class to train on")
+    right.set_ylabel("accuracy on the test images")
+    for axes in (left, right):
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    figure.suptitle(
+        f"A ViT that knows the digits 0 to 4 learns 5 to 9: {rows[0]['steps']} steps, {rows[0]['seeds']} seeds; "
+        f"{_provenance(document)}",
+        fontsize=11,
+    )
+    figure.legend(loc="outside right center", fontsize=9, frameon=False, title="mean over shots", alignment="left")
+    save_figure(figure, path, dpi=110)

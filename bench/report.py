@@ -1,4 +1,4 @@
-"""The rows of a bench as a table."""
+"""The rows of a bench as a table, and how far it has come."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 Row = dict[str, Any]
@@ -21,6 +22,17 @@ def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> 
     console = Console()
     # A pipe has no width of its own, and a table folded to 80 columns is not legible.
     (console if console.is_terminal else Console(width=150)).print(table)
+
+
+def progress() -> Progress:
+    """A bar of runs done, with the time that they took and that the rest will take."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
 
 
 def shown(value: Any) -> str:

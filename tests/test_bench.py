@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import gzip
+import hashlib
 import json
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import Tensor, nn
 
-from bench import glora, measure, saved, step
+from bench import digits, glora, measure, saved, step, vision, vision_search
 from bench.__main__ import main
 from bench.cases import STEP_CASES, chosen
 from fastadapt import eager_hadamard
+from fastadapt.demo_assets import AssetError
+from fastadapt.layers import AdapterLayer
 from fastadapt.report import write_json
 
 
@@ -220,3 +227,150 @@ def test_a_report_is_whole_or_not_there(tmp_path: Path) -> None:
         write_json(path, "second", [{"case": object()}])
     assert path.read_text() == before
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]
+
+
+def test_digits_are_read_as_they_are_stored_and_only_from_the_known_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "\n".join(",".join(["0", "16", "8", *["4"] * 61, digit]) for digit in "37")
+    packed = gzip.compress(rows.encode())
+
+    def wheel(package: str, directory: Path, *options: str) -> Path:
+        with zipfile.ZipFile(directory / "package.whl", "w") as file:
+            file.writestr(digits.MEMBER, packed)
+        return directory / "package.whl"
+
+    monkeypatch.setattr(digits, "pip_download", wheel)
+    with pytest.raises(AssetError, match=f"must have sha256 {digits.SHA256}, got [0-9a-f]{{64}}: take another"):
+        digits._fetch_digits(tmp_path / "digits.csv.gz")
+    monkeypatch.setattr(digits, "SHA256", hashlib.sha256(packed).hexdigest())
+    digits._fetch_digits(tmp_path / "digits.csv.gz")
+    images = digits.read_digits(tmp_path / "digits.csv.gz")
+    assert images.pixels.shape == (2, 1, 8, 8)
+    assert images.pixels[1, 0, 0, :4].tolist() == [-1.0, 1.0, 0.0, -0.5]
+    assert images.labels.tolist() == [3, 7]
+
+
+@pytest.fixture(scope="module")
+def blobs() -> digits.Digits:
+    """Ten classes of 100 images, each a random prototype and noise; the first pixel numbers the images."""
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.rand(10, 1, 8, 8, generator=generator) * 2 - 1
+    labels = torch.arange(10).repeat(100)
+    pixels = prototypes[labels] + 0.2 * torch.randn(1000, 1, 8, 8, generator=generator)
+    pixels[:, 0, 0, 0] = torch.arange(1000) / 1000
+    return digits.split_digits(digits.Images(pixels, labels))
+
+
+@pytest.fixture(scope="module")
+def small_vit(blobs: digits.Digits) -> Any:
+    """A ViT of two layers that has learned the first five classes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 128, "patch_size": 4}
+    model = digits.new_vit(**digits.SMALL | sizes)
+    before = digits.accuracy(model, blobs.base_test)
+    digits.train_base(model, blobs, steps=40)
+    assert before < 0.6
+    assert digits.accuracy(model, blobs.base_test) > 0.8
+    return model.requires_grad_(False)
+
+
+def numbers(images: digits.Images) -> list[int]:
+    return [round(float(first) * 1000) for first in images.pixels[:, 0, 0, 0]]
+
+
+def test_no_image_is_in_two_parts(blobs: digits.Digits) -> None:
+    assert sorted(number for part in blobs for number in numbers(part)) == list(range(1000))
+    for part, lower in zip(blobs, (True, True, False, False, False), strict=True):
+        for number, label in zip(numbers(part), part.labels.tolist(), strict=True):
+            assert number % 10 == label + (0 if lower else 5)
+    assert [len(part.labels) for part in blobs] == [300, 200, 200, 200, 100]
+    assert numbers(digits.split_digits(blobs.test).pool) == numbers(digits.split_digits(blobs.test).pool)
+
+
+def test_shots_are_drawn_by_the_seed_from_the_pool_alone(blobs: digits.Digits) -> None:
+    drawn = digits.draw_shots(blobs.pool, 3, seed=1)
+    assert drawn.labels.tolist() == [label for label in range(5) for _ in range(3)]
+    assert set(numbers(drawn)) <= set(numbers(blobs.pool))
+    assert len(set(numbers(drawn))) == 15
+    assert numbers(drawn) == numbers(digits.draw_shots(blobs.pool, 3, seed=1))
+    assert numbers(drawn) != numbers(digits.draw_shots(blobs.pool, 3, seed=2))
+    for shots in (0, 41):
+        with pytest.raises(ValueError, match=f"shots must be from 1 to 40, .*, got {shots}"):
+            digits.draw_shots(blobs.pool, shots, seed=1)
+    epoch = [batch["pixel_values"][:, 0, 0, 0] for batch in digits.batches(drawn, 2, seed=0, rows=8)]
+    assert [len(pixels) for pixels in epoch] == [7, 8]
+    assert sorted(torch.cat(epoch).tolist()) == sorted(drawn.pixels[:, 0, 0, 0].tolist())
+
+
+@pytest.mark.parametrize("name", vision.METHODS)
+def test_methods_on_images_start_alike_and_merge_exactly(name: str, small_vit: Any, blobs: digits.Digits) -> None:
+    shots = digits.draw_shots(blobs.pool, 4, seed=0)
+    method = vision.METHODS[name]
+    start = vision.adapted(small_vit, vision.METHODS["probe"], shots, 8, seed=0)
+    model = vision.trained(small_vit, method, shots, method.rates[0], 8, seed=0)
+    assert vision.largest_difference(model, start, blobs.test) > 1e-3
+    merged = vision.merged(model)
+    assert (merged is None) == (name in ("adaptformer", "vpt-shallow", "vpt-deep", "noah"))
+    if merged is None:
+        return
+    assert not any(isinstance(module, AdapterLayer) for module in merged.modules())
+    assert vision.largest_difference(merged, model, blobs.test) < 1e-5
+    assert (vision.adapter_parameters(model) == 0) == (name == "probe")
+    # The base is as it was: every run starts from the same weights.
+    assert digits.accuracy(small_vit, blobs.base_test) > 0.8
+    assert not any(parameter.requires_grad for parameter in small_vit.parameters())
+
+
+def test_the_searches_give_a_row_for_each_subnet(small_vit: Any, blobs: digits.Digits) -> None:
+    size = {"population": 3, "generations": 2, "archive": 2, "mutants": 1, "crossovers": 1, "progress": False}
+    rows = vision_search.search(small_vit, blobs, shots=4, steps=3, seeds=2, **size)
+    assert [row["case"] for row in rows] == ["glora"] * 6 + ["noah"] * 4
+    for row in rows:
+        assert len(row["accuracies"]) == 2
+        assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+    found = [row for row in rows if row["subnet"] == "found by evolution"]
+    assert all(row["parameters"] <= row["limit"] for row in found)
+    assert found[0]["exported_difference"] < 1e-4
+
+
+def test_a_method_that_cannot_merge_says_so(small_vit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: Any) -> None:
+        raise ValueError("a bottleneck cannot be merged")
+
+    monkeypatch.setattr(vision, "merge", refuse)
+    model = copy.deepcopy(small_vit)
+    vision.METHODS["lora"].adapt(model, 1)
+    assert vision.merged(model) is None
+
+
+@pytest.mark.usefixtures("_same_threads")
+def test_vision_measures_and_draws(
+    tmp_path: Path, small_vit: Any, blobs: digits.Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision, "load_digits", lambda: blobs)
+    monkeypatch.setattr(vision, "load_base", lambda parts: small_vit)
+    path = tmp_path / "vision.json"
+    size = ["--shots", "2,4", "--seeds", "2", "--steps", "10", "--rounds", "2", "--no-vit-b", "--no-search"]
+    main(["vision", "--json", str(path), "--cases", "probe,lora", *size])
+    document = json.loads(path.read_text())
+    assert document["name"] == "vision"
+    assert document["base_accuracy"] > 0.8
+    probe, lora = document["rows"]
+    # LoRA at rank 8 on the six linear layers of each block: r (in + out).
+    assert (probe["trainable"], lora["trainable"]) == (0, 2 * 8 * (4 * 64 + 2 * 160))
+    assert (probe["vit_b_trainable"], lora["vit_b_trainable"]) == (0, 12 * 8 * (4 * 1536 + 2 * 3840))
+    for row in (probe, lora):
+        assert [point["shots"] for point in row["few_shot"]] == [2, 4]
+        scores = [point["accuracies"] for point in row["few_shot"]]
+        assert row["accuracies"] == pytest.approx([sum(of_seed) / 2 for of_seed in zip(*scores, strict=True)])
+        assert 0 <= row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] <= 1
+        assert row["tried"][f"{row['learning_rate']:g}"] == max(row["tried"].values())
+        for key in ("x_frozen", "x_base", "merged_x_base"):
+            assert 0 < row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
+        assert row["merges"]
+        assert row["merge_difference"] < 1e-5
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["vision.json", "vision.png"]
+    for wrong in ("1,two", "0", "1,41", ""):
+        with pytest.raises(typer.BadParameter, match="numbers from 1 to 40 with commas"):
+            main(["vision", "--shots", wrong])
