@@ -138,11 +138,14 @@ class AdapterLayer(BaseLayerWrapper):
 
     @property
     def dropout(self) -> float:
-        """The active adapters' drop probability. Raises ValueError where they differ and the layer is in training."""
+        """The drop probability of the active adapters' forms.
+
+        Raises ValueError where they differ and the layer is in training.
+        """
         adapters = self.active_adapters
         if len(adapters) == 1:
             return adapters[0].dropout
-        probabilities = {adapter.dropout for adapter in adapters}
+        probabilities = {adapter.dropout for adapter in adapters if adapter.has_form}
         if len(probabilities) > 1 and self.training:
             raise ValueError(
                 f"adapters {', '.join(map(repr, self.active))} have different dropout, {sorted(probabilities)}, and "
@@ -408,7 +411,12 @@ class AdapterModule(AdapterLayer):
 
     @property
     def like(self) -> Tensor:
-        first: Tensor = next(self.base_layer.parameters())
+        first: Tensor | None = next(self.base_layer.parameters(), None)
+        if first is None:
+            raise ValueError(
+                f"{type(self.base_layer).__name__} has no parameters, which an adapter on it would take device and "
+                "dtype from: target the module around it"
+            )
         return first
 
     def merge(self) -> None:

@@ -510,6 +510,7 @@ def test_configs_refuse_what_they_cannot_mean(config: Any, message: str) -> None
         (AdaptFormerConfig(target_modules=["mlp", "layernorm_after"], branch_input="normed"), "must hold no norm"),
         (VPTConfig(target_modules=["embeddings", "layernorm"]), "must be one module without deep=True"),
         (VPTConfig(target_modules=["mlp", "layernorm_before"], deep=True), "has no q_proj"),
+        (VPTConfig(target_modules=[r"dropout"], layers_to_transform=[0]), "Dropout has no parameters"),
         (RepAdapterConfig(target_modules=["fc1"], groups=3, r=3), "must divide the features"),
         (NOAHConfig(prompts=[1], lora=[1], adapter=[1]), "prompts must have a size for each of the 3 blocks"),
         (NOAHConfig(supernet=True, target_modules=["layernorm_before"]), "must hold the block vit.layers.0"),
@@ -547,6 +548,15 @@ def test_a_module_inside_of_an_adapted_one_keeps_its_path(tmp_path: Path) -> Non
         unload(each)
         assert each.state_dict().keys() == base.state_dict().keys()
         assert torch.equal(logits(each, x), logits(base, x))
+
+
+def test_dropout_of_the_hidden_features_is_no_dropout_of_a_form() -> None:
+    """A LoRA without dropout trains beside adapters that drop hidden features, on the same layers."""
+    model = inject(vit(), LoRAConfig(r=2, target_modules=["q_proj", "fc1"]), "lora")
+    inject(model, RepAdapterConfig(r=4, adapter_dropout=0.5), "rep")
+    set_adapter(model, ["lora", "rep"])
+    logits(model.train(), images()).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_repadapter_exports_as_a_lora_with_biases(tmp_path: Path) -> None:
