@@ -83,6 +83,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     be written.
     """
     injection = present(model, adapter_name)
+    if any(adapter.variant is not None for adapter in injection.adapters.values()):
+        warnings.warn(
+            f"adapter {adapter_name!r} is saved as the whole supernet, without the supports that are chosen now: "
+            "export_glora saves the subnet",
+            stacklevel=2,
+        )
     _write(model, Path(directory), injection.config.to_peft(list(injection.layers)), _named_tensors(injection))
 
 
@@ -102,7 +108,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
     with torch.no_grad():
         for path, adapter in injection.adapters.items():
             layer = injection.layers[path]
-            form = adapter.form(layer.weight_matrix, layer.base_bias)
+            form = layer.settled_form(adapter)
             try:
                 lora = plain_lora(form)
             except ValueError as error:

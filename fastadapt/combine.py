@@ -92,7 +92,7 @@ def _parts(
     for source, weight in zip(sources, weights, strict=True):
         if path not in source.adapters:
             continue
-        form = source.adapters[path].form(layer.weight_matrix, layer.base_bias)
+        form = layer.settled_form(source.adapters[path])
         if form.bias is not layer.base_bias:
             raise ValueError(f"adapter {source.name!r} trains the bias of {path}, which cannot be combined")
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,21 @@ SIBLINGS = (
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
+
+# In modules of these names the queries read another input than keys and values.
+CROSS_ATTENTION = re.compile(r"cross|encoder_?attn|encdec|attn2", re.IGNORECASE)
+
+
+def siblings(path: str) -> tuple[str, ...]:
+    """The names, the last parts of their paths, of the layers that read what the layer at `path` reads, its own too."""
+    parent, _, name = path.rpartition(".")
+    for names in SIBLINGS:
+        if name in names:
+            if len(names) < 3 or not CROSS_ATTENTION.search(parent):
+                return names
+            return (name,) if name == names[0] else names[1:]
+    return (name,)
+
 
 # After so many rounds in which a layer did not come for its output, the guess that the layers share x was wrong.
 _MISSES = 2

@@ -32,12 +32,9 @@ class Adapter(nn.Module):
     parameters. `bias` is the adapter's own copy of the base bias where it trains one. `variant` is what the form
     depends on beside the tensors, where there is such a thing.
 
-    has_form: whether a forward applies `form`. on_stream: whether it goes through `around`. merges: whether `form` is
-    all that the adapter does, so that a weight can hold it.
+    merges: whether `form` is all that the adapter does, so that a weight can hold it.
     """
 
-    has_form: bool = True
-    on_stream: bool = False
     merges: bool = True
 
     bias: nn.Parameter | None
@@ -77,6 +74,10 @@ class Adapter(nn.Module):
         """The adapter form for the base weight [out, in] and bias [out], differentiable in the parameters."""
         raise TypeError(f"{type(self).__name__} does not say its form")
 
+    def on_stream(self, layer: AdapterLayer) -> bool:
+        """Whether a forward of the layer goes through `around`, in the place of applying `form`."""
+        return False
+
     def around(self, layer: AdapterLayer, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the layer gives for x in the place of run(x, *args, **kwargs), which is all that is inside of it."""
         return run(x, *args, **kwargs)
@@ -88,9 +89,10 @@ class Adapter(nn.Module):
 class StreamAdapter(Adapter):
     """An adapter that is no form: no weight can hold what it does to the stream of tokens."""
 
-    has_form = False
-    on_stream = True
     merges = False
+
+    def on_stream(self, layer: AdapterLayer) -> bool:
+        return True
 
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         raise ValueError(f"{type(self).__name__} works on the stream of tokens: it has no form")
@@ -145,7 +147,7 @@ class AdapterLayer(BaseLayerWrapper):
         adapters = self.active_adapters
         if len(adapters) == 1:
             return adapters[0].dropout
-        probabilities = {adapter.dropout for adapter in adapters if adapter.has_form}
+        probabilities = {adapter.dropout for adapter in adapters if not adapter.on_stream(self)}
         if len(probabilities) > 1 and self.training:
             raise ValueError(
                 f"adapters {', '.join(map(repr, self.active))} have different dropout, {sorted(probabilities)}, and "
@@ -156,7 +158,7 @@ class AdapterLayer(BaseLayerWrapper):
     @property
     def on_stream(self) -> bool:
         """Whether an active adapter works on what the layer reads or gives."""
-        return any([adapter.on_stream for adapter in self.active_adapters])
+        return any([adapter.on_stream(self) for adapter in self.active_adapters])
 
     @property
     def weight_matrix(self) -> Tensor:
@@ -179,13 +181,19 @@ class AdapterLayer(BaseLayerWrapper):
         adapters = self.active_adapters
         if not adapters:
             raise ValueError("no adapter is active on this layer: call set_adapter(model, name) first")
-        return self._form_of([adapter for adapter in adapters if adapter.has_form])
-
-    def _form_of(self, adapters: list[Adapter]) -> AdapterForm:
         weight, bias = self.weight_matrix, self.base_bias
         if len(adapters) == 1:
             return adapters[0].form(weight, bias)
-        return stacked([adapter.form(weight, bias) for adapter in adapters], bias)
+        return stacked([adapter.form(weight, bias) for adapter in adapters if not adapter.on_stream(self)], bias)
+
+    def settled_form(self, adapter: Adapter) -> AdapterForm:
+        """The form that an adapter has on this layer in eval mode, whatever its mode is."""
+        training = adapter.training
+        adapter.eval()
+        try:
+            return adapter.form(self.weight_matrix, self.base_bias)
+        finally:
+            adapter.train(training)
 
     def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
         """(W' as a matrix [out, in], b') of the active adapters.
@@ -199,7 +207,7 @@ class AdapterLayer(BaseLayerWrapper):
                     "no weight of this layer can hold that; serve it unmerged"
                 )
         with torch.no_grad():
-            form = self._form_of(self.active_adapters)
+            form = stacked([self.settled_form(adapter) for adapter in self.active_adapters], self.base_bias)
             weight = merged_weight(self.weight_matrix, form)
             if not torch.isfinite(weight).all() or (form.bias is not None and not torch.isfinite(form.bias).all()):
                 names = ", ".join(map(repr, self.active))
@@ -244,13 +252,13 @@ class AdapterLayer(BaseLayerWrapper):
             return self.adapted(x)
         run: Callable[..., Any] = self.with_forms
         for adapter in reversed(self.active_adapters):
-            if adapter.on_stream:
+            if adapter.on_stream(self):
                 run = partial(adapter.around, self, run)
         return run(x, *args, **kwargs)
 
     def with_forms(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base layer with the forms alone of the active adapters applied to x."""
-        if not self.merged and any([adapter.has_form for adapter in self.active_adapters]):
+        if not self.merged and not all([adapter.on_stream(self) for adapter in self.active_adapters]):
             return self.adapted(x)
         return self.base_layer(x, *args, **kwargs)
 
@@ -303,10 +311,6 @@ class AdapterLinear(AdapterLayer):
             y = self.group.output(self, x)
             if y is not None:
                 return y
-        return self.alone(x)
-
-    def alone(self, x: Tensor) -> Tensor:
-        """`adapted` without the layers that are expected to read the same x."""
         return functional.adapter_linear(
             x,
             self.weight_matrix,
@@ -316,6 +320,15 @@ class AdapterLinear(AdapterLayer):
             backend=self.backend,
             strategy=self.strategy,
         )
+
+    def apart(self, x: Tensor) -> Tensor:
+        """y for an x that no other layer reads."""
+        group, self.group = self.group, None
+        try:
+            y: Tensor = self(x)
+            return y
+        finally:
+            self.group = group
 
 
 class AdapterEmbedding(AdapterLayer):
@@ -459,6 +472,8 @@ def adapter_layer(base_layer: nn.Module, backend: str = "auto", strategy: str = 
         if base_layer.groups != 1:
             raise ValueError(f"a Conv2d of {base_layer.groups} groups cannot take an adapter: only groups=1 can")
         return AdapterConv2d(base_layer, backend, strategy)
-    if isinstance(base_layer, nn.LayerNorm) and base_layer.weight is not None and base_layer.weight.dim() == 1:
+    # A subclass may compute something else.
+    is_norm = isinstance(base_layer, nn.LayerNorm) and type(base_layer).forward is nn.LayerNorm.forward
+    if is_norm and getattr(base_layer.weight, "ndim", 0) == 1:
         return AdapterNorm(base_layer, backend, strategy)
     return AdapterModule(base_layer, backend, strategy)

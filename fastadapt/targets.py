@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import patterns
-from .groups import SIBLINGS
+from .groups import CROSS_ATTENTION, SIBLINGS
 from .layers import AdapterLayer, AdapterLinear, AdapterModule, ModuleToSave
 from .methods import AdapterConfig
 from .methods.config import path_suffixes
@@ -36,9 +36,6 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
     "t5": ["q", "v"],
     "vit": r".*\.(query|value|q_proj|v_proj)",  # before transformers 5 and from it on
 }
-
-# In modules of these names the queries read another input than keys and values.
-CROSS_ATTENTION = re.compile(r"cross|encoder_?attn|encdec|attn2", re.IGNORECASE)
 
 CLASSIFIER_HEADS = ("classifier", "score")
 

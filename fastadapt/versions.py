@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,21 +37,31 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), version(tensor), tensor.dtype, tensor.device
 
 
-class Kept:
-    """A tensor that is made of others and kept, outside training, for as long as they are what they were."""
+Made = TypeVar("Made")
+
+
+class Kept(Generic[Made]):
+    """What is made of tensors and kept, outside training, for as long as they are what they were."""
 
     def __init__(self) -> None:
-        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
+        self._kept: tuple[tuple[Any, ...], list[Tensor], Made] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles start empty
         return Kept, ()
 
-    def __call__(self, sources: Sequence[Tensor | None], make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, or gave before of these sources; where a backward may follow it is made anew."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._kept = None
+    def forget(self) -> None:
+        self._kept = None
+
+    def __call__(self, sources: Sequence[Tensor | None], make: Callable[[], Made], *more: Any) -> Made:
+        """What `make` gives, or gave before of these sources and of `more`; where a backward may follow, or a source
+        does not tell when it is written, it is made anew."""
+        tensors = [source.detach() for source in sources if source is not None]
+        untold = torch.is_grad_enabled() or torch.compiler.is_compiling() or any([t.is_inference() for t in tensors])
+        if untold:
+            self.forget()
             return make()
-        key = (*[identity(source) for source in sources if source is not None], optimizer_steps())
+        key = (*[identity(tensor) for tensor in tensors], optimizer_steps(), *more)
         if self._kept is None or self._kept[0] != key:
-            self._kept = (key, make())
-        return self._kept[1]
+            # The tensors are held, so that no other one gets their memory meanwhile and passes for them.
+            self._kept = (key, tensors, make())
+        return self._kept[2]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastadapt
-from fastadapt import GLoRAConfig, LoRAConfig, inject
+from fastadapt import GLoRAConfig, LoRAConfig, inject, merge
 from fastadapt.layers import AdapterLinear
 from fastadapt.methods.glora import GLoRAAdapter, Supports
 
@@ -389,3 +389,14 @@ def test_what_no_uniform_glora_says_is_refused(tmp_path: Path) -> None:
 def test_layers_that_are_not_linear_are_refused() -> None:
     with pytest.raises(ValueError, match="GLoRA cannot go with embed, a Embedding"):
         inject(tiny_models.mixed(), GLoRAConfig(target_modules=["embed"]))
+
+
+def test_merging_a_supernet_in_training_writes_what_eval_computes() -> None:
+    model = inject(torch.nn.Sequential(torch.nn.Linear(6, 5)), GLoRAConfig(supernet=True, ranks=[1, 2], target_modules=["0"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    x = torch.randn(3, 6)
+    y = model.eval()(x)
+    merge(model.train())
+    torch.testing.assert_close(model(x), y)

@@ -34,6 +34,7 @@ from fastadapt import (
 from fastadapt.inject import adapter_layers, control, present
 from fastadapt.methods import AdapterConfig
 from fastadapt.methods.noah import NOAHControl, parameters_of, sizes_of
+from fastadapt.serving import AdapterError, read_adapter
 from tests.tiny_models import images, randomise, vit
 
 D = 32
@@ -488,11 +489,12 @@ def test_the_published_noah_subnets() -> None:
         (lambda: RepAdapterConfig(r=3), "groups must be positive and divide r, 3, got 2"),
         (lambda: RepAdapterConfig(adapter_dropout=1.0), r"adapter_dropout must be in \[0, 1\)"),
         (lambda: AdaptFormerConfig(branch_input="raw"), "branch_input must be"),  # type: ignore[arg-type]
-        (lambda: VPTConfig(num_virtual_tokens=0), "num_virtual_tokens must be a positive integer"),
+        (lambda: VPTConfig(num_virtual_tokens=0), "num_virtual_tokens must be an integer from 1 to 65536"),
         (lambda: VPTConfig(prompt_dropout=1.5), r"prompt_dropout must be in \[0, 1\)"),
-        (lambda: NOAHConfig(prompts=[-1]), "prompts must hold sizes of at least 0"),
+        (lambda: NOAHConfig(prompts=[-1]), "prompts must hold sizes from 0 to 65536"),
+        (lambda: NOAHConfig(lora=[2**64]), "lora must be a number of 64 bits"),
         (lambda: NOAHConfig(prompts=[1], supernet=True), "prompts goes with supernet=False"),
-        (lambda: NOAHConfig(dims=[]), "dims must hold positive integers"),
+        (lambda: NOAHConfig(dims=[]), "dims must hold integers from 1 to 65536"),
     ],
 )
 def test_configs_refuse_what_they_cannot_mean(config: Any, message: str) -> None:
@@ -550,13 +552,110 @@ def test_a_module_inside_of_an_adapted_one_keeps_its_path(tmp_path: Path) -> Non
         assert torch.equal(logits(each, x), logits(base, x))
 
 
-def test_dropout_of_the_hidden_features_is_no_dropout_of_a_form() -> None:
-    """A LoRA without dropout trains beside adapters that drop hidden features, on the same layers."""
-    model = inject(vit(), LoRAConfig(r=2, target_modules=["q_proj", "fc1"]), "lora")
-    inject(model, RepAdapterConfig(r=4, adapter_dropout=0.5), "rep")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_repadapter_adds_up_with_others_in_training_as_in_eval(dropout: float) -> None:
+    model = inject(vit().double(), LoRAConfig(r=2, target_modules=["q_proj", "fc1"]), "lora")
+    inject(model, RepAdapterConfig(r=4, adapter_dropout=dropout), "rep")
     set_adapter(model, ["lora", "rep"])
-    logits(model.train(), images()).sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    randomise([p for p in model.parameters() if p.requires_grad])
+    x = images().double()
+    y = logits(model, x)
+    if dropout:
+        with pytest.raises(ValueError, match="cannot train together with another adapter on the same layer"):
+            logits(model.train(), x)
+        return
+    torch.testing.assert_close(logits(model.train(), x), y, rtol=1e-11, atol=1e-11)
+    merge(model)
+    torch.testing.assert_close(logits(model, x), y, rtol=1e-11, atol=1e-11)
+
+
+def test_prompts_pass_through_a_repadapter_too() -> None:
+    model = inject(vit(), RepAdapterConfig(r=4, adapter_dropout=0.0), "rep")
+    inject(model, CONFIGS["VPT-deep"], "vpt")
+    set_adapter(model, ["rep", "vpt"])
+    randomise([p for p in model.parameters() if p.requires_grad])
+    model, x = model.double(), images().double()
+    norms = [layer for path, layer in adapter_layers(model).items() if path.endswith("layernorm_before")]
+    prompts: list[Any] = [norm.adapters["vpt"] for norm in norms]
+    results = [logits(model.train(training), x) for training in (True, False)]
+    set_adapter(model, "rep")
+    expected = concatenated(model, [each.prompt_embeddings for each in prompts], x)
+    for y in results:
+        torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["RepAdapter", "VPT-deep"])
+def test_what_is_kept_is_never_stale(name: str) -> None:
+    model, x = adapted(CONFIGS[name]), images()
+
+    def check() -> None:
+        """A forward gives what a copy gives, which starts with nothing kept."""
+        with torch.no_grad():
+            torch.testing.assert_close(logits(model, x), logits(copy.deepcopy(model), x))
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits(model, x)
+    check()
+    trained = [
+        (module, key)
+        for module in model.modules()
+        for key, p in module._parameters.items()
+        if p is not None and p.requires_grad
+    ]
+    for _ in range(4):  # other tensors, which may come to lie where the old ones lay
+        for module, key in trained:
+            setattr(module, key, nn.Parameter(torch.randn_like(getattr(module, key))))
+        check()
+    for module, key in trained:
+        getattr(module, key).data.mul_(2.0)
+    model.eval()
+    check()
+    with torch.inference_mode():
+        fresh = adapted(CONFIGS[name])
+        logits(fresh, x)
+        for parameter in fresh.parameters():
+            parameter.mul_(1.5)
+        y = logits(fresh, x)
+        torch.testing.assert_close(y, logits(copy.deepcopy(fresh), x))
+
+
+def test_noahs_kept_prefix_follows_its_sizes() -> None:
+    targets = r"(.*\.)?(layers\.\d+|layernorm_before|attention|mlp)"
+    model = adapted(NOAHConfig(supernet=True, dims=[2, 4], depths=[3], patch_size=2, target_modules=targets))
+    sizes, x = sizes_of(present(model, "default").adapters), images()
+    with torch.no_grad():
+        for prompts in ([4, 4, 4], [2, 4, 2], [4, 4, 4]):
+            sizes.set({"prompts": prompts, "lora": [0] * 3, "adapter": [0] * 3})
+            expected = concatenated(vit(), [p[:n] for p, n in zip(prompts_of(model), prompts, strict=True)], x)  # type: ignore[index]
+            torch.testing.assert_close(logits(model, x), expected)
+
+
+def test_a_norm_that_computes_something_else_is_no_norm() -> None:
+    class Other(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match="Other cannot take an adapter of SSFConfig"):
+        inject(nn.Sequential(Other(4)), SSFConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("name", ["AdaptFormer", "VPT-deep", "NOAH"])
+def test_no_batch_of_many_adapters_takes_them(name: str, tmp_path: Path) -> None:
+    save_adapter(adapted(CONFIGS[name]), tmp_path)
+    with pytest.raises(AdapterError, match="works on the stream of tokens"):
+        read_adapter(vit(), tmp_path)
+
+
+def test_queries_of_a_cross_attention_read_another_input() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cross_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(4, 4) for name in "qkv"})
+
+    model = inject(Block(), RepAdapterConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]))
+    q, k, v = (layer.adapters["default"] for layer in adapter_layers(model).values())
+    assert q is not k
+    assert k is v
 
 
 def test_repadapter_exports_as_a_lora_with_biases(tmp_path: Path) -> None:

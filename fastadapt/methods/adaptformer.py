@@ -104,6 +104,7 @@ class AdaptFormerConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "ADAPTFORMER"
+    has_forms: ClassVar[bool] = False
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterModule, AdapterLinear, AdapterNorm)
 
     r: int = 64

@@ -116,6 +116,8 @@ class AdapterConfig:
 
     peft_type: ClassVar[str]
     bias_choices: ClassVar[tuple[str, ...]] = ("none",)
+    # Whether its adapters are forms, which many adapters in one batch can be.
+    has_forms: ClassVar[bool] = True
     # The layers that the method can adapt.
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear, AdapterEmbedding, AdapterConv2d)
     # Fields of PEFT's file that would change the function, and the values at which they do not.
@@ -142,7 +144,8 @@ class AdapterConfig:
             value = getattr(self, field.name)
             if not _is_a(value, hints[field.name]):
                 raise ValueError(f"{field.name} must be {_spell(hints[field.name])}, got {shown(value)}")
-            for number in value.values() if isinstance(value, dict) else [value]:
+            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            for number in numbers:
                 if isinstance(number, float) and not math.isfinite(number):
                     raise ValueError(f"{field.name} must be a finite number, got {number!r}")
                 if isinstance(number, int) and not -(2**63) <= number < 2**64:

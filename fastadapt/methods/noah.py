@@ -16,7 +16,7 @@ from ..layers import Adapter, AdapterLayer, AdapterLinear, AdapterModule, Adapte
 from ..reference import AdapterForm
 from .config import AdapterConfig, Control
 from .places import block_of, norm_of, width
-from .vpt import Prefix, Prompts
+from .vpt import MOST, Prefix, Prompts
 
 MODULES = ("prompts", "lora", "adapter")
 Sizes = dict[str, list[int]]
@@ -209,6 +209,7 @@ class NOAHConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "NOAH"
+    has_forms: ClassVar[bool] = False
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterModule, AdapterLinear, AdapterNorm)
 
     prompts: list[int] = field(default_factory=list)
@@ -224,13 +225,13 @@ class NOAHConfig(AdapterConfig):
         if self.patch_size <= 0:
             raise ValueError(f"patch_size must be a positive integer, got {self.patch_size!r}")
         for name in MODULES:
-            if any(size < 0 for size in getattr(self, name)):
-                raise ValueError(f"{name} must hold sizes of at least 0, got {getattr(self, name)!r}")
+            if any(not 0 <= size <= MOST for size in getattr(self, name)):
+                raise ValueError(f"{name} must hold sizes from 0 to {MOST}, got {getattr(self, name)!r}")
             if self.supernet and getattr(self, name):
                 raise ValueError(f"{name} goes with supernet=False: the supernet has the largest of dims everywhere")
         for name in ("dims", "depths"):
-            if not getattr(self, name) or any(value <= 0 for value in getattr(self, name)):
-                raise ValueError(f"{name} must hold positive integers, got {getattr(self, name)!r}")
+            if not getattr(self, name) or any(not 0 < value <= MOST for value in getattr(self, name)):
+                raise ValueError(f"{name} must hold integers from 1 to {MOST}, got {getattr(self, name)!r}")
 
     @property
     def dropout(self) -> float:

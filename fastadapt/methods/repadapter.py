@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import check_probability
 from ..functional import bottleneck
-from ..groups import SIBLINGS
+from ..groups import siblings
 from ..layers import Adapter, AdapterLayer, AdapterLinear
 from ..reference import AdapterForm
 from ..versions import Kept, optimizer_steps, version
@@ -48,8 +48,6 @@ class RepAdapter(Adapter):
     g-th block maps the g-th slice of the hidden features to the g-th slice of x.
     """
 
-    on_stream = True
-
     conv_A: nn.Parameter
     conv_A_bias: nn.Parameter
     conv_B: nn.Parameter
@@ -67,17 +65,36 @@ class RepAdapter(Adapter):
         add("conv_B", torch.zeros(k, config.r // config.groups, 1), checkpoint_name="conv_B.weight")
         add("conv_B_bias", torch.zeros(k), checkpoint_name="conv_B.bias")
         self._read: _Read | None = None
-        self._up: dict[int, Kept] = {}
+        self._folded: dict[int, Kept[tuple[Tensor, Tensor]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles start empty
-        return {**self.__dict__, "_read": None, "_up": {}}
+        return {**self.__dict__, "_read": None, "_folded": {}}
 
-    @property
-    def has_form(self) -> bool:  # type: ignore[override]
-        return not self.training
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RepAdapter:
+        self._folded = {}
+        super()._apply(fn, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> RepAdapter:
+        super().train(mode)
+        self._read, self._folded = None, {}  # what was written through `.data` would not be seen
+        return self
+
+    def on_stream(self, layer: AdapterLayer) -> bool:
+        if not self.training:
+            return False
+        if len(layer.active) == 1:
+            return True
+        # Adapters that are active together add up, which only forms do.
+        if self.dropout:
+            raise ValueError(
+                f"RepAdapter drops its hidden features, adapter_dropout={self.dropout}, and so cannot train together "
+                "with another adapter on the same layer: give it adapter_dropout=0.0, or activate it alone"
+            )
+        return False
 
     def around(self, layer: AdapterLayer, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return run(x if self.has_form else self._before(layer, x), *args, **kwargs)
+        return run(self._before(layer, x), *args, **kwargs)
 
     def _before(self, layer: AdapterLayer, x: Tensor) -> Tensor:
         # One bottleneck, and so one dropout mask, for all that read x: each of them fetches it once.
@@ -102,16 +119,20 @@ class RepAdapter(Adapter):
         self._read = current if len(current.served) < self.readers else None
         return current.result
 
-    def _into(self, weight: Tensor) -> Tensor:
-        """W0 G, without the zeros of G. Shapes: weight [out, in]; result [out, r]."""
-        blocks = zip(weight.chunk(self.groups, 1), self.conv_B[..., 0].chunk(self.groups), strict=True)
-        return torch.cat([part.to(block.dtype) @ block for part, block in blocks], 1)
+    def _into(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(W0 G without the zeros of G, W0 (G a + c)). Shapes: weight [out, in]; results [out, r] and [out]."""
+        with torch.autocast(weight.device.type, enabled=False):
+            parts = weight.to(self.conv_B.dtype).chunk(self.groups, 1)
+            blocks = zip(parts, self.conv_B[..., 0].chunk(self.groups), strict=True)
+            B = torch.cat([part @ block for part, block in blocks], 1)
+            shifts = zip(parts, self.conv_B_bias.chunk(self.groups), strict=True)
+            return B, sum([part @ shift for part, shift in shifts], B @ self.conv_A_bias)
 
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         weight = weight.detach()
-        kept = self._up.setdefault(id(weight.untyped_storage()), Kept())
-        B = kept((weight, self.conv_B), lambda: self._into(weight))
-        shift = B @ self.conv_A_bias + weight.to(B.dtype) @ self.conv_B_bias
+        kept = self._folded.setdefault(weight.data_ptr(), Kept())
+        sources = (weight, self.conv_A_bias, self.conv_B, self.conv_B_bias)
+        B, shift = kept(sources, lambda: self._into(weight))
         beta = self.scaling * shift if bias is None else torch.add(bias.detach(), shift, alpha=self.scaling)
         return AdapterForm(self.conv_A[..., 0], B, out_scale=self.scaling, bias=beta)
 
@@ -153,9 +174,7 @@ class RepAdapterConfig(AdapterConfig):
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
         readers: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for path in layers:
-            parent, _, name = path.rpartition(".")
-            siblings = next((names for names in SIBLINGS if name in names), (name,))
-            readers.setdefault((parent, siblings), []).append(path)
+            readers.setdefault((path.rpartition(".")[0], siblings(path)), []).append(path)
         built: dict[str, Adapter] = {}
         for paths in readers.values():
             first = layers[paths[0]]

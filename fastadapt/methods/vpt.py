@@ -57,6 +57,9 @@ class ShallowPrompts(Prompts):
         return torch.cat([y[:, :1], self.tokens(y).expand(y.shape[0], -1, -1), y[:, 1:]], 1)
 
 
+# More tokens, or hidden features, than any model has: a file that asks for them is none to make memory for.
+MOST = 2**16
+
 # What an attention module must have: transformers' names.
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "config")
 
@@ -79,7 +82,13 @@ class Prefix(StreamAdapter):
             )
         # In a tuple, so that they are no submodules: their own places in the model have them.
         self._source = (norm, prompts)
-        self._kept = {name: Kept() for name in ("k_proj", "v_proj")}
+        self._kept: dict[str, Kept[Tensor]] = {name: Kept() for name in ("k_proj", "v_proj")}
+
+    def train(self, mode: bool = True) -> Prefix:
+        super().train(mode)
+        for kept in self._kept.values():  # what was written through `.data` would not be seen
+            kept.forget()
+        return self
 
     def around(self, layer: AdapterLayer, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.attended(layer.base_layer, x, *args, **kwargs)
@@ -121,19 +130,25 @@ class Prefix(StreamAdapter):
         """What a projection makes of the prompts. Shapes: [tokens, out]."""
         norm, prompts = self._source
         projection = getattr(attention, name)
-        adapted = isinstance(projection, AdapterLinear) and projection.active and not projection.merged
+        tokens = prompts.tokens(like)
 
         def make() -> Tensor:
-            normed = norm.with_forms(prompts.tokens(like))
-            # Alone, as q is not to be computed.
-            projected: Tensor = projection.alone(normed) if adapted else projection(normed)
+            normed = norm.with_forms(tokens)
+            # Apart, as q is not to be computed.
+            projected: Tensor = (
+                projection.apart(normed) if isinstance(projection, AdapterLinear) else projection(normed)
+            )
             return projected.to(like.dtype)
 
-        if adapted or any([adapter.has_form for adapter in norm.active_adapters]) or prompts.training:
+        layers = [part for part in (projection, norm) if isinstance(part, AdapterLayer) and not part.merged]
+        alone = all([isinstance(adapter, Prompts) for layer in layers for adapter in layer.active_adapters])
+        if not alone or prompts.training:  # other adapters, or a dropout mask, make another prefix each time
             return make()
         parts = (getattr(projection, "base_layer", projection), norm.base_layer)
         sources = [prompts.prompt_embeddings, *[tensor for part in parts for tensor in (part.weight, part.bias)]]
-        return self._kept[name](sources, make)
+        kind = like.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        return self._kept[name](sources, make, tokens.shape, like.dtype, autocast)
 
 
 @dataclass
@@ -152,6 +167,7 @@ class VPTConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "VPT"
+    has_forms: ClassVar[bool] = False
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterModule, AdapterNorm)
 
     num_virtual_tokens: int = 5
@@ -163,8 +179,8 @@ class VPTConfig(AdapterConfig):
         super().__post_init__()
         check_probability("prompt_dropout", self.prompt_dropout)
         for name in ("num_virtual_tokens", "patch_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+            if not 0 < getattr(self, name) <= MOST:
+                raise ValueError(f"{name} must be an integer from 1 to {MOST}, got {getattr(self, name)!r}")
 
     @property
     def dropout(self) -> float:

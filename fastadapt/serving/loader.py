@@ -200,6 +200,11 @@ def _refuse_unserved(config: AdapterConfig) -> None:
             f"modules_to_save must be empty, got {', '.join(config.modules_to_save)}: modules that are trained whole "
             "cannot share a batch with other adapters; merge it or serve it alone"
         )
+    if not config.has_forms:
+        raise ValueError(
+            f"peft_type {config.peft_type} works on the stream of tokens, which adapters of other rows cannot share: "
+            "serve it alone"
+        )
     if isinstance(config, DeltaLoRAConfig) and config.literal:
         raise ValueError(
             "literal must be false: literal Delta-LoRA has moved the base weights themselves, which no adapter file "
