@@ -392,7 +392,8 @@ def test_layers_that_are_not_linear_are_refused() -> None:
 
 
 def test_merging_a_supernet_in_training_writes_what_eval_computes() -> None:
-    model = inject(torch.nn.Sequential(torch.nn.Linear(6, 5)), GLoRAConfig(supernet=True, ranks=[1, 2], target_modules=["0"]))
+    config = GLoRAConfig(supernet=True, ranks=[1, 2], target_modules=["0"])
+    model = inject(torch.nn.Sequential(torch.nn.Linear(6, 5)), config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
