@@ -234,9 +234,9 @@ class GLoRAConfig(AdapterConfig):
         paths that match `(.*\\.)?(key)$`; the first key wins, {".*": [...]} is for all layers.
     supernet: every layer has one set of tensors, of the largest support, of which the smaller supports are parts. In
         training each forward draws the supports of each layer at random; `search_spaces.GLoRASpace` sets them, and in
-        eval mode, and merged, the largest run where none are set. A file holds all of it: `export_glora` saves what is set.
-        ranks: those to draw from, [r] by default; r becomes the largest of them. config_A_B, config_C and config_D_E
-        say nothing then.
+        eval mode, and merged, the largest run where none are set. A file holds the whole supernet; `export_glora` saves
+        what is set. ranks: those to draw from, [r] by default; r becomes the largest of them. config_A_B, config_C and
+        config_D_E say nothing then.
     create_bias: whether C and E give a layer without a bias one, as the authors have it. Otherwise such a layer has no
         C, D and E, as in PEFT.
     Linear and Conv1D layers. There is no dropout. Files carry peft_type "GLORA", or "GLORA_MIXED" where one of the last
