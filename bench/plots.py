@@ -266,38 +266,55 @@ def _multiple(rows: Sequence[Row], provider: str) -> float | None:
     return times[provider] / times["linear"] if provider in times and "linear" in times else None
 
 
-def draw_methods(document: Document, path: Path) -> None:
-    """Accuracy against trained parameters: a dot for each method's mean, a line from its worst to its best seed."""
-    rows = document["rows"]
-    figure = new_figure(9, 6)
-    axes = figure.add_subplot()
+def _accuracy_over_size(axes: Any, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A dot for each row's mean accuracy over its trained parameters, a line from its worst to its best seed.
+
+    A method that trains the head alone has no place on the axis and is a line across. Gives colour and marker of each.
+    """
+    from matplotlib import colormaps
+    from matplotlib.ticker import PercentFormatter
+
+    colors = colormaps["tab10"]
+    sizes: list[int] = []
+    styles = []
     for index, row in enumerate(rows):
-        color = f"C{index % 10}"
+        style = {"color": colors(index % 10), "marker": MARKERS[index // 10 % len(MARKERS)]}
+        styles.append(style)
         low, high = row["accuracy"] - row["accuracy_low"], row["accuracy_high"] - row["accuracy"]
-        marker = MARKERS[index // 10 % len(MARKERS)]
-        axes.errorbar(
-            row["trainable"],
-            row["accuracy"],
-            [[low], [high]],
-            color=color,
-            marker=marker,
-            capsize=3,
-            label=row["method"],
-        )
-        # Neighbours of like size and accuracy would lie on each other: their names go up and down in turn.
-        offset = (6, 8 if index % 2 else -12)
-        axes.annotate(
-            row["method"], (row["trainable"], row["accuracy"]), offset, textcoords="offset points", fontsize=9
-        )
+        label = f"{row['method']}, {row['accuracy']:.1%}"
+        if not row["trainable"]:
+            axes.axhline(row["accuracy"], color=style["color"], linestyle="--", label=label)
+            continue
+        # Methods of like size would hide each other: each stands a little to the right of those before it.
+        neighbours = sum(0.9 < size / row["trainable"] < 1.1 for size in sizes)
+        sizes.append(row["trainable"])
+        x = row["trainable"] * 1.03**neighbours
+        axes.errorbar(x, row["accuracy"], [[low], [high]], capsize=3, label=label, **style)
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters in the adapters (the head apart)")
-    axes.set_ylabel("accuracy on 1,000 test sentences")
-    axes.set_title(
-        f"Movie-review sentences, MiniLM, {rows[0]['steps']} steps, {rows[0]['seeds']} seeds: mean, worst and best"
-    )
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
-    figure.text(0.995, 0.005, _provenance(document), ha="right", va="bottom", fontsize=7, color="#666666")
+    return styles
+
+
+def _by_accuracy(document: Document) -> list[Row]:
+    return sorted(document["rows"], key=lambda row: row["accuracy"], reverse=True)
+
+
+def draw_methods(document: Document, path: Path) -> None:
+    """Accuracy against trained parameters."""
+    rows = _by_accuracy(document)
+    figure = new_figure(9, 6)
+    axes = figure.add_subplot()
+    _accuracy_over_size(axes, rows)
+    axes.set_ylabel("accuracy on 1,000 test sentences")
+    figure.suptitle(
+        f"Movie-review sentences, MiniLM, {rows[0]['steps']} steps, {rows[0]['seeds']} seeds: mean, worst and best\n"
+        f"{_provenance(document)}",
+        fontsize=10,
+    )
+    figure.legend(loc="outside right center", fontsize=9, frameon=False, title="mean", alignment="left")
     save_figure(figure, path, dpi=110)
 
 
@@ -326,29 +343,14 @@ def draw_serve(document: Document, path: Path) -> None:
 
 
 def draw_vision(document: Document, path: Path) -> None:
-    """Accuracy against trained parameters and against the images of each class: a colour and marker for each method.
-
-    On the left the mean over all numbers of images, with a line from the worst to the best seed; a method that trains
-    the head alone has no place on the axis and is a line across.
-    """
-    from matplotlib import colormaps
+    """Accuracy against trained parameters, the mean over all numbers of images, and against the images of each class:
+    a colour and marker for each method."""
     from matplotlib.ticker import PercentFormatter
 
-    rows = sorted(document["rows"], key=lambda row: row["accuracy"], reverse=True)
+    rows = _by_accuracy(document)
     figure = new_figure(14, 6)
     left, right = figure.subplots(1, 2, sharey=False)
-    colors = colormaps["tab10"]
-    sizes: list[int] = []
-    for index, row in enumerate(rows):
-        style = {"color": colors(index % 10), "marker": MARKERS[index // 10 % len(MARKERS)]}
-        low, high = row["accuracy"] - row["accuracy_low"], row["accuracy_high"] - row["accuracy"]
-        if row["trainable"]:
-            # Methods of like size would hide each other: each stands a little to the right of those before it.
-            neighbours = sum(0.9 < size / row["trainable"] < 1.1 for size in sizes)
-            sizes.append(row["trainable"])
-            left.errorbar(row["trainable"] * 1.06**neighbours, row["accuracy"], [[low], [high]], capsize=3, **style)
-        else:
-            left.axhline(row["accuracy"], color=style["color"], linestyle="--")
+    for row, style in zip(rows, _accuracy_over_size(left, rows), strict=True):
         found = row["few_shot"]
         right.plot(
             [point["shots"] for point in found],
@@ -357,22 +359,21 @@ def draw_vision(document: Document, path: Path) -> None:
             linestyle="-" if row["trainable"] else "--",
             **style,
         )
-    left.set_xscale("log")
-    left.set_xlabel("trained parameters in the adapters (the head apart)")
     left.set_ylabel("accuracy on the test images, mean over the numbers of shots")
     right.set_xscale("log", base=2)
     shots = [point["shots"] for point in rows[0]["few_shot"]]
     right.set_xticks(shots, [str(count) for count in shots])
     right.set_xlabel("images of each class to train on")
     right.set_ylabel("accuracy on the test images")
-    for axes in (left, right):
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
+    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.grid(alpha=0.3)
+    right.set_axisbelow(True)
     figure.suptitle(
         f"A ViT that knows the digits 0 to 4 learns 5 to 9: {rows[0]['steps']} steps, {rows[0]['seeds']} seeds; "
         f"{_provenance(document)}",
         fontsize=11,
     )
-    figure.legend(loc="outside right center", fontsize=9, frameon=False, title="mean over shots", alignment="left")
+    handles, labels = right.get_legend_handles_labels()
+    place = {"loc": "outside right center", "title": "mean over shots", "alignment": "left"}
+    figure.legend(handles, labels, fontsize=9, frameon=False, **place)
     save_figure(figure, path, dpi=110)
