@@ -15,7 +15,7 @@ from torch import Tensor
 from .eager import cast, factor_products, sum_dtype
 
 # What the block of a recomposed weight may take, and the fewest rows or columns of it that a product runs well with.
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 8 << 20
 _LEAST_BLOCK = 64
 
 
@@ -75,9 +75,15 @@ def hadamard_linear(
     return y, u
 
 
-def _add_factor_grads(dU: Tensor, dV: Tensor, dy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor) -> None:
-    """dU += (G ⊙ W0) Vᵀ and dV = Uᵀ (G ⊙ W0) with G = dyᵀ x, for some columns of x, W0 and V."""
-    grad = cast(dy.T @ x, dU.dtype).mul_(weight)
+def _add_factor_grads(
+    dU: Tensor, dV: Tensor, dy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor, memory: Tensor
+) -> None:
+    """dU += (G ⊙ W0) Vᵀ and dV = Uᵀ (G ⊙ W0) with G = dyᵀ x, for some columns of x, W0 and V; G is in `memory`."""
+    if dy.dtype == memory.dtype:
+        grad = torch.mm(dy.T, x, out=memory[: weight.numel()].view(weight.shape))
+    else:
+        grad = cast(dy.T @ x, memory.dtype)
+    grad.mul_(weight)
     dU.addmm_(grad, V.T)
     torch.mm(U.T, grad, out=dV)
 
@@ -127,7 +133,8 @@ def hadamard_linear_backward(
         if dx is not None:
             dx[:, columns].addmm_(dy, _rebuilt(block, U, V[:, columns], inside, memory))
         if dU is not None and dV is not None and x is not None:
-            _add_factor_grads(dU, dV[:, columns], dy, x[:, columns], block, U, V[:, columns])
+            # What was rebuilt has been read: its memory is free for G.
+            _add_factor_grads(dU, dV[:, columns], dy, x[:, columns], block, U, V[:, columns], memory)
     if want_A and q is not None and x is not None:
         grads.append(cast(q.T @ x, dtype))
     if u is not None:

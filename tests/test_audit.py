@@ -138,7 +138,9 @@ def test_every_kernel_compiles_for_real_gpus(tmp_path: Path) -> None:
     for row in products + recomposed + many + streams:
         if row["dtype"] != "fp32":
             assert (row["matrix_ops"] > 0) == ("BLOCK_M=1 " not in row["config"]), row
-            assert row["widest_load"] == 128, row
+            # Ranks that 16 does not divide take small tiles: AMD's wider warps get four elements of them a thread.
+            small = row["target"].startswith("gfx") and "BLOCK_M=32 BLOCK_N=32 BLOCK_K=32" in row["config"]
+            assert row["widest_load"] >= (64 if small else 128), row
 
 
 def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
