@@ -89,7 +89,7 @@ def demo(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison with PEFT.")] = 4,
     device: Annotated[str, typer.Option(help="PyTorch device, such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train four adapters of different methods on different topics, ask them, and measure them beside PEFT."""
+    """Train an adapter of each method, ask them, measure them beside PEFT, and serve them in one batch."""
     require("transformers", "peft", "yaml", "matplotlib", *(() if model else ("gguf",)))
     with one_line_errors():
         if json_file is not None:

@@ -319,7 +319,10 @@ def hadamard_linear(x: Tensor, operands: Sequence[Tensor], N: int, Q: int) -> Co
         tiles = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
     # More ranks of U V are taken in steps: fp32 and AMD's smaller shared memory leave room for few.
     most = 16 if x.dtype == torch.float32 else 32 if shared_memory < _MEDIUM else 64
-    return {"BLOCK_Q": _block(Q, 16, most), "BLOCK_R": 16, **tiles, "GROUP_M": 16}
+    block_q = _block(Q, 16, most)
+    if block_q * tiles["BLOCK_K"] >= 64 * 64 and tiles["BLOCK_M"] == 128:
+        tiles["num_stages"] = 2  # a third does not fit beside U and V
+    return {"BLOCK_Q": block_q, "BLOCK_R": 16, **tiles, "GROUP_M": 16}
 
 
 def hadamard_grads(x: Tensor, operands: Sequence[Tensor]) -> Config:
@@ -372,7 +375,10 @@ def bottleneck(v: Tensor, down: Tensor, up: Tensor, residual: Tensor | None) -> 
 
 def bottleneck_backward(dy: Tensor, v: Tensor, down: Tensor, up: Tensor) -> Config:
     """Tiles of _bottleneck_backward_kernel for dy [M, N], v [M, K], down [H, K] and up [N, H / groups]."""
-    return _bottleneck(v, down, [dy, v, down, up])
+    config = _bottleneck(v, down, [dy, v, down, up])
+    if dy.dtype != v.dtype and config["BLOCK_H"] == 64:
+        config["BLOCK_M"] = min(config["BLOCK_M"], 32)  # a gradient of 32 bits takes twice the registers
+    return config
 
 
 def weight_norm(R: int) -> Config:
