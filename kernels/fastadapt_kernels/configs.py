@@ -320,7 +320,7 @@ def hadamard_linear(x: Tensor, operands: Sequence[Tensor], N: int, Q: int) -> Co
     # More ranks of U V are taken in steps: fp32 and AMD's smaller shared memory leave room for few.
     most = 16 if x.dtype == torch.float32 else 32 if shared_memory < _MEDIUM else 64
     block_q = _block(Q, 16, most)
-    if block_q * tiles["BLOCK_K"] >= 64 * 64 and tiles["BLOCK_M"] == 128:
+    if tiles["BLOCK_M"] == 128 and block_q * tiles["BLOCK_K"] >= (64 * 64 if shared_memory >= _MEDIUM else 32 * 32):
         tiles["num_stages"] = 2  # a third does not fit beside U and V
     return {"BLOCK_Q": block_q, "BLOCK_R": 16, **tiles, "GROUP_M": 16}
 
