@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,15 +32,17 @@ SIBLINGS = (
 CROSS_ATTENTION = re.compile(r"cross|encoder_?attn|encdec|attn2", re.IGNORECASE)
 
 
+def readers_of_one_input(parent: str) -> Iterator[tuple[str, ...]]:
+    """The names of layers that read one and the same input in the module at the path `parent`, set by set."""
+    cross = CROSS_ATTENTION.search(parent)
+    for names in SIBLINGS:
+        yield names[1:] if cross and len(names) == 3 else names
+
+
 def siblings(path: str) -> tuple[str, ...]:
     """The names, the last parts of their paths, of the layers that read what the layer at `path` reads, its own too."""
     parent, _, name = path.rpartition(".")
-    for names in SIBLINGS:
-        if name in names:
-            if len(names) < 3 or not CROSS_ATTENTION.search(parent):
-                return names
-            return (name,) if name == names[0] else names[1:]
-    return (name,)
+    return next((names for names in readers_of_one_input(parent) if name in names), (name,))
 
 
 # After so many rounds in which a layer did not come for its output, the guess that the layers share x was wrong.

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,20 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives the path of a draft, which takes the place of `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+        draft = Path(scratch) / path.name
+        yield draft
+        draft.replace(path)
+
+
 def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
     """Writes a figure as a picture, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".drawing-") as scratch:
-        draft = Path(scratch) / path.name
+    with written_whole(path) as draft:
         figure.savefig(draft, dpi=dpi)
-        draft.replace(path)
 
 
 def write_json(path: Path, name: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
@@ -96,8 +103,5 @@ def write_json(path: Path, name: str, rows: Sequence[dict[str, Any]], **more: An
         "rows": list(rows),
         **more,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
-        draft = Path(scratch) / path.name
+    with written_whole(path) as draft:
         draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)

@@ -12,13 +12,13 @@ import json
 import math
 import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .checks import shown
+from .report import written_whole
 
 FORMAT = 1
 # As in the published searches: so many tries for each candidate that is wanted.
@@ -157,14 +157,10 @@ class _Record:
         if self.path is None:
             return
         document = {"format": FORMAT, "search": self.settings, "scores": self.scores}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".writing-") as scratch:
-            draft = Path(scratch) / self.path.name
-            with open(draft, "w", encoding="utf-8") as file:
-                json.dump(document, file)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self.path)
+        with written_whole(self.path) as draft, open(draft, "w", encoding="utf-8") as file:
+            json.dump(document, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextmanager

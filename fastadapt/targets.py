@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import patterns
-from .groups import CROSS_ATTENTION, SIBLINGS
+from .groups import readers_of_one_input
 from .layers import AdapterLayer, AdapterLinear, AdapterModule, ModuleToSave
 from .methods import AdapterConfig
 from .methods.config import path_suffixes
@@ -211,9 +211,7 @@ def shared_inputs(model: nn.Module) -> list[list[AdapterLinear]]:
     for path, parent in model.named_modules():
         if isinstance(parent, AdapterModule):  # it answers with its base layer's children, which come next
             continue
-        for names in SIBLINGS:
-            if len(names) == 3 and CROSS_ATTENTION.search(path):
-                names = names[1:]
+        for names in readers_of_one_input(path):
             children = [getattr(parent, name, None) for name in names]
             layers = [child for child in children if isinstance(child, AdapterLinear)]
             if len(layers) > 1:

@@ -61,9 +61,13 @@ class AdaptFormerAdapter(StreamAdapter):
         self._tap = [tap]
         d, r = width(layer), config.r
         add = partial(self.add_tensor, like=layer.like, dtype=dtype)
-        add("down", torch.empty(r, d).uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d)), checkpoint_name=_named("down"))
+        add(
+            "down",
+            torch.empty(r, d).uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d)),
+            checkpoint_name="adaptmlp.down_proj.weight",
+        )
         add("down_bias", torch.zeros(r), checkpoint_name="adaptmlp.down_proj.bias")
-        add("up", torch.zeros(d, r), checkpoint_name=_named("up"))
+        add("up", torch.zeros(d, r), checkpoint_name="adaptmlp.up_proj.weight")
         add("up_bias", torch.zeros(d), checkpoint_name="adaptmlp.up_proj.bias")
 
     def around(self, layer: AdapterLayer, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -83,10 +87,6 @@ class AdaptFormerAdapter(StreamAdapter):
             training=self.training,
             backend=layer.backend,
         )
-
-
-def _named(side: str) -> str:
-    return f"adaptmlp.{side}_proj.weight"
 
 
 @dataclass
