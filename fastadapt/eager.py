@@ -95,7 +95,7 @@ def dropout_mask(drop: Tensor, shape: torch.Size) -> Tensor:
 def zero_dropped(x: Tensor, drop: Tensor) -> Tensor:
     """Sets the dropped elements of a contiguous x to zero, in place."""
     if drop.dtype == torch.bool:
-        return x.mul_(drop)
+        return x.mul_(drop.view(x.shape))  # a mask is drawn for rows
     x.view(-1).index_fill_(0, drop.long(), 0)
     return x
 

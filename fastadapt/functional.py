@@ -48,11 +48,21 @@ def merged_weight(weight: Tensor, form: AdapterForm) -> Tensor:
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     tensors: dict[str, Any] = {name: v.to(dtype) for name, v in form._asdict().items() if isinstance(v, Tensor)}
-    return merged_weight_reference(weight.to(dtype), form._replace(**tensors)).to(weight.dtype)
+    with without_autocast(weight):
+        return merged_weight_reference(weight.to(dtype), form._replace(**tensors)).to(weight.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+
+
+def _with_leading(y: Tensor, x_shape: torch.Size) -> Tensor:
+    """y [M, N] with the leading dimensions of x: [..., N].
+
+    Autograd must not take it for a view: what a Function returns as a view cannot be written in place, which modules
+    behind a layer do (ReLU(inplace=True), a residual that is added with +=).
+    """
+    return y if len(x_shape) == 2 else torch.ops.aten._unsafe_view(y, [*x_shape[:-1], y.shape[1]])
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -63,7 +73,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off for x's device inside the `with` block: for products whose dtype is chosen already."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
 
@@ -132,7 +143,7 @@ class AdapterLinearFunction(torch.autograd.Function):
         through_u = any(tied) and needs.base_scale and STRATEGIES[strategy] == "triton"
         needs_u = needs.B or needs.mid_scale or needs.out_scale or through_u
         backward = any(needs)
-        with _without_autocast(x):
+        with without_autocast(x):
             rows = cast(_rows(x), dtype)
             members = _group(tensors, scalings, on_base, tied, dtype)
             ys, u, kept = ops.adapter_linear(
@@ -148,7 +159,7 @@ class AdapterLinearFunction(torch.autograd.Function):
             )
             ctx.x_shape, ctx.dtype, ctx.strategy, ctx.keep_weight = x.shape, dtype, strategy, keep_weight
             ctx.p, ctx.scalings, ctx.on_base, ctx.tied, ctx.shared_A = p, scalings, on_base, tied, shared_A
-        return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in ys])
+        return tuple([_with_leading(y, x.shape) for y in ys])
 
     @staticmethod
     @once_differentiable
@@ -156,7 +167,7 @@ class AdapterLinearFunction(torch.autograd.Function):
         count = len(dys) * _KINDS
         needs = _needs(ctx, count)
         rows, u, drop, *saved = ctx.saved_tensors
-        with _without_autocast(dys[0]):
+        with without_autocast(dys[0]):
             members = _group(saved[:count], ctx.scalings, ctx.on_base, ctx.tied, ctx.dtype)
             # Either the z of the members that have a base_scale or the recomposed weights.
             weights, z = (saved[count:], []) if ctx.keep_weight else ([], saved[count:])
@@ -347,7 +358,9 @@ def adapter_linear_group(
 
 
 def _check_same_dtype(x: Tensor, weight: Tensor) -> None:
-    if compute_dtype(x) == x.dtype != weight.dtype:
+    # Autocast takes both to its own dtype, but leaves float64 alone.
+    mixes = _autocasts(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    if x.dtype != weight.dtype and not mixes:
         raise TypeError(
             f"weight must have x's dtype {x.dtype}, got {weight.dtype}: cast one of them or use torch.autocast"
         )
@@ -469,19 +482,19 @@ class HadamardLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         _, _, needs_U, needs_V, needs_A, needs_B, _, *_ = ctx.needs_input_grad
         dtype = compute_dtype(x)
-        with _without_autocast(x):
+        with without_autocast(x):
             rows = cast(_rows(x), dtype)
             y, u = ops.hadamard_linear(rows, cast(weight, dtype), U, V, A, B, bias, base, needs_B, backend)
         ctx.save_for_backward(rows if needs_U or needs_V or needs_A else None, u, weight, U, V, A, B)
         ctx.x_shape, ctx.dtype, ctx.base, ctx.backend = x.shape, dtype, base, backend
-        return y.view(*x.shape[:-1], y.shape[1])
+        return _with_leading(y, x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, u, weight, U, V, A, B = ctx.saved_tensors
         needs_x, _, needs_U, needs_V, needs_A, _, needs_bias, *_ = ctx.needs_input_grad
-        with _without_autocast(dy):
+        with without_autocast(dy):
             wanted = needs_x, needs_U or needs_V, needs_A, needs_bias
             dx, dU, dV, dA, dB, dbias = ops.hadamard_linear_backward(
                 _rows(dy), cast(weight, ctx.dtype), U, V, A, B, rows, u, ctx.base, *wanted, ctx.backend
@@ -527,7 +540,7 @@ def hadamard_linear(
         y: Tensor = HadamardLinearFunction.apply(*tensors, base, backend)
         return y
     dtype = compute_dtype(x)
-    with _without_autocast(x):
+    with without_autocast(x):
         rows = cast(_rows(x), dtype)
         y, _ = ops.hadamard_linear(rows, cast(weight, dtype), U, V, A, B, bias, base, False, backend)
     return y.view(*x.shape[:-1], y.shape[1])
@@ -578,11 +591,12 @@ class WeightNormFunction(torch.autograd.Function):
         weight, A, B, n, WA = ctx.saved_tensors
         s = ctx.scaling
         down, up = A.to(n.dtype), B.to(n.dtype)
-        weighted = torch.where(n > 0, dn / n, 0.0)[:, None]
-        dB = (s * weighted * (WA + s * (up @ (down @ down.T)))).to(B.dtype)
-        scaled_up = weighted * up
-        dA = (s * ((scaled_up.T.to(weight.dtype) @ weight).to(n.dtype) + s * (up.T @ scaled_up).T @ down)).to(A.dtype)
-        return None, dA, dB, None, None, None
+        with without_autocast(dn):
+            weighted = torch.where(n > 0, dn / n, 0.0)[:, None]
+            dB = s * weighted * (WA + s * (up @ (down @ down.T)))
+            scaled_up = weighted * up
+            dA = s * ((scaled_up.T.to(weight.dtype) @ weight).to(n.dtype) + s * (up.T @ scaled_up).T @ down)
+        return None, dA.to(A.dtype), dB.to(B.dtype), None, None, None
 
 
 def row_squares(weight: Tensor, *, backend: str = "auto") -> Tensor:
@@ -614,12 +628,13 @@ def weight_norm(
     backend = resolve_backend(backend, weight)
     if backend == "reference":
         return weight_norm_reference(weight, lora_A, lora_B, scaling)
-    if base_squared is None:
-        base_squared = ops.row_squares(weight.detach(), backend)
-    if not (torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)):
-        return ops.weight_norm(weight, lora_A, lora_B, scaling, base_squared, backend)[0]
-    norm: Tensor = WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)
-    return norm
+    with without_autocast(weight):  # in 16 bits the norm's difference from the base weight's would be rounding
+        if base_squared is None:
+            base_squared = ops.row_squares(weight.detach(), backend)
+        if not (torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)):
+            return ops.weight_norm(weight, lora_A, lora_B, scaling, base_squared, backend)[0]
+        norm: Tensor = WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)
+        return norm
 
 
 def multi_adapter_linear(
@@ -637,10 +652,11 @@ def multi_adapter_linear(
     cannot run; TypeError on dtypes that cannot be mixed. backend: "auto", "triton" or "eager".
     """
     check_multi_adapter_linear(x, weight, bias, len(batch))
+    _check_same_dtype(x, weight)
     resolved = resolve_backend(backend, x, weight)
     if resolved == "reference":
         raise ValueError('backend "reference" has no pages: call reference.multi_adapter_linear_reference with forms')
-    with torch.no_grad(), _without_autocast(x):
+    with torch.no_grad(), without_autocast(x):
         dtype = compute_dtype(x)
         rows = cast(_rows(x), dtype)
         y = ops.multi_adapter_linear(rows, cast(weight, dtype), bias, batch, layer, resolved)
@@ -676,7 +692,7 @@ class BottleneckFunction(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         dtype = compute_dtype(v)
-        with _without_autocast(v):
+        with without_autocast(v):
             rows = cast(_rows(v), dtype)
             z = rows if adds_v else None if residual is None else _rows(residual)
             out = ops.bottleneck(rows, down, up, down_bias, up_bias, z, drop, p, scaling, activation, groups, backend)
@@ -686,14 +702,14 @@ class BottleneckFunction(torch.autograd.Function):
             ctx.save_for_backward(rows if needs_rows else None, down, down_bias, up, drop)
             ctx.p, ctx.scaling, ctx.activation, ctx.groups = p, scaling, activation, groups
             ctx.v_shape, ctx.adds_v, ctx.backend = v.shape, adds_v, backend
-        return out.view(*v.shape[:-1], up.shape[0])
+        return _with_leading(out, v.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, down, down_bias, up, drop = ctx.saved_tensors
         needs_v, needs_residual, *needs = ctx.needs_input_grad[:6]
-        with _without_autocast(dy):
+        with without_autocast(dy):
             dv, *grads = ops.bottleneck_backward(
                 _rows(dy),
                 rows,
@@ -753,10 +769,13 @@ def bottleneck(
     check_bottleneck(v, down, up, down_bias, up_bias, residual, activation, groups, dropout)
     dtype = compute_dtype(v)
     if residual is not None and residual.dtype not in (dtype, sum_dtype(v)):
-        raise TypeError(
-            f"residual must have the dtype of the products, {dtype}, or float32 beside 16 bits, got {residual.dtype}: "
-            "cast it"
-        )
+        # Under autocast it may have the other dtype of 16 bits: the two add up in float32, as PyTorch's own would.
+        if not _autocasts(v.device.type) or torch.promote_types(residual.dtype, dtype) != torch.float32:
+            raise TypeError(
+                f"residual must have the dtype of the products, {dtype}, or float32 beside 16 bits, got "
+                f"{residual.dtype}: cast it"
+            )
+        residual = residual.float()
     backend = resolve_bottleneck_backend(backend, down.shape[0], v, down, up)
     p = dropout if training else 0.0
     drop = None

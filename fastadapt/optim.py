@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .functional import without_autocast
 from .inject import adapter_layers
 from .layers import AdapterEmbedding
 from .methods.lora import LoRAAdapter
@@ -169,4 +170,5 @@ class LoRAFAAdamW(torch.optim.Optimizer):
             inverse = torch.linalg.pinv(rows @ rows.T, hermitian=True, rtol=1e-6) / adapter.scaling**2
             dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
             cached = self._inverses[parameter] = (key, inverse.to(dtype))
-        return (grad.flatten(1).to(cached[1].dtype) @ cached[1]).to(grad.dtype).view_as(grad)
+        with without_autocast(grad):  # a step inside an autocast block
+            return (grad.flatten(1).to(cached[1].dtype) @ cached[1]).to(grad.dtype).view_as(grad)

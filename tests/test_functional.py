@@ -634,3 +634,60 @@ def test_the_limit_of_fused_ranks_is_the_kernels() -> None:
     torch.testing.assert_close(y, adapter_linear(values["x"], weight, form), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="takes ranks up to 64, got 80"):
         adapter_linear(values["x"], weight, form, strategy="fused")
+
+
+def _of_each_operator(backend: str, training: bool) -> dict[str, Callable[[Tensor], tuple[Tensor, ...]]]:
+    values, weight = operands(1, 12, 12, 3, torch.float32)
+    for name in ("A", "B", "mid_scale", "base_scale"):
+        values[name].requires_grad_()
+    form = AdapterForm(values["A"], values["B"], values["mid_scale"], bias=values["bias"])
+    dora = AdapterForm(values["A"], values["B"], None, values["base_scale"], values["base_scale"])
+    options: dict[str, Any] = {"dropout": 0.3, "training": training, "backend": backend}
+    U, V = torch.randn(12, 2, requires_grad=True), torch.randn(2, 12)
+    return {
+        "linear": lambda x: (adapter_linear(x, weight, form, **options),),
+        "dora": lambda x: (adapter_linear(x, weight, dora, **options),),
+        "group": lambda x: adapter_linear_group(x, (weight, weight, weight), (form, dora, form), **options),
+        "group, shared A": lambda x: adapter_linear_group(x, (weight, weight), (form, form), **options),
+        "hadamard": lambda x: (functional.hadamard_linear(x, weight, U, V, A=form.A, B=form.B, backend=backend),),
+        "hadamard form": lambda x: (adapter_linear(x, weight, form._replace(U=U, V=V), **options),),
+        "bottleneck": lambda x: (functional.bottleneck(x, form.A, form.B, **options),),
+        "bottleneck, residual": lambda x: (functional.bottleneck(x, form.A, form.B, residual=x, **options),),
+    }
+
+
+@pytest.mark.parametrize("shape", [(12,), (4, 12), (2, 3, 12), (2, 1, 3, 12)], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("name", _of_each_operator("eager", False))
+def test_what_comes_back_can_be_written_in_place(
+    name: str, backend: str, training: bool, shape: tuple[int, ...]
+) -> None:
+    """As ReLU(inplace=True) and `y += residual` do: the same gradients as without, and no other output is touched."""
+
+    def run(in_place: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        x = torch.randn(shape, requires_grad=True)
+        ys = _of_each_operator(backend, training)[name](x)
+        if in_place:
+            for y in ys:
+                y += 1.0
+                torch.relu_(y)
+        else:
+            ys = tuple([torch.relu(y + 1.0) for y in ys])
+        loss = torch.stack([(y * (index + 1)).square().sum() for index, y in enumerate(ys)]).sum()
+        loss.backward()
+        assert x.grad is not None
+        return [*ys, x.grad]
+
+    for actual, expected in zip(run(True), run(False), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_a_batch_of_many_dimensions_is_no_copy() -> None:
+    """Only the layer's own memory: y as the product made it, seen with x's leading dimensions."""
+    values, weight = operands(6, 12, 10, 3, torch.float32)
+    form = AdapterForm(values["A"].requires_grad_(), values["B"])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=False) as profile:
+        adapter_linear(values["x"].view(2, 3, 12), weight, form)
+    assert not {"aten::clone", "aten::copy_"} & {event.key for event in profile.key_averages()}

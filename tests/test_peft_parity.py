@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from helpers import assert_close
 from peft import AdaLoraConfig, GloraConfig, HiraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import output, randomise, tokens
@@ -252,6 +254,31 @@ def test_outputs_and_gradients_are_pefts(case: Case) -> None:
         gradient = mine[name].grad
         assert gradient is not None
         assert close(gradient, parameter.grad, 1e-4), name
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["lora", "dora", "vera", "adalora", "glora", "hira", "mixed lora"])
+def test_under_autocast_no_further_from_the_truth_than_peft(name: str, base: torch.dtype) -> None:
+    """Output and gradient as Trainer(bf16=True) makes them, from a base in either dtype."""
+    case = CASES[name]
+    ours, peft = in_ours(case), in_peft(case)
+    fill_alike(ours, peft)
+    exact = deepcopy(ours).double()
+
+    def step(model: Any, parameters: dict[str, nn.Parameter], autocast: bool) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = output(model, tokens())
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(y.dtype))
+        grads = [grad for _, p in sorted(parameters.items()) if (grad := p.grad) is not None]
+        assert len(grads) == len(parameters)
+        return y.detach(), torch.cat([grad.flatten() for grad in grads])
+
+    wanted = step(exact, our_parameters(exact), autocast=False)
+    actual = step(ours.to(base), our_parameters(ours), autocast=True)
+    theirs = step(peft.to(base), peft_parameters(peft), autocast=True)
+    for mine, truth, other in zip(actual, wanted, theirs, strict=True):
+        assert mine.dtype == other.dtype
+        assert_close(mine, truth, other.bfloat16())
 
 
 @each_case

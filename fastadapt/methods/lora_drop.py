@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..functional import without_autocast
 from ..layers import Adapter, AdapterLayer, AdapterLinear
 from .config import AdapterConfig
 from .lora import LoRAAdapter, LoRAConfig
@@ -151,9 +152,10 @@ def output_energy(
             real = mask()
             rows = x[real] if real is not None and real.shape == x.shape[:-1] else x.flatten(0, -2)
             A, B = (factor.detach() for factor in adapter.factors)
-            u = (rows @ A.T.to(rows.dtype)).float()
-            up = B.float()
-            energy[path] += adapter.scaling**2 * ((up.T @ up) * (u.T @ u)).sum()
+            with without_autocast(x):
+                u = (rows @ A.T.to(rows.dtype)).float()
+                up = B.float()
+                energy[path] += adapter.scaling**2 * ((up.T @ up) * (u.T @ u)).sum()
 
         return add
 
