@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait for each other make products as small as the tests' twenty times slower on a busy machine.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("FASTADAPT_TEST_THREADS", "1")))
 
 import numpy as np  # noqa: E402
 import triton.language as tl  # noqa: E402

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastadapt_kernels import bottleneck as kernels
 from fastadapt_kernels import configs, tiles
-from helpers import assert_close, guarded, guarded_outputs, layout_is_told, margins_intact
+from helpers import assert_close, assert_follows, guarded, guarded_outputs, layout_is_told, margins_intact
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -103,15 +103,12 @@ def judge(case: Case, values: dict[str, Tensor], backend: str, p: float = 0.0) -
         reference = {"mask": mask.view(*v.shape[:-1], case.H), "p": 1.0 - ops.keep_probability(p, backend)}
     torch.manual_seed(3)
     actual = results(bottleneck, case, values, dropout=p, training=True, backend=backend)
-    exact, plain = (
-        results(bottleneck_reference, case, {name: value.to(dtype) for name, value in values.items()}, **reference)
-        for dtype in (torch.float64, v.dtype)
-    )
-    for name, value in actual.items():
-        try:
-            assert_close(value, exact[name], plain[name])
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+
+    def formula(to: torch.dtype) -> dict[str, Tensor]:
+        cast = {name: value.to(to) for name, value in values.items()}
+        return results(bottleneck_reference, case, cast, **reference)
+
+    assert_follows(actual, formula, v.dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -321,12 +318,15 @@ def test_autocast(residual: str, backend: str) -> None:
         return wrapped
 
     actual = results(under_autocast(bottleneck), case, values, backend=backend)
-    plain = results(under_autocast(bottleneck_reference), case, values)
-    exact = results(bottleneck_reference, case, {name: value.double() for name, value in values.items()})
+
+    def formula(to: torch.dtype) -> dict[str, Tensor]:
+        if to == torch.bfloat16:
+            return results(under_autocast(bottleneck_reference), case, values)
+        return results(bottleneck_reference, case, {name: value.to(to) for name, value in values.items()})
+
     assert actual["out"].dtype == (torch.float32 if residual == "v" else torch.bfloat16)
-    for name, value in actual.items():
-        assert name == "out" or value.dtype == torch.float32
-        assert_close(value, exact[name], plain[name].bfloat16())
+    assert all(name == "out" or value.dtype == torch.float32 for name, value in actual.items())
+    assert_follows(actual, formula, torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -343,19 +343,18 @@ def test_a_stream_in_fp32_is_not_rounded(groups: int, backend: str) -> None:
     out = bottleneck(**values, **options, backend=backend)
     assert out.dtype == torch.float32
     # What fp32 at 10,000 adds to the error of the branch.
-    assert_close(out.double() - stream, branch, plain_branch.double() + 1e-3)
+    assert_close(out.double() - stream, branch, plain_branch.double() + 1e-3, branch)
     leaves = {name: value.requires_grad_() for name, value in values.items()}
     dy = torch.randn(9, 16, device=DEVICE)
     grads = torch.autograd.grad(bottleneck(**leaves, **options, backend=backend), list(leaves.values()), dy)
-    exact = {name: value.detach().double().requires_grad_() for name, value in values.items()}
-    half = {name: value.detach().bfloat16().requires_grad_() for name, value in values.items()}
-    expected, rounded = (
-        torch.autograd.grad(bottleneck_reference(**own, **options), list(own.values()), dy.to(own["v"].dtype))
-        for own in (exact, half)
-    )
-    for grad, leaf, wanted, allowed in zip(grads, leaves.values(), expected, rounded, strict=True):
-        assert grad.dtype == leaf.dtype
-        assert_close(grad, wanted, allowed)
+    assert all(grad.dtype == leaf.dtype for grad, leaf in zip(grads, leaves.values(), strict=True))
+
+    def formula(to: torch.dtype) -> dict[str, Tensor]:
+        own = {name: value.detach().to(to).requires_grad_() for name, value in values.items()}
+        wanted = torch.autograd.grad(bottleneck_reference(**own, **options), list(own.values()), dy.to(to))
+        return dict(zip(own, wanted, strict=True))
+
+    assert_follows(dict(zip(leaves, grads, strict=True)), formula, torch.bfloat16)
 
 
 def calls(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:

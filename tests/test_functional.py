@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_follows
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -120,18 +120,11 @@ def judge(
         form = form_of({name: v.to(to) for name, v in leaves.items()}, parts, on_base)
         return adapter_linear_reference(leaves["x"].to(to), weight.to(to), form, mask=mask, p=1.0 - keep)
 
-    actual = outputs_and_grads(values, parts, fused, dy)
-    exact = outputs_and_grads(
-        {name: v.double() for name, v in values.items()}, parts, lambda leaves: plain(leaves, torch.float64), dy
-    )
-    in_dtype = outputs_and_grads(
-        {name: v.to(dtype) for name, v in values.items()}, parts, lambda leaves: plain(leaves, dtype), dy
-    )
-    for name, value in actual.items():
-        try:
-            assert_close(value, exact[name], in_dtype[name])
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+    def formula(to: torch.dtype) -> dict[str, Tensor]:
+        cast = {name: v.to(to) for name, v in values.items()}
+        return outputs_and_grads(cast, parts, lambda leaves: plain(leaves, to), dy)
+
+    assert_follows(outputs_and_grads(values, parts, fused, dy), formula, dtype)
 
 
 def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
@@ -200,13 +193,8 @@ def test_high_rank_with_frozen_factors(m: int) -> None:
         return {"y": y.detach(), **{name: grad for name, grad in grads.items() if grad is not None}}
 
     values = {name: v.detach() for name, v in values.items()}
-    actual, exact, plain = (
-        run(values, torch.float32, True),
-        run(values, torch.float64, False),
-        run(values, torch.float32, False),
-    )
-    for name, value in actual.items():
-        assert_close(value, exact[name], plain[name])
+    actual = run(values, torch.float32, True)
+    assert_follows(actual, lambda to: run(values, to, False), torch.float32)
     assert way == ("library" if m < 8 else "recompose", m < 500)
 
 
@@ -258,10 +246,12 @@ def test_views_of_x_and_a_sliced_factor(backend: str) -> None:
     ):
         form = AdapterForm(wide[:, :20], values["B"], out_scale=0.5)
         y = adapter_linear(x, weight, form, backend=backend)
-        exact = adapter_linear_reference(
-            x.double(), weight.double(), AdapterForm(wide[:, :20].double(), values["B"].double(), out_scale=0.5)
-        )
-        assert_close(y, exact, adapter_linear_reference(x, weight, form))
+
+        def formula(to: torch.dtype) -> dict[str, Tensor]:
+            cast = AdapterForm(wide[:, :20].to(to), values["B"].to(to), out_scale=0.5)
+            return {"y": adapter_linear_reference(x.to(to), weight.to(to), cast)}  # noqa: B023
+
+        assert_follows({"y": y}, formula, torch.float32)
         assert y.shape == (*x.shape[:-1], 14)
 
 
@@ -382,15 +372,12 @@ def test_autocast_takes_the_place_of_both_dtypes(backend: str) -> None:
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert all(leaf.grad is not None and leaf.grad.dtype == torch.float32 for leaf in leaves.values())
-    exact = adapter_linear_reference(
-        *(t.detach().double() for t in (values["x"], weight)),
-        AdapterForm(values["A"].detach().double(), values["B"].detach().double()),
-    )
-    plain = adapter_linear_reference(
-        *(t.detach().bfloat16() for t in (values["x"], weight)),
-        AdapterForm(values["A"].detach().bfloat16(), values["B"].detach().bfloat16()),
-    )
-    assert_close(y, exact, plain)
+
+    def formula(to: torch.dtype) -> dict[str, Tensor]:
+        x, w, A, B = (t.detach().to(to) for t in (values["x"], weight, values["A"], values["B"]))
+        return {"y": adapter_linear_reference(x, w, AdapterForm(A, B))}
+
+    assert_follows({"y": y}, formula, torch.bfloat16)
 
 
 def test_merged_weight_follows_the_form() -> None:
@@ -408,8 +395,8 @@ def test_weight_norm(dtype: torch.dtype, backend: str) -> None:
     A, B = values["A"], values["B"] * 0.1
     actual = weight_norm(weight, A, B, 0.5, backend=backend)
     assert actual.dtype == torch.float32
-    exact = weight_norm_reference(weight.double(), A.double(), B.double(), 0.5)
-    assert_close(actual, exact, weight_norm_reference(weight.float(), A, B, 0.5))
+    formula = lambda to: {"n": weight_norm_reference(weight.to(to), A.to(to), B.to(to), 0.5)}  # noqa: E731
+    assert_follows({"n": actual}, formula, torch.float32)
 
 
 def test_weight_norm_gradients() -> None:
@@ -518,7 +505,9 @@ def test_a_group_is_its_members(kinds: str, p: float, dtype: torch.dtype, strate
         leaf = (x if to is None else x.to(to)).detach().clone().requires_grad_()
         leaves, forms, weights = {"x": leaf}, [], []
         for index, ((values, weight), (name, _)) in enumerate(zip(members, MIXED[kinds], strict=True)):
-            own = {key: v.detach().clone() if to is None else v.to(to) for key, v in values.items() if key != "x"}
+            own = {
+                key: v.detach().clone() if to is None else v.detach().to(to) for key, v in values.items() if key != "x"
+            }
             for key in ("A", "B", *(part for part in FORMS[name][0] if part != "tied")):
                 leaves[f"{key}{index}"] = own[key].requires_grad_()
             forms.append(form_of(own, *FORMS[name]))
@@ -536,12 +525,7 @@ def test_a_group_is_its_members(kinds: str, p: float, dtype: torch.dtype, strate
         assert grads.keys() == leaves.keys()
         return {**{f"y{index}": y.detach() for index, y in enumerate(ys)}, **grads}
 
-    actual, exact, plain = run(None), run(torch.float64), run(dtype)
-    for name, value in actual.items():
-        try:
-            assert_close(value, exact[name], plain[name])
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+    assert_follows(run(None), run, dtype)
 
 
 @pytest.mark.parametrize("strategy", ["library", "recompose", "split"])

@@ -11,7 +11,7 @@ import torch
 from fastadapt_kernels import configs
 from fastadapt_kernels.hadamard_linear import hadamard_linear as launch
 from fastadapt_kernels.hadamard_linear import hadamard_linear_backward as launch_backward
-from helpers import assert_close, guarded, guarded_outputs, margins_intact
+from helpers import assert_follows, guarded, guarded_outputs, margins_intact
 from test_ops import layout_is_told
 from torch import Tensor, nn
 
@@ -63,15 +63,11 @@ def judge(values: Values, run: Callable[..., Tensor], reference: Callable[..., T
     x, n = values["x"], values["weight"].shape[0]
     dy = torch.randn(*x.shape[:-1], n, generator=torch.Generator().manual_seed(9)).to(DEVICE, x.dtype)
     actual = output_and_grads(run, values, dy)
-    exact, plain = (
-        output_and_grads(reference, {name: value.to(dtype) for name, value in values.items()}, dy)
-        for dtype in (torch.float64, x.dtype)
-    )
-    for name, value in actual.items():
-        try:
-            assert_close(value, exact[name], plain[name])
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+
+    def formula(to: torch.dtype) -> Values:
+        return output_and_grads(reference, {name: value.to(to) for name, value in values.items()}, dy)
+
+    assert_follows(actual, formula, x.dtype)
 
 
 def judge_hadamard(values: Values, backend: str, base: bool) -> None:
@@ -178,12 +174,11 @@ def test_autocast_takes_the_place_of_both_dtypes(backend: str) -> None:
         return y
 
     actual = output_and_grads(run, values, dy)
-    exact, plain = (
-        output_and_grads(hadamard_linear_reference, {name: value.to(dtype) for name, value in values.items()}, dy)
-        for dtype in (torch.float64, torch.bfloat16)
-    )
-    for name, value in actual.items():
-        assert_close(value, exact[name], plain[name])
+
+    def formula(to: torch.dtype) -> Values:
+        return output_and_grads(hadamard_linear_reference, {name: value.to(to) for name, value in values.items()}, dy)
+
+    assert_follows(actual, formula, torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from fastadapt_kernels import configs, tiles, weight_norm
 from fastadapt_kernels.adapter_linear import Member, adapter_linear, adapter_linear_backward
-from helpers import assert_close, guarded, guarded_outputs, margins_intact
+from helpers import assert_follows, guarded, guarded_outputs, margins_intact
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,7 +69,7 @@ def in_dtype(dtype: torch.dtype, formula: Callable[..., Any], *operands: Tensor 
 
 def check(actual: Tensor, formula: Callable[..., Tensor], *operands: Tensor | None, dtype: torch.dtype) -> None:
     """Hold a result to the error that its formula makes in ``dtype``, which need not be the dtype of the operands."""
-    assert_close(actual, in_dtype(torch.float64, formula, *operands), in_dtype(dtype, formula, *operands))
+    assert_follows({"": actual}, lambda to: {"": in_dtype(to, formula, *operands)}, dtype)
 
 
 # The formulas, with every scale and the mask as an argument (mask: 1 / keep probability where kept, 0 elsewhere).
@@ -182,7 +182,7 @@ def check_group(
     assert grads.dA is not None
     assert grads.P is not None
     assert grads.dbias is not None
-    exact_dx, expected_dx = (torch.zeros_like(x, dtype=kind) for kind in (torch.float64, dtype))
+    dx_operands = []
     for i, (member, dy) in enumerate(zip(members, dys, strict=True)):
         weight, A, B, d, h, scaling, g, bias, on_base = member
         h = torch.full_like(B[:, 0], scaling) if B.shape[1] > 0 and h is None else None if h is None else scaling * h
@@ -202,10 +202,9 @@ def check_group(
         # q is kept in the activation's dtype, which is what dA, a sum over tokens, inherits.
         check(grads.dA[i], input_grads_formula, x, dy, B, d, h, mask, dtype=dtype)
         assert grads.dA[i].dtype == torch.float32
-        operands = dy, weight, A, B, d, h, g, mask, mask_on_base
-        exact_dx += in_dtype(torch.float64, dx_formula, *operands)
-        expected_dx += in_dtype(dtype, dx_formula, *operands)
-    assert_close(grads.dx, exact_dx, expected_dx)
+        dx_operands.append((dy, weight, A, B, d, h, g, mask, mask_on_base))
+    sum_of_dx = lambda to: {"dx": sum(in_dtype(to, dx_formula, *operands) for operands in dx_operands)}  # noqa: E731
+    assert_follows({"dx": grads.dx}, sum_of_dx, dtype)
 
 
 # Pairs of conditions rather than all of them at once: each value of each axis is met in some case and some dtype.
@@ -251,23 +250,12 @@ def test_fused_refuses_wide_ranks() -> None:
         adapter_linear(x, members, strategy="fused")
 
 
-def test_a_group_equals_its_members_alone() -> None:
+def test_a_group_has_the_mask_and_the_results_of_its_members_alone() -> None:
+    """Bit for bit only on a GPU: the interpreter's products are BLAS's, whose sums depend on the tiles' shapes."""
     x, dys, members = make_group(CASES[13], torch.float32)
-    drop: dict[str, Any] = {"seed": seed_tensor(), "p": P}
-    ys, u, zs = adapter_linear(x, members, keep_base=True, **drop)
-    grads = adapter_linear_backward(dys, members, x=x, u=u, zs=zs, want_bias=True, **drop)
-    dx = torch.zeros_like(x)
-    for i, member in enumerate(members):
-        (y,), alone, (z,) = adapter_linear(x, [member], keep_base=True, **drop)
-        assert torch.equal(ys[i], y)
-        assert torch.equal(by_member(u, members, shared_A=False)[i], alone)
-        assert zs[i] is z is None or torch.equal(zs[i], z)
-        single = adapter_linear_backward([dys[i]], [member], x=x, u=alone, zs=[z], want_bias=True, **drop)
-        for name in ("dA", "P", "dbias", "dbase"):
-            both, one = getattr(grads, name)[i], getattr(single, name)[0]
-            assert both is one is None or torch.equal(both, one)
-        dx += single.dx
-    torch.testing.assert_close(grads.dx, dx)
+    check_group(x, dys, members, dropout=True)
+    for dy, member in zip(dys, members, strict=True):
+        check_group(x, [dy], [member], dropout=True)
 
 
 def test_a_given_u_is_used_and_not_computed_again() -> None:
