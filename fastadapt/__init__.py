@@ -7,6 +7,7 @@ from .eva import initialize_eva
 from .inject import (
     control,
     disable_adapter,
+    forget,
     inject,
     merge,
     set_adapter,
@@ -61,6 +62,7 @@ __all__ = [
     "evolve",
     "export_glora",
     "export_lora",
+    "forget",
     "functional",
     "initialize_eva",
     "inject",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from .functional import adapter_linear_group, compute_dtype
 from .versions import optimizer_steps, version
 
 if TYPE_CHECKING:
-    from .layers import AdapterLinear
+    from .layers import Adapter, AdapterLinear
 
 # Names of sibling projections that read the same input.
 SIBLINGS = (
@@ -49,17 +49,34 @@ def siblings(path: str) -> tuple[str, ...]:
 _MISSES = 2
 
 
-class _Round:
-    """The outputs of a group for one x that its layers have not fetched yet, and what they depend on."""
+def circumstances(x: Tensor, adapters: Sequence[Adapter], *tensors: Tensor | None) -> tuple[Any, ...]:
+    """What a result for x depends on beside x itself: equal as long as the result would come out the same.
 
-    def __init__(self, x: Tensor, outputs: dict[int, tuple[Tensor, tuple[Any, ...]]], group: ProjectionGroup) -> None:
-        # Outputs live as long as x does: a layer that never comes does not keep them.
-        self.x = weakref.ref(x, lambda _: group.drop(self))
-        self.circumstances = _circumstances(x)
-        self.outputs = outputs
+    adapters: those that it is made by; tensors: what else, a base weight and its bias.
+    """
+    if torch.compiler.is_compiling():  # tensors have no versions while they are traced
+        return ()
+    own = [t for adapter in adapters for t in (*adapter._parameters.values(), *adapter._buffers.values())]
+    return (
+        version(x),
+        torch.is_grad_enabled(),
+        compute_dtype(x),
+        optimizer_steps(),
+        *[(id(adapter), adapter.training, adapter.scaling, adapter.variant) for adapter in adapters],
+        *[(id(tensor), version(tensor)) for tensor in (*tensors, *own) if tensor is not None],
+    )
 
-    def serves(self, x: Tensor) -> bool:
-        return self.x() is x and self.circumstances == _circumstances(x)
+
+class MadeOf:
+    """What was made of one x for several layers. It does not keep x alive, and `forget` is called when x is gone."""
+
+    def __init__(self, x: Tensor, made: Any, forget: Callable[[MadeOf], None]) -> None:
+        # While x is traced it outlives what is made of it.
+        self._x = (lambda: x) if torch.compiler.is_compiling() else weakref.ref(x, lambda _: forget(self))
+        self.made = made
+
+    def of(self, x: Tensor) -> bool:
+        return self._x() is x
 
 
 class ProjectionGroup:
@@ -74,7 +91,7 @@ class ProjectionGroup:
 
     def __init__(self, layers: Sequence[AdapterLinear]) -> None:
         self.layers = list(layers)
-        self._round: _Round | None = None
+        self._round: MadeOf | None = None  # of the outputs that were not fetched yet, by id of their layer
         self._misses = 0
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles start empty
@@ -86,17 +103,22 @@ class ProjectionGroup:
             return None
         current = self._round
         if current is not None:
-            if current.serves(x):
-                y, state = current.outputs.pop(id(layer), (None, None))
-                if not current.outputs:
+            if current.of(x):
+                y, state = current.made.pop(id(layer), (None, None))
+                if not current.made:
                     self._round = None
-                if y is not None and state == _state(layer):
-                    return y
+                if y is not None and state == _state(x, layer):
+                    fetched: Tensor = y
+                    return fetched
             else:
                 self.drop(current)
         return self._lead(layer, x) if self._misses < _MISSES else None
 
-    def drop(self, old: _Round) -> None:
+    def forget(self) -> None:
+        """Drops outputs that were not fetched."""
+        self._round = None
+
+    def drop(self, old: MadeOf) -> None:
         """Forgets a round; outputs that were not fetched count as a miss.
 
         Not in a backward pass: there a checkpointed forward runs again, and stops as soon as it has what it needs.
@@ -121,9 +143,9 @@ class ProjectionGroup:
             backend=layer.backend,
             strategy=layer.strategy,
         )
-        outputs = {id(member): (y, _state(member)) for member, y in zip(members, ys, strict=True)}
+        outputs = {id(member): (y, _state(x, member)) for member, y in zip(members, ys, strict=True)}
         y, _ = outputs.pop(id(layer))
-        self._round = _Round(x, outputs, self)
+        self._round = MadeOf(x, outputs, self.drop)
         return y
 
 
@@ -144,14 +166,6 @@ def _joins(other: AdapterLinear, leader: AdapterLinear, x: Tensor) -> bool:
     )
 
 
-def _circumstances(x: Tensor) -> tuple[Any, ...]:
-    return x._version, torch.is_grad_enabled(), compute_dtype(x), optimizer_steps()
-
-
-def _state(layer: AdapterLinear) -> tuple[Any, ...]:
-    """What a layer's output depends on beside x."""
-    weight = layer.base_layer.weight
-    adapters = layer.active_adapters
-    tensors = [t for adapter in adapters for t in (*adapter._parameters.values(), *adapter._buffers.values())]
-    versions = [version(tensor) for tensor in (weight, *tensors) if tensor is not None]
-    return [(id(adapter), adapter.variant) for adapter in adapters], id(weight), layer.merged, layer.training, versions
+def _state(x: Tensor, layer: AdapterLinear) -> tuple[Any, ...]:
+    base = layer.base_layer
+    return layer.training, *circumstances(x, layer.active_adapters, base.weight, layer.base_bias)

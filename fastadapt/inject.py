@@ -376,6 +376,22 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = mode
 
 
+def forget(model: nn.Module) -> None:
+    """Drops what the adapters of `model` keep between calls; the next forward makes it anew.
+
+    DoRA's row norms, RepAdapter's folded factors, deep prompts as keys and values, LoRA-FA's inverses: all are made
+    again when a tensor that they depend on is replaced, moved, loaded or written, when an optimizer steps, and at each
+    train() and eval(). The one change that cannot be seen is a write past autograd, through `.data` or a NumPy view,
+    between two forwards in the same mode: call this after it.
+    """
+    for layer in adapter_layers(model).values():
+        adapters: Iterable[Adapter] = layer.adapters.values()  # type: ignore[assignment]
+        for adapter in adapters:
+            adapter.forget()
+        if isinstance(layer, AdapterLinear) and layer.group is not None:
+            layer.group.forget()
+
+
 def merge(model: nn.Module) -> None:
     """Writes the active adapters into the base weights: W' = diag(g) W0 + diag(h) B diag(d) A, b' = β.
 

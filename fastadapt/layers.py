@@ -23,14 +23,15 @@ from .functional import merged_weight
 from .groups import ProjectionGroup
 from .ops import STRATEGIES
 from .reference import AdapterForm
+from .versions import Kept
 
 
 class Adapter(nn.Module):
     """The parameters of one adapter of one layer. A method subclasses it and says what they mean in `form`.
 
     `checkpoint_names` maps each tensor to its suffix in a PEFT checkpoint; what is frozen is a buffer, the rest are
-    parameters. `bias` is the adapter's own copy of the base bias where it trains one. `variant` is what the form
-    depends on beside the tensors, where there is such a thing.
+    parameters. `bias` is the adapter's own copy of the base bias where it trains one. `scaling` and `variant` are what
+    the form depends on beside the tensors. `memo` has what was made of them and of the base weight, until `forget`.
 
     merges: whether `form` is all that the adapter does, so that a weight can hold it.
     """
@@ -39,11 +40,13 @@ class Adapter(nn.Module):
 
     bias: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
+    scaling: float = 1.0
     variant: Any = None
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
+        self.memo = Kept()
         self.checkpoint_names: dict[str, str] = {}
         self.register_parameter("lora_magnitude_vector", None)
         self.register_parameter("bias", None)
@@ -69,6 +72,24 @@ class Adapter(nn.Module):
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint holds of this adapter, by their suffix in it."""
         return {suffix: getattr(self, name) for name, suffix in self.checkpoint_names.items()}
+
+    def forget(self) -> None:
+        """Drops what was made of tensors and kept."""
+        self.memo.forget()
+
+    def train(self, mode: bool = True) -> Adapter:
+        super().train(mode)
+        self.forget()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        self.forget()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args)
 
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         """The adapter form for the base weight [out, in] and bias [out], differentiable in the parameters."""

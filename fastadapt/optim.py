@@ -13,7 +13,6 @@ from .functional import without_autocast
 from .inject import adapter_layers
 from .layers import AdapterEmbedding
 from .methods.lora import LoRAAdapter
-from .versions import identity
 
 
 def parameter_groups(
@@ -100,7 +99,6 @@ class LoRAFAAdamW(torch.optim.Optimizer):
         self._adapters = self._with_frozen_A()
         if not any(parameter in self._adapters for parameter in parameters):
             raise ValueError("no active adapter has a frozen A: inject one with LoRAConfig(freeze_A=True) first")
-        self._inverses: dict[nn.Parameter, tuple[tuple[Any, ...], Tensor]] = {}
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _with_frozen_A(self) -> dict[nn.Parameter, LoRAAdapter]:  # noqa: N802
@@ -116,9 +114,8 @@ class LoRAFAAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         self._adapters = self._with_frozen_A()
 
-    def __getstate__(self) -> dict[str, Any]:  # copies and pickles; the inverses are made again
-        own = {"_model": self._model, "_adapters": self._adapters, "_inverses": {}}
-        return {**super().__getstate__(), **own}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_model": self._model, "_adapters": self._adapters}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -162,13 +159,14 @@ class LoRAFAAdamW(torch.optim.Optimizer):
         if adapter is None:
             return grad
         A = adapter.factors[0]
-        key = identity(A)
-        cached = self._inverses.get(parameter)
-        if cached is None or cached[0] != key:
+
+        def make() -> Tensor:
             rows = A.double()
             # A may have more rows than columns: what it does not span must not answer to the rounding of the gradient.
-            inverse = torch.linalg.pinv(rows @ rows.T, hermitian=True, rtol=1e-6) / adapter.scaling**2
-            dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-            cached = self._inverses[parameter] = (key, inverse.to(dtype))
+            inverse: Tensor = torch.linalg.pinv(rows @ rows.T, hermitian=True, rtol=1e-6) / adapter.scaling**2
+            return inverse.to(torch.float64 if A.dtype == torch.float64 else torch.float32)
+
+        inverse = adapter.memo("inverse", (A,), make, adapter.scaling, trained=False)
         with without_autocast(grad):  # a step inside an autocast block
-            return (grad.flatten(1).to(cached[1].dtype) @ cached[1]).to(grad.dtype).view_as(grad)
+            corrected: Tensor = grad.flatten(1).to(inverse.dtype) @ inverse
+            return corrected.to(grad.dtype).view_as(grad)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # Fused optimizers write parameters without raising their version counter, so the versions alone would let a stale
@@ -32,36 +33,86 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal as long as a tensor is the same memory and its `version` is."""
-    return tensor.data_ptr(), version(tensor), tensor.dtype, tensor.device
+class Identity:
+    """Which memory a tensor is and how often it was written, remembered without keeping that memory alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._pointer, self._version = tensor.data_ptr(), version(tensor)
+        self._dtype = tensor.dtype
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+
+    def of(self, tensor: Tensor) -> bool:
+        """Whether a tensor is that memory still, unwritten since, as far as its `version` tells.
+
+        While the storage is alive no other one can have its address.
+        """
+        return (
+            tensor.data_ptr() == self._pointer
+            and version(tensor) == self._version
+            and tensor.dtype == self._dtype
+            and not self._storage.expired()
+        )
+
+
+class _Entry(NamedTuple):
+    sources: list[Identity]
+    more: tuple[Any, ...]
+    made: Any
 
 
 Made = TypeVar("Made")
 
 
-class Kept(Generic[Made]):
-    """What is made of tensors and kept, outside training, for as long as they are what they were."""
+class Kept:
+    """What is made of tensors and kept, by name, for as long as they are what they were; the `most` latest of it.
 
-    def __init__(self) -> None:
-        self._kept: tuple[tuple[Any, ...], list[Tensor], Made] | None = None
+    It is made anew where a source can have changed or will be differentiated: it is another tensor or was written, it
+    requires grad while gradients are recorded, or an optimizer has stepped. What versions do not tell, a write through
+    `.data` or NumPy, is seen only where `forget` is called. Threads may share it.
+    """
+
+    def __init__(self, most: int = 4) -> None:
+        self.most = most
+        self._entries: dict[Hashable, _Entry] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles start empty
-        return Kept, ()
+        return Kept, (self.most,)
 
     def forget(self) -> None:
-        self._kept = None
+        self._entries = {}
 
-    def __call__(self, sources: Sequence[Tensor | None], make: Callable[[], Made], *more: Any) -> Made:
-        """What `make` gives, or gave before of these sources and of `more`; where a backward may follow, or a source
-        does not tell when it is written, it is made anew."""
-        tensors = [source.detach() for source in sources if source is not None]
-        untold = torch.is_grad_enabled() or torch.compiler.is_compiling() or any([t.is_inference() for t in tensors])
-        if untold:
-            self.forget()
+    def __call__(
+        self,
+        name: Hashable,
+        sources: Sequence[Tensor | None],
+        make: Callable[[], Made],
+        *more: Any,
+        changing: bool = False,
+        trained: bool = True,
+    ) -> Made:
+        """What `make` gives, or gave before of these sources and of `more`, what else it depends on.
+
+        changing: whether a source may be written untold, so that nothing is kept. trained: whether an optimizer may
+        have a source; what is made of frozen tensors alone outlasts its steps.
+        """
+        tensors = [source for source in sources if source is not None]
+        untold = changing or torch.compiler.is_compiling() or any([tensor.is_inference() for tensor in tensors])
+        if untold or (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])):
+            self._entries.pop(name, None)
             return make()
-        key = (*[identity(tensor) for tensor in tensors], optimizer_steps(), *more)
-        if self._kept is None or self._kept[0] != key:
-            # The tensors are held, so that no other one gets their memory meanwhile and passes for them.
-            self._kept = (key, tensors, make())
-        return self._kept[2]
+        # What is made in inference mode cannot be part of a graph later.
+        more = (*more, torch.is_inference_mode_enabled(), optimizer_steps() if trained else None)
+        entry = self._entries.get(name)
+        if (
+            entry is None
+            or entry.more != more
+            or len(entry.sources) != len(tensors)
+            or not all([source.of(tensor) for source, tensor in zip(entry.sources, tensors, strict=True)])
+        ):
+            entry = _Entry([Identity(tensor) for tensor in tensors], more, make())
+            entries = {**self._entries, name: entry}
+            for oldest in list(entries)[: -self.most]:
+                del entries[oldest]
+            self._entries = entries
+        made: Made = entry.made
+        return made

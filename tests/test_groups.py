@@ -174,7 +174,9 @@ def test_another_x_is_never_taken_for_the_same(sizes: list[int]) -> None:
     torch.testing.assert_close(q, alone.q_proj(x / 2))
 
 
-@pytest.mark.parametrize("change", ["parameter", "weight", "adapter", "grad mode", "optimizer", "autocast"])
+@pytest.mark.parametrize(
+    "change", ["parameter", "weight", "bias", "scaling", "adapter", "grad mode", "optimizer", "autocast"]
+)
 def test_what_changed_between_the_layers_counts(change: str) -> None:
     model = attention()
     x = torch.randn(5, 12)
@@ -184,6 +186,10 @@ def test_what_changed_between_the_layers_counts(change: str) -> None:
             model.k_proj.adapters["default"].lora_B.add_(1)
         elif change == "weight":
             model.k_proj.base_layer.weight.add_(1)
+        elif change == "bias":
+            model.k_proj.base_layer.bias = nn.Parameter(torch.ones(8), requires_grad=False)
+        elif change == "scaling":
+            model.k_proj.adapters["default"].scaling *= 2
         elif change == "adapter":
             model.k_proj.active = ()
         elif change == "grad mode":
@@ -204,7 +210,7 @@ def test_outputs_that_nobody_fetches_die_with_x() -> None:
     x = torch.randn(5, 12)
     with torch.no_grad():
         model.q_proj(x)
-        (output, _), *_ = model.q_proj.group._round.outputs.values()
+        (output, _), *_ = model.q_proj.group._round.made.values()
         alive = weakref.ref(output)
         del output
         assert alive() is not None
@@ -308,3 +314,42 @@ def test_cross_attention_groups_keys_and_values() -> None:
 
 def model_path(model: nn.Module, wanted: nn.Module) -> str:
     return next(path for path, module in model.named_modules() if module is wanted)
+
+
+GROUPED = {
+    "LoRA": LoRAConfig(r=4, target_modules=list(QKV)),
+    "RepAdapter": fastadapt.RepAdapterConfig(r=4, adapter_dropout=0.0, target_modules=list(QKV)),
+}
+
+
+@pytest.mark.parametrize("change", ["autocast", "parameter", "scaling", "mode"])
+@pytest.mark.parametrize("name", GROUPED)
+def test_what_one_layer_made_serves_no_other_case(name: str, change: str) -> None:
+    """k after q on the same x, when something has changed between the two, is k on an x of its own."""
+    model, x = attention(GROUPED[name]).train(), torch.randn(5, 12)
+    adapter = model.k_proj.adapters["default"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        model.q_proj(x)
+    if change == "parameter":
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.mul_(2)
+    elif change == "scaling":
+        adapter.scaling *= 2
+    elif change == "mode":
+        model.eval()
+    torch.testing.assert_close(model.k_proj(x), model.k_proj(x.clone()))
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_sibling_that_never_comes_does_not_keep_x(name: str, backward: bool) -> None:
+    model, x = attention(GROUPED[name]).train(), torch.randn(5, 12)
+    alive = weakref.ref(x)
+    with torch.set_grad_enabled(backward):
+        y = model.q_proj(x)
+        if backward:
+            y.sum().backward()
+    del x, y
+    gc.collect()
+    assert alive() is None

@@ -29,7 +29,7 @@ from fastadapt import (
 from fastadapt.inject import control
 from fastadapt.methods import METHODS, AdapterConfig
 from fastadapt.methods.adalora import BudgetAllocator
-from fastadapt.methods.row_norm import RowNorm
+from fastadapt.versions import Kept
 
 TARGETS = ["first", "second"]
 PARTS = ["weight", "bias"]
@@ -176,11 +176,14 @@ def test_the_dora_norm_is_computed_only_when_it_can_have_changed(monkeypatch: py
     calls = []
     compute = row_norm.weight_norm
     monkeypatch.setattr(row_norm, "weight_norm", lambda *a, **k: calls.append(0) or compute(*a, **k))  # type: ignore[func-returns-value]
-    norm, weight, A, B = RowNorm(), torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2)
+    kept, weight, A, B = Kept(), torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2)
+
+    def norm(changing: bool = False) -> Tensor:
+        return row_norm.row_norm(kept, weight, A, B, 0.5, changing=changing)
 
     def count(changing: bool = False) -> int:
         before = len(calls)
-        norm(weight, A, B, 0.5, changing=changing)
+        norm(changing)
         return len(calls) - before
 
     assert [count(), count(), count()] == [1, 0, 0]
@@ -192,9 +195,9 @@ def test_the_dora_norm_is_computed_only_when_it_can_have_changed(monkeypatch: py
     assert [count(), count()] == [1, 0]
     torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1).step()
     assert [count(), count()] == [1, 0]
-    norm.forget()
+    kept.forget()
     assert count() == 1
-    torch.testing.assert_close(norm(weight, A, B, 0.5, changing=False), (weight + 0.5 * B @ A).norm(dim=1))
+    torch.testing.assert_close(norm(), (weight + 0.5 * B @ A).norm(dim=1))
 
 
 def test_no_stale_norm_after_a_fused_optimizer_in_eval_mode() -> None:

@@ -17,7 +17,7 @@ from ..forms import PlainLoRA
 from ..layers import Adapter, AdapterConv2d, AdapterEmbedding, AdapterLayer
 from ..reference import AdapterForm
 from .config import AdapterConfig, pattern_of, pattern_value
-from .row_norm import RowNorm
+from .row_norm import row_norm
 
 INITS = (True, False, "gaussian", "eva")
 
@@ -52,17 +52,10 @@ class LoRAAdapter(Adapter):
         self.register_parameter("lora_B_bias", None)
         if config.lora_bias:
             add("lora_B_bias", torch.zeros(n), checkpoint_name="lora_B.bias")
-        self.row_norm = RowNorm() if config.use_dora else None
-        if self.row_norm is not None:
-            add("lora_magnitude_vector", self._norm(self.row_norm, weight))
+        if config.use_dora:
+            add("lora_magnitude_vector", self._norm(weight))
         if config.bias == "lora_only" and layer.base_bias is not None:
             add("bias", layer.base_bias, checkpoint_name="base_layer.bias")
-
-    def train(self, mode: bool = True) -> LoRAAdapter:
-        super().train(mode)
-        if self.row_norm is not None:
-            self.row_norm.forget()
-        return self
 
     @property
     def up(self) -> nn.Parameter:
@@ -82,10 +75,8 @@ class LoRAAdapter(Adapter):
         A, B = [getattr(self, name) for name in self._names]
         return (A, B) if A.dim() == 2 else (A.flatten(1), B.flatten(1))
 
-    def _norm(self, row_norm: RowNorm, weight: Tensor) -> Tensor:
-        A, B = self.factors
-        changing = self.training or (torch.is_grad_enabled() and (A.requires_grad or B.requires_grad))
-        return row_norm(weight, A, B, self.scaling, changing=changing)
+    def _norm(self, weight: Tensor) -> Tensor:
+        return row_norm(self.memo, weight, *self.factors, self.scaling, changing=self.training)
 
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         A, B = self.factors
@@ -94,9 +85,9 @@ class LoRAAdapter(Adapter):
         if self.lora_B_bias is not None:
             added = self.scaling * self.lora_B_bias
             bias = added if bias is None else bias + added
-        if self.row_norm is None or self.lora_magnitude_vector is None:
+        if self.lora_magnitude_vector is None:
             return AdapterForm(A, B, out_scale=self.scaling, bias=bias)
-        g = self.lora_magnitude_vector / self._norm(self.row_norm, weight)
+        g = self.lora_magnitude_vector / self._norm(weight)
         return AdapterForm(A, B, out_scale=g, base_scale=g, bias=bias, dropout_on_base=True, scaling=self.scaling)
 
     def extra_repr(self) -> str:

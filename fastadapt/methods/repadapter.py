@@ -5,36 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
 from ..functional import bottleneck
-from ..groups import siblings
+from ..groups import MadeOf, circumstances, siblings
 from ..layers import Adapter, AdapterLayer, AdapterLinear
 from ..reference import AdapterForm
-from ..versions import Kept, optimizer_steps, version
+from ..versions import Kept
 from .config import AdapterConfig
 
 
-class _Read:
-    """x' for one x, and the layers that have fetched it."""
+class _Read(NamedTuple):
+    """x' for one x in some circumstances, and the layers that have fetched it."""
 
-    def __init__(self, x: Tensor, result: Tensor, circumstances: tuple[Any, ...]) -> None:
-        self.x, self.result, self.circumstances = x, result, circumstances
-        self.served: list[AdapterLayer] = []
-
-    def serves(self, x: Tensor, layer: AdapterLayer) -> bool:
-        again = any([other is layer for other in self.served])
-        return self.x is x and not again and self.circumstances == _circumstances(x)
-
-
-def _circumstances(x: Tensor) -> tuple[Any, ...]:
-    if torch.compiler.is_compiling():  # tensors have no versions while they are traced
-        return ()
-    return version(x), torch.is_grad_enabled(), optimizer_steps()
+    result: Tensor
+    given: tuple[Any, ...]
+    served: list[AdapterLayer]
 
 
 class RepAdapter(Adapter):
@@ -64,21 +54,15 @@ class RepAdapter(Adapter):
         add("conv_A_bias", torch.zeros(config.r), checkpoint_name="conv_A.bias")
         add("conv_B", torch.zeros(k, config.r // config.groups, 1), checkpoint_name="conv_B.weight")
         add("conv_B_bias", torch.zeros(k), checkpoint_name="conv_B.bias")
-        self._read: _Read | None = None
-        self._folded: dict[int, Kept[tuple[Tensor, Tensor]]] = {}
+        self.memo = Kept(most=readers)
+        self._read: MadeOf | None = None
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles start empty
-        return {**self.__dict__, "_read": None, "_folded": {}}
+        return {**self.__dict__, "_read": None}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RepAdapter:
-        self._folded = {}
-        super()._apply(fn, recurse)
-        return self
-
-    def train(self, mode: bool = True) -> RepAdapter:
-        super().train(mode)
-        self._read, self._folded = None, {}  # what was written through `.data` would not be seen
-        return self
+    def forget(self) -> None:
+        super().forget()
+        self._read = None
 
     def on_stream(self, layer: AdapterLayer) -> bool:
         if not self.training:
@@ -98,9 +82,10 @@ class RepAdapter(Adapter):
 
     def _before(self, layer: AdapterLayer, x: Tensor) -> Tensor:
         # One bottleneck, and so one dropout mask, for all that read x: each of them fetches it once.
-        current = self._read
-        if current is None or not current.serves(x, layer):
-            read = bottleneck(
+        current, given = self._read, circumstances(x, [self])
+        read: _Read | None = current.made if current is not None and current.of(x) else None
+        if read is None or read.given != given or any([other is layer for other in read.served]):
+            result = bottleneck(
                 x,
                 self.conv_A[..., 0],
                 self.conv_B[..., 0],
@@ -114,10 +99,15 @@ class RepAdapter(Adapter):
                 training=True,
                 backend=layer.backend,
             )
-            current = _Read(x, read, _circumstances(x))
-        current.served.append(layer)
-        self._read = current if len(current.served) < self.readers else None
-        return current.result
+            read = _Read(result, given, [])
+            current = MadeOf(x, read, self._drop)
+        read.served.append(layer)
+        self._read = current if len(read.served) < self.readers else None
+        return read.result
+
+    def _drop(self, old: MadeOf) -> None:
+        if self._read is old:
+            self._read = None
 
     def _into(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(W0 G without the zeros of G, W0 (G a + c)). Shapes: weight [out, in]; results [out, r] and [out]."""
@@ -130,9 +120,9 @@ class RepAdapter(Adapter):
 
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         weight = weight.detach()
-        kept = self._folded.setdefault(weight.data_ptr(), Kept())
         sources = (weight, self.conv_A_bias, self.conv_B, self.conv_B_bias)
-        B, shift = kept(sources, lambda: self._into(weight))
+        # By weight: each layer that reads x has its own.
+        B, shift = self.memo(weight.data_ptr(), sources, lambda: self._into(weight))
         beta = self.scaling * shift if bias is None else torch.add(bias.detach(), shift, alpha=self.scaling)
         return AdapterForm(self.conv_A[..., 0], B, out_scale=self.scaling, bias=beta)
 

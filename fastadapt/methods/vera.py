@@ -15,7 +15,7 @@ from ..checks import check_probability
 from ..layers import Adapter, AdapterLayer, AdapterLinear
 from ..reference import AdapterForm
 from .config import AdapterConfig, SharedTensors
-from .row_norm import RowNorm
+from .row_norm import row_norm
 
 
 class VeRAProjection(SharedTensors):
@@ -61,9 +61,8 @@ class VeRAAdapter(Adapter):
         self.projection = projection
         add("vera_lambda_b", torch.zeros(n) if config.init_weights else torch.randn(n))
         add("vera_lambda_d", torch.full((config.r,), config.d_initial))
-        self.row_norm = RowNorm() if config.use_dora else None
-        if self.row_norm is not None:
-            add("lora_magnitude_vector", self._norm(self.row_norm, weight))
+        if config.use_dora:
+            add("lora_magnitude_vector", self._norm(weight))
         if config.bias == "vera_only" and layer.base_bias is not None:
             add("bias", layer.base_bias, checkpoint_name="base_layer.bias")
 
@@ -71,19 +70,19 @@ class VeRAAdapter(Adapter):
         n, k = weight.shape
         return self.projection.vera_A[:, :k], self.projection.vera_B[:n]
 
-    def _norm(self, row_norm: RowNorm, weight: Tensor) -> Tensor:
+    def _norm(self, weight: Tensor) -> Tensor:
         A, B = self.factors(weight)
         up = (self.vera_lambda_b[:, None] * B * self.vera_lambda_d).detach()  # a new tensor each call: never kept
-        return row_norm(weight, A, up, 1.0, changing=True)
+        return row_norm(self.memo, weight, A, up, 1.0, changing=True)
 
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         A, B = self.factors(weight)
         if self.bias is not None:
             bias = self.bias
         out_scale: Tensor = self.vera_lambda_b
-        if self.row_norm is None or self.lora_magnitude_vector is None:
+        if self.lora_magnitude_vector is None:
             return AdapterForm(A, B, mid_scale=self.vera_lambda_d, out_scale=out_scale, bias=bias)
-        g = self.lora_magnitude_vector / self._norm(self.row_norm, weight)
+        g = self.lora_magnitude_vector / self._norm(weight)
         return AdapterForm(A, B, self.vera_lambda_d, g * out_scale, g, bias, dropout_on_base=True)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..checks import check_probability
 from ..layers import Adapter, AdapterLayer, AdapterLinear, AdapterModule, AdapterNorm, StreamAdapter
-from ..versions import Kept
 from .config import AdapterConfig
 from .places import norm_of, width
 
@@ -82,13 +81,6 @@ class Prefix(StreamAdapter):
             )
         # In a tuple, so that they are no submodules: their own places in the model have them.
         self._source = (norm, prompts)
-        self._kept: dict[str, Kept[Tensor]] = {name: Kept() for name in ("k_proj", "v_proj")}
-
-    def train(self, mode: bool = True) -> Prefix:
-        super().train(mode)
-        for kept in self._kept.values():  # what was written through `.data` would not be seen
-            kept.forget()
-        return self
 
     def around(self, layer: AdapterLayer, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.attended(layer.base_layer, x, *args, **kwargs)
@@ -148,7 +140,7 @@ class Prefix(StreamAdapter):
         sources = [prompts.prompt_embeddings, *[tensor for part in parts for tensor in (part.weight, part.bias)]]
         kind = like.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        return self._kept[name](sources, make, tokens.shape, like.dtype, autocast)
+        return self.memo(name, sources, make, tokens.shape, like.dtype, autocast)
 
 
 @dataclass
