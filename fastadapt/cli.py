@@ -106,7 +106,7 @@ def demo(
 def doctor(json_file: JsonOption = None) -> None:
     """Show devices, versions and the backend of each operator, and test every operator against its reference here.
 
-    Leaves with exit code 1 if an operator fails.
+    Leaves with exit code 1 if an operator fails; one that has no self-test is named.
     """
     from . import doctor as checks
     from .report import versions, write_json
@@ -129,19 +129,23 @@ def doctor(json_file: JsonOption = None) -> None:
         out.print(table)
         with out.status("self-test") as status:
             rows = checks.self_test(found, lambda text: status.update(text))
-        out.print(_self_test_table(rows, list(checks.DTYPES)))
+        untested = checks.untested()
+        out.print(_self_test_table(rows, list(checks.DTYPES), untested))
         failures = [row for row in rows if not row["ok"]]
         for row in failures:
             where = f"{row['operator']}, {row['case']}, {row['device']}, {row['backend']}, {row['dtype']}"
             out.print(Text(f"FAILED: {where}: {row['failed']}", style="red"))
-        out.print("all operators agree with their reference" if not failures else f"{len(failures)} checks failed")
+        tested = "all operators" if not untested else "all operators with a self-test"
+        out.print(f"{len(failures)} checks failed" if failures else f"{tested} agree with their reference")
+        if untested:
+            out.print(Text(f"UNTESTED, without a self-test: {', '.join(untested)}", style="yellow"))
         if json_file is not None:
-            write_json(json_file, "doctor", rows, backends=choices)
+            write_json(json_file, "doctor", rows, backends=choices, untested=untested)
     if failures:
         raise typer.Exit(1)
 
 
-def _self_test_table(rows: list[dict[str, Any]], dtypes: list[str]) -> Table:
+def _self_test_table(rows: list[dict[str, Any]], dtypes: list[str], untested: list[str]) -> Table:
     title = "Self-test: largest error of the result and every gradient, relative to the largest exact value"
     table = Table("operator", "case", "device", "backend", *dtypes, title=title)
     lines: dict[tuple[str, ...], dict[str, str]] = {}
@@ -151,6 +155,8 @@ def _self_test_table(rows: list[dict[str, Any]], dtypes: list[str]) -> Table:
         lines.setdefault(key, {})[row["dtype"]] = error + ("[green]ok" if row["ok"] else "[red]FAILED")
     for key, cells in lines.items():
         table.add_row(*key, *(cells.get(dtype, "interpreter cannot") for dtype in dtypes))
+    for operator in untested:
+        table.add_row(operator, "-", "-", "-", *["[yellow]untested"] * len(dtypes))
     return table
 
 
