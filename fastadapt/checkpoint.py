@@ -7,9 +7,9 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -251,6 +251,14 @@ def read_fields(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return parse_fields(path.read_bytes(), path)
 
 
+def method_of(fields: Mapping[str, Any]) -> type[AdapterConfig]:
+    """The config class of the method that these fields name. Raises ValueError for one that fastadapt does not have."""
+    peft_type = fields.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in METHODS:
+        raise ValueError(f"peft_type {shown(peft_type)} is not supported: fastadapt loads {', '.join(METHODS)}")
+    return METHODS[peft_type]
+
+
 def parse_config(fields: dict[str, Any], path: Path) -> tuple[AdapterConfig, list[str]]:
     """The config that the fields of the file at `path` describe, and the names of those that fastadapt does not know
     and that say something.
@@ -258,11 +266,8 @@ def parse_config(fields: dict[str, Any], path: Path) -> tuple[AdapterConfig, lis
     Raises ValueError for a peft_type that fastadapt does not have or a field that changes what the adapter computes and
     is not supported.
     """
-    peft_type = fields.get("peft_type")
-    if not isinstance(peft_type, str) or peft_type not in METHODS:
-        raise ValueError(f"{path}: peft_type {shown(peft_type)} is not supported: fastadapt loads {', '.join(METHODS)}")
     try:
-        config = METHODS[peft_type].from_peft(fields)
+        config = method_of(fields).from_peft(fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     known = {*vars(config), *type(config).neutral_fields, *_SILENT_FIELDS}
@@ -338,6 +343,45 @@ def read_tensors(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
     check_present(directory, TENSOR_FILE)
     path = Path(directory, TENSOR_FILE)
     return parse_tensors(path.read_bytes(), path)
+
+
+class Contents(NamedTuple):
+    """The names of a file's tensors by what they belong to.
+
+    layers: the adapters, by module path. shared: what all of these share. saved: the copies of modules_to_save. others:
+    none of these, such as the base weight of an embedding that PEFT adds.
+    """
+
+    layers: dict[str, list[str]]
+    shared: list[str]
+    saved: list[str]
+    others: list[str]
+
+
+def contents(fields: Mapping[str, Any], names: Iterable[str]) -> Contents:
+    """What the tensors of these names are in a file with these fields, as the method of its peft_type names them.
+
+    A layer whose adapter has no tensors, such as the norm that AdaptFormer reads from, is not in a file. Raises
+    ValueError for a peft_type that fastadapt does not have.
+    """
+    method = method_of(fields)
+    shared = {f"{PREFIX}{name}" for name in method.shared_names}
+    suffixes = [f".{suffix}" for kind in method.adapter_classes for suffix in kind.suffixes.values()]
+    copied = fields.get("modules_to_save")
+    found = Contents({}, [], [], [])
+    for name in names:
+        path = name.removeprefix(f"{PREFIX}model.")
+        suffix = next((suffix for suffix in suffixes if path != name and path.endswith(suffix)), None)
+        if name in shared:
+            found.shared.append(name)
+        elif suffix is not None:
+            found.layers.setdefault(path.removesuffix(suffix), []).append(name)
+        # Those that end in one of its names are copied, as `saved_paths` has it.
+        elif isinstance(copied, list) and any(f"{module}." in path for module in copied):
+            found.saved.append(name)
+        else:
+            found.others.append(name)
+    return found
 
 
 def check_tensors(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:

@@ -9,9 +9,9 @@ AdapterModule carries such adapters over any other module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +29,16 @@ from .versions import Kept
 class Adapter(nn.Module):
     """The parameters of one adapter of one layer. A method subclasses it and says what they mean in `form`.
 
-    `checkpoint_names` maps each tensor to its suffix in a PEFT checkpoint; what is frozen is a buffer, the rest are
-    parameters. `bias` is the adapter's own copy of the base bias where it trains one. `scaling` and `variant` are what
-    the form depends on beside the tensors. `memo` has what was made of them and of the base weight, until `forget`.
+    `suffixes` maps every tensor that the class can have to its suffix in a PEFT checkpoint, `checkpoint_names` those
+    that this adapter has; what is frozen is a buffer, the rest are parameters. `bias` is the adapter's own copy of the
+    base bias where it trains one. `scaling` and `variant` are what the form depends on beside the tensors. `memo` has
+    what was made of them and of the base weight, until `forget`.
 
     merges: whether `form` is all that the adapter does, so that a weight can hold it.
     """
 
     merges: bool = True
+    suffixes: ClassVar[Mapping[str, str]] = {}
 
     bias: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
@@ -51,23 +53,14 @@ class Adapter(nn.Module):
         self.register_parameter("lora_magnitude_vector", None)
         self.register_parameter("bias", None)
 
-    def add_tensor(
-        self,
-        name: str,
-        value: Tensor,
-        like: Tensor,
-        dtype: torch.dtype,
-        checkpoint_name: str | None = None,
-        *,
-        frozen: bool = False,
-    ) -> None:
-        """Registers a copy of `value`, on like's device, that checkpoints call `checkpoint_name`, or else `name`."""
+    def add_tensor(self, name: str, value: Tensor, like: Tensor, dtype: torch.dtype, *, frozen: bool = False) -> None:
+        """Registers a copy of `value`, on like's device, by a name that is in `suffixes`."""
         value = value.detach().to(like.device, dtype, copy=True)
         if frozen:
             self.register_buffer(name, value)
         else:
             self.register_parameter(name, nn.Parameter(value))
-        self.checkpoint_names[name] = checkpoint_name or name
+        self.checkpoint_names[name] = self.suffixes[name]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint holds of this adapter, by their suffix in it."""

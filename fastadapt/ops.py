@@ -30,6 +30,9 @@ STRATEGIES = {"split": "triton", "fused": "triton", "library": "eager", "recompo
 
 _library = torch.library.Library("fastadapt", "DEF")
 
+# The names of all operators, in the order in which they are defined here.
+OPERATORS: list[str] = []
+
 
 def _kernels(module: str) -> ModuleType:
     return importlib.import_module(f"fastadapt_kernels.{module}")
@@ -55,6 +58,7 @@ def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Ca
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastadapt::{name}", fake, lib=_library)
+    OPERATORS.append(name)
     operator: Callable[..., Any] = getattr(torch.ops.fastadapt, name).default
     return operator
 

@@ -109,6 +109,11 @@ def hadamard_linear_reference(
     return y if bias is None else y + bias
 
 
+def row_squares_reference(weight: Tensor) -> Tensor:
+    """‖W0‖² by rows. Shapes: weight [N, K]; result [N]."""
+    return weight.square().sum(1)
+
+
 def weight_norm_reference(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Row norms n_j = ‖(W0 + s·B·A)_j‖₂.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -29,6 +29,11 @@ class AdaLoRAAdapter(Adapter):
     be 0.
     """
 
+    suffixes: ClassVar[Mapping[str, str]] = {
+        **{name: name for name in ("lora_A", "lora_E", "lora_B")},
+        "bias": "base_layer.bias",
+    }
+
     lora_A: nn.Parameter
     lora_E: nn.Parameter
     lora_B: nn.Parameter
@@ -47,7 +52,7 @@ class AdaLoRAAdapter(Adapter):
         self.scaling = alpha / (config.init_r + 1e-5)
         self.register_buffer("kept", None, persistent=False)
         if config.bias == "lora_only" and layer.base_bias is not None:
-            add("bias", layer.base_bias, checkpoint_name="base_layer.bias")
+            add("bias", layer.base_bias)
 
     @property
     def r(self) -> int:
@@ -96,6 +101,8 @@ class AdaLoRAConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
+    title: ClassVar[str] = "AdaLoRA"
+    adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (AdaLoRAAdapter,)
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "lora_only")
     neutral_fields: ClassVar[dict[str, tuple[Any, ...]]] = {**LoRAConfig.neutral_fields, "use_dora": (None, False)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -49,6 +49,13 @@ class AdaptFormerAdapter(StreamAdapter):
     Shapes: down [r, d], down_bias [r], up [d, r], up_bias [d].
     """
 
+    suffixes: ClassVar[Mapping[str, str]] = {
+        "down": "adaptmlp.down_proj.weight",
+        "down_bias": "adaptmlp.down_proj.bias",
+        "up": "adaptmlp.up_proj.weight",
+        "up_bias": "adaptmlp.up_proj.bias",
+    }
+
     down: nn.Parameter
     down_bias: nn.Parameter
     up: nn.Parameter
@@ -61,14 +68,10 @@ class AdaptFormerAdapter(StreamAdapter):
         self._tap = [tap]
         d, r = width(layer), config.r
         add = partial(self.add_tensor, like=layer.like, dtype=dtype)
-        add(
-            "down",
-            torch.empty(r, d).uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d)),
-            checkpoint_name="adaptmlp.down_proj.weight",
-        )
-        add("down_bias", torch.zeros(r), checkpoint_name="adaptmlp.down_proj.bias")
-        add("up", torch.zeros(d, r), checkpoint_name="adaptmlp.up_proj.weight")
-        add("up_bias", torch.zeros(d), checkpoint_name="adaptmlp.up_proj.bias")
+        add("down", torch.empty(r, d).uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d)))
+        add("down_bias", torch.zeros(r))
+        add("up", torch.zeros(d, r))
+        add("up_bias", torch.zeros(d))
 
     def around(self, layer: AdapterLayer, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = run(x, *args, **kwargs)
@@ -104,6 +107,8 @@ class AdaptFormerConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "ADAPTFORMER"
+    title: ClassVar[str] = "AdaptFormer"
+    adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (AdaptFormerAdapter,)
     has_forms: ClassVar[bool] = False
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterModule, AdapterLinear, AdapterNorm)
 

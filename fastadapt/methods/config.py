@@ -115,6 +115,14 @@ class AdapterConfig:
     """
 
     peft_type: ClassVar[str]
+    # What the method is called.
+    title: ClassVar[str]
+    # The adapters whose tensors a file of the method holds, by layer.
+    adapter_classes: ClassVar[tuple[type[Adapter], ...]]
+    # What a file holds of `shared_tensors`, by the names there.
+    shared_names: ClassVar[tuple[str, ...]] = ()
+    # Whether r means anything.
+    uses_r: ClassVar[bool] = True
     bias_choices: ClassVar[tuple[str, ...]] = ("none",)
     # Whether its adapters are forms, which many adapters in one batch can be.
     has_forms: ClassVar[bool] = True
@@ -167,6 +175,11 @@ class AdapterConfig:
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too")
+
+    @classmethod
+    def named(cls, fields: dict[str, Any]) -> str:
+        """What the adapter that the fields of an adapter_config.json describe is called."""
+        return cls.title
 
     @property
     def dropout(self) -> float:

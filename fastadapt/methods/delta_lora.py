@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +24,12 @@ class DeltaLoRAAdapter(LoRAAdapter):
     weight passes none. Shapes: lora_A [r, in], lora_B [out, r], and the anchors lora_anchor_A and lora_anchor_B alike.
     """
 
+    suffixes: ClassVar[Mapping[str, str]] = {
+        **LoRAAdapter.suffixes,
+        "lora_anchor_A": "lora_anchor_A.weight",
+        "lora_anchor_B": "lora_anchor_B.weight",
+    }
+
     lora_anchor_A: Tensor
     lora_anchor_B: Tensor
 
@@ -38,7 +45,7 @@ class DeltaLoRAAdapter(LoRAAdapter):
         """From here on B A − B_K A_K counts 1 + λ times, K being now."""
         self.anchored = True
         for name, value in zip(("lora_anchor_A", "lora_anchor_B"), self.factors, strict=True):
-            self.add_tensor(name, value, value, value.dtype, f"{name}.weight", frozen=True)
+            self.add_tensor(name, value, value, value.dtype, frozen=True)
 
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         form = super().form(weight, bias)
@@ -76,7 +83,8 @@ class DeltaLoRAConfig(LoRAConfig):
     """
 
     peft_type: ClassVar[str] = "DELTA_LORA"
-    adapter_class: ClassVar[type[LoRAAdapter]] = DeltaLoRAAdapter
+    title: ClassVar[str] = "Delta-LoRA"
+    adapter_classes: ClassVar[tuple[type[LoRAAdapter]]] = (DeltaLoRAAdapter,)
 
     delta_lambda: float = 2.0
     start_step: int = 500

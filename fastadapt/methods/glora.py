@@ -78,6 +78,10 @@ class GLoRAAdapter(Adapter):
     each term can have, `variant` those that it has now.
     """
 
+    suffixes: ClassVar[Mapping[str, str]] = {
+        f"glora_{letter}_{name}": f"glora_{letter}.{name}" for letter in Supports._fields for name in ("Xd", "Xu", "X")
+    }
+
     def __init__(self, layer: AdapterLayer, config: GLoRAConfig, supports: Supports, dtype: torch.dtype) -> None:
         super().__init__(0.0)
         self.supports = supports
@@ -86,7 +90,7 @@ class GLoRAAdapter(Adapter):
         self.shape = n, k
         for letter, support in supports._asdict().items():
             for name, value in _initial(_size(letter, n, k), support, config.init_weights).items():
-                self.add_tensor(f"glora_{letter}_{name}", value, layer.weight_matrix, dtype, f"glora_{letter}.{name}")
+                self.add_tensor(f"glora_{letter}_{name}", value, layer.weight_matrix, dtype)
 
     @property
     def options(self) -> dict[str, list[str]]:
@@ -246,6 +250,8 @@ class GLoRAConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "GLORA"
+    title: ClassVar[str] = "GLoRA"
+    adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (GLoRAAdapter,)
     zero_tensors: ClassVar[tuple[str, ...]] = tuple(f"glora_{letter}.zeros" for letter in Supports._fields)
 
     config_A_B: str = "lora"
@@ -276,6 +282,12 @@ class GLoRAConfig(AdapterConfig):
             if not self.ranks or self.ranks[-1] <= 0 or self.ranks[0] >= 10**9:
                 raise ValueError(f"ranks must be positive integers, at least one, got {shown(self.ranks)}")
             self.r = self.ranks[0]
+
+    @classmethod
+    def named(cls, fields: dict[str, Any]) -> str:
+        if fields.get("supernet"):
+            return f"{cls.title}, a supernet"
+        return f"{cls.title}, supports by layer" if fields.get("support_pattern") else cls.title
 
     @property
     def dropout(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -22,6 +22,8 @@ class HiRAAdapter(Adapter):
 
     Shapes: hira_A [r, in], hira_B [out, r].
     """
+
+    suffixes: ClassVar[Mapping[str, str]] = {name: name for name in ("hira_A", "hira_B")}
 
     hira_A: nn.Parameter
     hira_B: nn.Parameter
@@ -60,6 +62,8 @@ class HiRAConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "HIRA"
+    title: ClassVar[str] = "HiRA"
+    adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (HiRAAdapter,)
 
     r: int = 32
     hira_dropout: float = 0.0

@@ -33,6 +33,16 @@ class LoRAAdapter(Adapter):
     lora_B [out, r, 1, 1].
     """
 
+    suffixes: ClassVar[Mapping[str, str]] = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_embedding_A": "lora_embedding_A",
+        "lora_embedding_B": "lora_embedding_B",
+        "lora_B_bias": "lora_B.bias",
+        "lora_magnitude_vector": "lora_magnitude_vector",
+        "bias": "base_layer.bias",
+    }
+
     lora_B_bias: nn.Parameter | None
 
     def __init__(self, layer: AdapterLayer, config: LoRAConfig, r: int, alpha: float, dtype: torch.dtype) -> None:
@@ -48,14 +58,14 @@ class LoRAAdapter(Adapter):
         self._names = ("lora_embedding_A", "lora_embedding_B") if in_embedding else ("lora_A", "lora_B")
         for name, value in zip(self._names, (A, B), strict=True):
             frozen = config.freeze_A and name == "lora_A"
-            add(name, value, checkpoint_name=name if in_embedding else f"{name}.weight", frozen=frozen)
+            add(name, value, frozen=frozen)
         self.register_parameter("lora_B_bias", None)
         if config.lora_bias:
-            add("lora_B_bias", torch.zeros(n), checkpoint_name="lora_B.bias")
+            add("lora_B_bias", torch.zeros(n))
         if config.use_dora:
             add("lora_magnitude_vector", self._norm(weight))
         if config.bias == "lora_only" and layer.base_bias is not None:
-            add("bias", layer.base_bias, checkpoint_name="base_layer.bias")
+            add("bias", layer.base_bias)
 
     @property
     def up(self) -> nn.Parameter:
@@ -152,7 +162,8 @@ class LoRAConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
-    adapter_class: ClassVar[type[LoRAAdapter]] = LoRAAdapter
+    title: ClassVar[str] = "LoRA"
+    adapter_classes: ClassVar[tuple[type[LoRAAdapter]]] = (LoRAAdapter,)
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "lora_only")
     neutral_fields: ClassVar[dict[str, tuple[Any, ...]]] = {
         name: (None, False, {}, [])
@@ -200,6 +211,13 @@ class LoRAConfig(AdapterConfig):
             if r <= 0:
                 raise ValueError(f"rank_pattern[{key!r}] must be a positive integer, got {r!r}")
 
+    @classmethod
+    def named(cls, fields: dict[str, Any]) -> str:
+        name = cls.title.replace("LoRA", "DoRA") if fields.get("use_dora") else cls.title
+        if fields.get("use_rslora"):
+            name += " with rsLoRA's scaling"
+        return f"{name}, started by EVA" if fields.get("init_lora_weights") == "eva" else name
+
     @property
     def dropout(self) -> float:
         return self.lora_dropout
@@ -238,14 +256,9 @@ class LoRAConfig(AdapterConfig):
                     )
             if self.freeze_A and isinstance(layer, AdapterEmbedding):
                 raise ValueError(f"freeze_A cannot go with {path}, an Embedding: its A starts at zero")
+        (kind,) = self.adapter_classes
         return {
-            path: self.adapter_class(
-                layer,
-                self,
-                self.rank(path),
-                self.alpha(path),
-                dtype_of(layer.base_layer.weight),
-            )
+            path: kind(layer, self, self.rank(path), self.alpha(path), dtype_of(layer.base_layer.weight))
             for path, layer in layers.items()
         }
 

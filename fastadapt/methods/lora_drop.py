@@ -36,6 +36,7 @@ class LoRADropConfig(LoRAConfig):
     """
 
     peft_type: ClassVar[str] = "LORA_DROP"
+    title: ClassVar[str] = "LoRA-drop"
 
     threshold: float = 0.9
     top_n: int | None = None

@@ -79,6 +79,8 @@ class NOAHProjection(Adapter):
     Shapes: lora_A [r, in], lora_B [out, r].
     """
 
+    suffixes: ClassVar[Mapping[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -90,8 +92,8 @@ class NOAHProjection(Adapter):
         n, k = layer.weight_matrix.shape
         r = sizes.largest["lora"][block]
         add = partial(self.add_tensor, like=layer.like, dtype=dtype)
-        add("lora_A", torch.empty(r, k).uniform_(-1 / math.sqrt(k), 1 / math.sqrt(k)), checkpoint_name="lora_A.weight")
-        add("lora_B", torch.zeros(n, r), checkpoint_name="lora_B.weight")
+        add("lora_A", torch.empty(r, k).uniform_(-1 / math.sqrt(k), 1 / math.sqrt(k)))
+        add("lora_B", torch.zeros(n, r))
         if A is not None:
             self.lora_A = A
 
@@ -105,6 +107,8 @@ class NOAHAdapter(StreamAdapter):
 
     Shapes: down [r, d], down_bias [r], up [d, r], up_bias [d].
     """
+
+    suffixes: ClassVar[Mapping[str, str]] = {name: name for name in ("down", "down_bias", "up", "up_bias")}
 
     down: nn.Parameter
     down_bias: nn.Parameter
@@ -209,6 +213,9 @@ class NOAHConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "NOAH"
+    title: ClassVar[str] = "NOAH"
+    adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (NOAHPrompts, NOAHProjection, NOAHAdapter)
+    uses_r: ClassVar[bool] = False
     has_forms: ClassVar[bool] = False
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterModule, AdapterLinear, AdapterNorm)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -38,6 +38,13 @@ class RepAdapter(Adapter):
     g-th block maps the g-th slice of the hidden features to the g-th slice of x.
     """
 
+    suffixes: ClassVar[Mapping[str, str]] = {
+        "conv_A": "conv_A.weight",
+        "conv_A_bias": "conv_A.bias",
+        "conv_B": "conv_B.weight",
+        "conv_B_bias": "conv_B.bias",
+    }
+
     conv_A: nn.Parameter
     conv_A_bias: nn.Parameter
     conv_B: nn.Parameter
@@ -50,10 +57,10 @@ class RepAdapter(Adapter):
         if k % config.groups:
             raise ValueError(f"groups must divide the features of what the layer reads, {k}, got {config.groups}")
         add = partial(self.add_tensor, like=layer.like, dtype=dtype)
-        add("conv_A", nn.init.xavier_uniform_(torch.empty(config.r, k, 1)), checkpoint_name="conv_A.weight")
-        add("conv_A_bias", torch.zeros(config.r), checkpoint_name="conv_A.bias")
-        add("conv_B", torch.zeros(k, config.r // config.groups, 1), checkpoint_name="conv_B.weight")
-        add("conv_B_bias", torch.zeros(k), checkpoint_name="conv_B.bias")
+        add("conv_A", nn.init.xavier_uniform_(torch.empty(config.r, k, 1)))
+        add("conv_A_bias", torch.zeros(config.r))
+        add("conv_B", torch.zeros(k, config.r // config.groups, 1))
+        add("conv_B_bias", torch.zeros(k))
         self.memo = Kept(most=readers)
         self._read: MadeOf | None = None
 
@@ -142,6 +149,8 @@ class RepAdapterConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "REPADAPTER"
+    title: ClassVar[str] = "RepAdapter"
+    adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (RepAdapter,)
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)
 
     groups: int = 2

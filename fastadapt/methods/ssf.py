@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +19,8 @@ class SSFAdapter(Adapter):
 
     Shapes: ssf_scale [out], ssf_shift [out].
     """
+
+    suffixes: ClassVar[Mapping[str, str]] = {name: name for name in ("ssf_scale", "ssf_shift")}
 
     ssf_scale: nn.Parameter
     ssf_shift: nn.Parameter
@@ -47,6 +49,9 @@ class SSFConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "SSF"
+    title: ClassVar[str] = "SSF"
+    adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (SSFAdapter,)
+    uses_r: ClassVar[bool] = False
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear, AdapterConv2d, AdapterNorm)
 
     init_std: float = 0.02

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -50,6 +50,11 @@ class VeRAAdapter(Adapter):
     Shapes: vera_lambda_b [out], vera_lambda_d [r], lora_magnitude_vector [out], bias [out].
     """
 
+    suffixes: ClassVar[Mapping[str, str]] = {
+        **{name: name for name in ("vera_lambda_b", "vera_lambda_d", "lora_magnitude_vector")},
+        "bias": "base_layer.bias",
+    }
+
     vera_lambda_b: nn.Parameter
     vera_lambda_d: nn.Parameter
 
@@ -64,7 +69,7 @@ class VeRAAdapter(Adapter):
         if config.use_dora:
             add("lora_magnitude_vector", self._norm(weight))
         if config.bias == "vera_only" and layer.base_bias is not None:
-            add("bias", layer.base_bias, checkpoint_name="base_layer.bias")
+            add("bias", layer.base_bias)
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         n, k = weight.shape
@@ -101,6 +106,9 @@ class VeRAConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "VERA"
+    title: ClassVar[str] = "VeRA"
+    adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (VeRAAdapter,)
+    shared_names: ClassVar[tuple[str, ...]] = ("vera_A", "vera_B")
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "vera_only")
 
     r: int = 256
@@ -114,6 +122,11 @@ class VeRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_probability("vera_dropout", self.vera_dropout)
+
+    @classmethod
+    def named(cls, fields: dict[str, Any]) -> str:
+        dvora = fields.get("peft_type") == "DVORA" or fields.get("use_dora")
+        return "DVoRA (VeRA with a magnitude)" if dvora else cls.title
 
     @property
     def dropout(self) -> float:

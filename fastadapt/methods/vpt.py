@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +22,8 @@ class Prompts(StreamAdapter):
 
     Shapes: prompt_embeddings [tokens, d].
     """
+
+    suffixes: ClassVar[Mapping[str, str]] = {"prompt_embeddings": "prompt_embeddings"}
 
     prompt_embeddings: nn.Parameter
 
@@ -159,6 +161,9 @@ class VPTConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "VPT"
+    title: ClassVar[str] = "VPT"
+    adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (Prompts,)
+    uses_r: ClassVar[bool] = False
     has_forms: ClassVar[bool] = False
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterModule, AdapterNorm)
 
