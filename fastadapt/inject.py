@@ -18,6 +18,7 @@ from .strategies import check_backend, check_strategy
 from .targets import saved_paths, shared_inputs, target_paths
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
+PartType = TypeVar("PartType", bound=nn.Module)
 
 
 class ParameterCount(NamedTuple):
@@ -117,7 +118,22 @@ def _bare_copy(module: nn.Module) -> nn.Module:
         copied = copied.base_layer
     for path, layer in adapter_layers(copied).items():
         replace_module(copied, path, layer.base_layer)
+    for path, saved in saved_modules(copied).items():
+        replace_module(copied, path, saved.original)
     return copied
+
+
+def _by_base_path(model: nn.Module, parts: Mapping[str, PartType]) -> dict[str, PartType]:
+    """Adapter layers or saved modules by the path that they had before others came to be saved whole around them."""
+    found = {}
+    around = list(saved_modules(model))
+    for path, part in parts.items():
+        for outer in reversed(around):  # the inner ones first
+            original = f"{outer}.original"
+            if path == original or path.startswith(f"{original}."):
+                path = outer + path.removeprefix(original)
+        found[path] = part
+    return found
 
 
 class Injection(NamedTuple):
@@ -174,12 +190,10 @@ def present(model: nn.Module, adapter_name: str) -> Injection:
     """An adapter that is in the model, as an Injection. Raises ValueError for an unknown name."""
     check_known(model, adapter_name)
     layers = {path: layer for path, layer in adapter_layers(model).items() if adapter_name in layer.adapters}
+    layers = _by_base_path(model, layers)
     adapters: dict[str, Adapter] = {path: layer.adapters[adapter_name] for path, layer in layers.items()}  # type: ignore[misc]
-    copies = {
-        path: module.copies[adapter_name]
-        for path, module in saved_modules(model).items()
-        if adapter_name in module.copies
-    }
+    saved = {path: module for path, module in saved_modules(model).items() if adapter_name in module.copies}
+    copies = {path: module.copies[adapter_name] for path, module in _by_base_path(model, saved).items()}
     return Injection(adapter_name, adapter_configs(model)[adapter_name], layers, adapters, copies)
 
 
@@ -190,8 +204,9 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
         model.requires_grad_(False)
         model.__dict__["adapter_configs"] = configs
     modules = named_modules(model)
+    there = {id(layer) for layer in adapter_layers(model).values()}
     for path, layer in injection.layers.items():
-        if modules[path] is not layer:
+        if id(layer) not in there:
             replace_module(model, path, layer)
         layer.adapters[injection.name] = injection.adapters[path]
     _group(model)
@@ -225,7 +240,8 @@ def exchange(
     None takes the adapter out of the layer, and a layer without another one gives its place back to its base layer.
     What is active stays active.
     """
-    layers = adapter_layers(model)
+    layers = present(model, adapter_name).layers
+    places = {id(layer): path for path, layer in adapter_layers(model).items()}
     for path, adapter in adapters.items():
         layer = layers[path]
         if adapter is not None:
@@ -234,7 +250,7 @@ def exchange(
         del layer.adapters[adapter_name]
         layer.active = tuple([name for name in layer.active if name != adapter_name])
         if not layer.adapters:
-            replace_module(model, path, layer.base_layer)
+            replace_module(model, places[id(layer)], layer.base_layer)
     adapter_configs(model)[adapter_name] = config
     _group(model)
 
@@ -417,7 +433,7 @@ def unload(model: nn.Module) -> nn.Module:
     merged = any(layer.merged for layer in layers.values())
     for path, layer in layers.items():
         replace_module(model, path, layer.base_layer)
-    for path, module in modules.items():
+    for path, module in reversed(modules.items()):  # the inner ones first
         replace_module(model, path, module.current if merged else module.original)
     model.__dict__.pop("adapter_configs", None)
     if merged:
