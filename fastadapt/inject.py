@@ -154,19 +154,21 @@ def prepare(
     backend: str,
     autocast_adapter_dtype: bool,
     strategy: str = "auto",
-    every_target: bool = True,
+    from_file: bool = False,
 ) -> Injection:
     """Builds the adapter for `model` and changes nothing.
 
-    every_target: whether each name in target_modules must match a module, or only one of them. Raises ValueError as
-    `inject` does.
+    from_file: whether a file says the config. It may name modules that only other models have, as long as one name in
+    target_modules matches, and its modules_to_save are complete. Raises ValueError as `inject` does.
     """
     check_new(model, adapter_name)
+    if not from_file:
+        config = config.with_task_heads()
     check_backend(backend)
     check_strategy(strategy, backend)
     modules = named_modules(model)
     layers: dict[str, AdapterLayer] = {}
-    for path in target_paths(model, config, every_name=every_target):
+    for path in target_paths(model, config, every_name=not from_file):
         module = modules[path]
         try:
             layers[path] = module if isinstance(module, AdapterLayer) else adapter_layer(module, backend, strategy)
@@ -177,7 +179,7 @@ def prepare(
     for path, adapter in adapters.items():
         adapter.train(layers[path].training)
     copies: dict[str, nn.Module] = {}
-    for path in saved_paths(model, config):
+    for path in saved_paths(model, config, needs_head=not from_file):
         copies[path] = _bare_copy(modules[path])
     config = replace(
         config,
@@ -289,9 +291,10 @@ def inject(
     The layers that config.target_modules selects become adapter layers; layers that are ones already get one adapter
     more. Layers that read the same input (q, k, v; gate, up) run as a group. backend: "auto", "triton" or "eager", and
     strategy: "auto" or one of strategies.STRATEGIES, for all new layers. autocast_adapter_dtype: adapter parameters are
-    fp32 on a 16-bit base, as in PEFT; otherwise they have the base weight's dtype.
-    Returns the model. Raises ValueError for a target that matches nothing or cannot be adapted, a name that is taken or
-    a merged model; the model is then as it was.
+    fp32 on a 16-bit base, as in PEFT; otherwise they have the base weight's dtype. What config.modules_to_save and
+    config.task_type name is trained whole, in a copy, and takes no adapter, nor does what is inside.
+    Returns the model. Raises ValueError for a name that matches nothing, a target that cannot be adapted, a task type
+    whose head the model does not have, a name that is taken or a merged model; the model is then as it was.
     """
     injection = prepare(
         model,
