@@ -463,9 +463,10 @@ def load_adapter(
     """Loads a PEFT directory into `model` in place as an adapter of that name, activates it and freezes the base.
 
     The file is taken whole or not at all: every tensor must belong to the config and the model, have the right shape
-    and be finite. Ranks and scales follow the config with its patterns. trainable: whether the adapter's parameters
-    require grad. Returns the model. Raises FileNotFoundError or ValueError that names the file, the tensor or the
-    field and the cure; the model is then as it was.
+    and be finite. Ranks and scales follow the config with its patterns. Of the heads that its task type brings into
+    modules_to_save the model may lack those that the file has no tensors of. trainable: whether the adapter's
+    parameters require grad. Returns the model. Raises FileNotFoundError or ValueError that names the file, the tensor
+    or the field and the cure; the model is then as it was.
     """
     tensors = read_tensors(directory)
     config = recognised(read_config(directory), tensors)
@@ -475,7 +476,7 @@ def load_adapter(
         adapter_name,
         backend=backend,
         autocast_adapter_dtype=autocast_adapter_dtype,
-        every_target=False,  # PEFT's files may name modules that only other models have; the tensors decide
+        from_file=True,  # whose tensors decide
     )
     source = Path(directory, TENSOR_FILE)
     check_tensors(injection, tensors, source)

@@ -8,7 +8,8 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -208,7 +209,7 @@ def describe_adapter(directory: Path) -> dict[str, str]:
         "alpha": str(fields.get("lora_alpha", "-")),
         "dropout": str(next((value for name, value in fields.items() if name.endswith("_dropout")), "-")),
         "targets": _listed(fields.get("target_modules")),
-        "modules_to_save": _listed(fields.get("modules_to_save")),
+        "modules_to_save": _saved(fields.get("modules_to_save"), shapes),
         "base model": str(fields.get("base_model_name_or_path") or "-"),
         **_tensor_facts(fields, {name: math.prod(shape) for name, shape in shapes.items()}),
         "dtype": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in sorted(dtypes.items())),
@@ -271,6 +272,17 @@ def _ranks(fields: dict[str, Any]) -> str:
     return f"{r}, and {min(values)} to {max(values)} in {len(values)} layers of their own (rank_pattern)"
 
 
+def _saved(names: Any, tensors: Iterable[str]) -> str:
+    """modules_to_save: the names of what the file has tensors of, then those that only other models have."""
+    if not isinstance(names, list):
+        return _listed(names)
+    paths = {path for name in tensors for path in accumulate(name.split(".")[:-1], "{}.{}".format)}
+    unique = sorted({str(name) for name in names})
+    there = [name for name in unique if any(path.endswith(name) for path in paths)]
+    absent = [name for name in unique if name not in there]
+    return ", ".join(there or ["-"]) + (f" (no tensors of {', '.join(absent)})" if absent else "")
+
+
 def _listed(value: Any) -> str:
     if isinstance(value, list):
         # Whole module paths, as they are saved for "all-linear", say more by their last parts.
@@ -308,16 +320,23 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
 
     from .checkpoint import load_adapter, read_config
     from .inject import merge as merge_adapter
-    from .inject import unload
+    from .inject import saved_modules, unload
 
     config = read_config(adapter_dir)
     local = Path(model_dir).exists()
     if local and not (Path(model_dir) / "config.json").is_file():
         raise ValueError(f"{model_dir} must be the directory of a transformers model, but it has no config.json")
     report(f"loading {model_dir}")
-    model = _base_of(config, model_dir, adapter_dir)
+    model, missing = _base_of(config, model_dir, adapter_dir)
     report(f"merging {adapter_dir}")
     load_adapter(model, adapter_dir)
+    brought = tuple(f"{path}." for path in saved_modules(model))
+    missing = [key for key in missing if not key.startswith(brought)]
+    if missing:
+        raise ValueError(
+            f"{model_dir} has no weights for {missing[0]} of {type(model).__name__}, and the adapter brings none: "
+            "merge it into the model that it was trained on"
+        )
     merge_adapter(model)
     unload(model)
     notes = []
@@ -345,20 +364,45 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
     ]
 
 
-def _base_of(config: Any, model_dir: str, adapter_dir: Path) -> Any:
-    """The base model in the class that the adapter was trained in."""
+def _base_of(config: Any, model_dir: str, adapter_dir: Path) -> tuple[Any, list[str]]:
+    """The base model in the class that the adapter was trained in, and the parameters that it has no weights for."""
     import transformers
 
-    if config.task_type == "SEQ_CLS":
+    kinds = {
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+        "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+        "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    }
+    if config.task_type in kinds:
+        kind = kinds[config.task_type]
         # `train` leaves the config with its classes beside the adapter, which brings the head along.
         settings = adapter_dir if (adapter_dir / "config.json").is_file() else model_dir
         classes = transformers.AutoConfig.from_pretrained(settings)
-        kind = transformers.AutoModelForSequenceClassification
-        return kind.from_pretrained(model_dir, config=classes, dtype="auto", ignore_mismatched_sizes=True)
+        _count_classes(kind, classes, config.task_heads, adapter_dir)
+        model, found = kind.from_pretrained(
+            model_dir, config=classes, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        return model, sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     architectures = transformers.AutoConfig.from_pretrained(model_dir).architectures or []
     # The model's own class, so that the saved model has every part that the base has.
     model_class = getattr(transformers, architectures[0], None) if architectures else None
-    return (model_class or transformers.AutoModelForCausalLM).from_pretrained(model_dir, dtype="auto")
+    return (model_class or transformers.AutoModelForCausalLM).from_pretrained(model_dir, dtype="auto"), []
+
+
+def _count_classes(kind: Any, classes: Any, heads: tuple[str, ...], adapter_dir: Path) -> None:
+    """Gives a transformers config as many classes as the adapter's head has: PEFT's files do not say it."""
+    import torch
+
+    from .checkpoint import PREFIX, read_tensors
+
+    with torch.device("meta"):
+        parameters = dict(kind.from_config(classes).named_parameters())
+    for name, tensor in read_tensors(adapter_dir).items():
+        parameter = parameters.get(name.removeprefix(f"{PREFIX}model."))
+        in_head = any(f"{head}." in name for head in heads)
+        # Of a head's sizes the number of classes alone may differ from that of the base.
+        if in_head and parameter is not None and tensor.shape[:1] != parameter.shape[:1]:
+            classes.num_labels = len(tensor)
 
 
 @app.command()

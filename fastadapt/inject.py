@@ -18,6 +18,7 @@ from .strategies import check_backend, check_strategy
 from .targets import saved_paths, shared_inputs, target_paths
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
+PartType = TypeVar("PartType", bound=nn.Module)
 
 
 class ParameterCount(NamedTuple):
@@ -117,7 +118,22 @@ def _bare_copy(module: nn.Module) -> nn.Module:
         copied = copied.base_layer
     for path, layer in adapter_layers(copied).items():
         replace_module(copied, path, layer.base_layer)
+    for path, saved in saved_modules(copied).items():
+        replace_module(copied, path, saved.original)
     return copied
+
+
+def _by_base_path(model: nn.Module, parts: Mapping[str, PartType]) -> dict[str, PartType]:
+    """Adapter layers or saved modules by the path that they had before others came to be saved whole around them."""
+    found = {}
+    around = list(saved_modules(model))
+    for path, part in parts.items():
+        for outer in reversed(around):  # the inner ones first
+            original = f"{outer}.original"
+            if path == original or path.startswith(f"{original}."):
+                path = outer + path.removeprefix(original)
+        found[path] = part
+    return found
 
 
 class Injection(NamedTuple):
@@ -138,19 +154,21 @@ def prepare(
     backend: str,
     autocast_adapter_dtype: bool,
     strategy: str = "auto",
-    every_target: bool = True,
+    from_file: bool = False,
 ) -> Injection:
     """Builds the adapter for `model` and changes nothing.
 
-    every_target: whether each name in target_modules must match a module, or only one of them. Raises ValueError as
-    `inject` does.
+    from_file: whether a file says the config. It may name modules that only other models have, as long as one name in
+    target_modules matches, and its modules_to_save are complete. Raises ValueError as `inject` does.
     """
     check_new(model, adapter_name)
+    if not from_file:
+        config = config.with_task_heads()
     check_backend(backend)
     check_strategy(strategy, backend)
     modules = named_modules(model)
     layers: dict[str, AdapterLayer] = {}
-    for path in target_paths(model, config, every_name=every_target):
+    for path in target_paths(model, config, every_name=not from_file):
         module = modules[path]
         try:
             layers[path] = module if isinstance(module, AdapterLayer) else adapter_layer(module, backend, strategy)
@@ -161,7 +179,7 @@ def prepare(
     for path, adapter in adapters.items():
         adapter.train(layers[path].training)
     copies: dict[str, nn.Module] = {}
-    for path in saved_paths(model, config):
+    for path in saved_paths(model, config, needs_head=not from_file):
         copies[path] = _bare_copy(modules[path])
     config = replace(
         config,
@@ -174,12 +192,10 @@ def present(model: nn.Module, adapter_name: str) -> Injection:
     """An adapter that is in the model, as an Injection. Raises ValueError for an unknown name."""
     check_known(model, adapter_name)
     layers = {path: layer for path, layer in adapter_layers(model).items() if adapter_name in layer.adapters}
+    layers = _by_base_path(model, layers)
     adapters: dict[str, Adapter] = {path: layer.adapters[adapter_name] for path, layer in layers.items()}  # type: ignore[misc]
-    copies = {
-        path: module.copies[adapter_name]
-        for path, module in saved_modules(model).items()
-        if adapter_name in module.copies
-    }
+    saved = {path: module for path, module in saved_modules(model).items() if adapter_name in module.copies}
+    copies = {path: module.copies[adapter_name] for path, module in _by_base_path(model, saved).items()}
     return Injection(adapter_name, adapter_configs(model)[adapter_name], layers, adapters, copies)
 
 
@@ -190,8 +206,9 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
         model.requires_grad_(False)
         model.__dict__["adapter_configs"] = configs
     modules = named_modules(model)
+    there = {id(layer) for layer in adapter_layers(model).values()}
     for path, layer in injection.layers.items():
-        if modules[path] is not layer:
+        if id(layer) not in there:
             replace_module(model, path, layer)
         layer.adapters[injection.name] = injection.adapters[path]
     _group(model)
@@ -225,7 +242,8 @@ def exchange(
     None takes the adapter out of the layer, and a layer without another one gives its place back to its base layer.
     What is active stays active.
     """
-    layers = adapter_layers(model)
+    layers = present(model, adapter_name).layers
+    places = {id(layer): path for path, layer in adapter_layers(model).items()}
     for path, adapter in adapters.items():
         layer = layers[path]
         if adapter is not None:
@@ -234,7 +252,7 @@ def exchange(
         del layer.adapters[adapter_name]
         layer.active = tuple([name for name in layer.active if name != adapter_name])
         if not layer.adapters:
-            replace_module(model, path, layer.base_layer)
+            replace_module(model, places[id(layer)], layer.base_layer)
     adapter_configs(model)[adapter_name] = config
     _group(model)
 
@@ -273,9 +291,10 @@ def inject(
     The layers that config.target_modules selects become adapter layers; layers that are ones already get one adapter
     more. Layers that read the same input (q, k, v; gate, up) run as a group. backend: "auto", "triton" or "eager", and
     strategy: "auto" or one of strategies.STRATEGIES, for all new layers. autocast_adapter_dtype: adapter parameters are
-    fp32 on a 16-bit base, as in PEFT; otherwise they have the base weight's dtype.
-    Returns the model. Raises ValueError for a target that matches nothing or cannot be adapted, a name that is taken or
-    a merged model; the model is then as it was.
+    fp32 on a 16-bit base, as in PEFT; otherwise they have the base weight's dtype. What config.modules_to_save and
+    config.task_type name is trained whole, in a copy, and takes no adapter, nor does what is inside.
+    Returns the model. Raises ValueError for a name that matches nothing, a target that cannot be adapted, a task type
+    whose head the model does not have, a name that is taken or a merged model; the model is then as it was.
     """
     injection = prepare(
         model,
@@ -433,7 +452,7 @@ def unload(model: nn.Module) -> nn.Module:
     merged = any(layer.merged for layer in layers.values())
     for path, layer in layers.items():
         replace_module(model, path, layer.base_layer)
-    for path, module in modules.items():
+    for path, module in reversed(modules.items()):  # the inner ones first
         replace_module(model, path, module.current if merged else module.original)
     model.__dict__.pop("adapter_configs", None)
     if merged:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -36,8 +37,6 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
     "t5": ["q", "v"],
     "vit": r".*\.(query|value|q_proj|v_proj)",  # before transformers 5 and from it on
 }
-
-CLASSIFIER_HEADS = ("classifier", "score")
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -115,10 +114,30 @@ def _in_layers(path: str, config: AdapterConfig, indices: Collection[int]) -> bo
     return False
 
 
-def _saved_whole(path: str, config: AdapterConfig) -> bool:
-    """Whether the module is one of modules_to_save or inside one."""
-    template = r"(^|.*\.){}($|\..*)"
-    return any(patterns.match("modules_to_save", name, path, template) for name in config.modules_to_save or [])
+def found_names(paths: Iterable[str], config: AdapterConfig) -> list[str]:
+    """The names in modules_to_save that one of the module paths ends in, which is how PEFT finds them; each once."""
+    names = dict.fromkeys(config.modules_to_save or [])
+    lengths = {len(name) for name in names}  # a file may hold very many names
+    ends = {path[len(path) - length :] for path in paths for length in lengths if length <= len(path)}
+    return [name for name in names if name in ends]
+
+
+def _saved_whole(paths: Collection[str], config: AdapterConfig) -> set[str]:
+    """Those of the paths that are modules_to_save or inside one: by their end, or by PEFT's rule for targets.
+
+    The rules differ where a path ends in a name without a dot before it, as DistilBERT's pre_classifier does: PEFT
+    trains it whole, and fails where it is a target too.
+    """
+    names = config.modules_to_save or []
+    ends = tuple(found_names(paths, config))
+    tops = {path for path in paths if path.endswith(ends)}
+
+    def whole(path: str) -> bool:
+        if tops and not tops.isdisjoint(accumulate(path.split("."), "{}.{}".format)):
+            return True
+        return any(patterns.match("modules_to_save", name, path, r"(^|.*\.){}($|\..*)") for name in names)
+
+    return {path for path in paths if whole(path)}
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -155,15 +174,14 @@ def target_paths(
             )
         targets = defaults[model_type]
     exclude = config.exclude_modules if isinstance(config.exclude_modules, str) else set(config.exclude_modules or [])
-    paths = [path for path in modules if not _excluded(path, exclude) and not _saved_whole(path, config)]
+    whole = _saved_whole(modules, config)
+    paths = [path for path in modules if path not in whole and not _excluded(path, exclude)]
     if not targets:
         raise ValueError("target_modules is empty: name the layers, or take 'all-linear'")
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             head = _output_head(model)
-            names = CLASSIFIER_HEADS if config.task_type == "SEQ_CLS" else ()
-            linear = [path for path in paths if is_linear(modules[path]) and path.rsplit(".", 1)[-1] not in names]
-            chosen = [path for path in linear if _base(modules[path]) is not head]
+            chosen = [path for path in paths if is_linear(modules[path]) and _base(modules[path]) is not head]
         else:
             chosen = [path for path in paths if patterns.fullmatch("target_modules", targets, path)]
         missing = [] if chosen else [targets]
@@ -186,22 +204,33 @@ def target_paths(
         kinds = sorted({path.rsplit(".", 1)[-1] for path in modules if is_linear(modules[path])})
         raise ValueError(
             f"target_modules: nothing in {type(model).__name__} matches {', '.join(map(repr, missing))}"
-            f" (after exclude_modules and layers_to_transform); its linear layers are called {', '.join(kinds)}"
+            " (after exclude_modules, layers_to_transform and modules_to_save); its linear layers are called "
+            f"{', '.join(kinds)}"
         )
     return chosen
 
 
-def saved_paths(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """The paths of modules_to_save: those that end in one of its names, as in PEFT.
+def saved_paths(model: nn.Module, config: AdapterConfig, *, needs_head: bool = True) -> list[str]:
+    """The paths of modules_to_save: those that end in one of its names and are not inside another of them.
 
-    Raises ValueError for a name that matches nothing.
+    Of the names that the task type brings the model need have only one, and none beside the user's own or without
+    needs_head. Raises ValueError for any other name that matches nothing.
     """
     modules = base_modules(model)
-    names = config.modules_to_save or []
+    names, found = config.modules_to_save or [], set(found_names(modules, config))
     for name in names:
-        if not any(path.endswith(name) for path in modules):
+        if name not in found and name not in config.task_heads:
             raise ValueError(f"modules_to_save: no module of {type(model).__name__} is called {name!r}")
-    return [path for path in modules if path.endswith(tuple(names))]
+    if names and not found and needs_head:
+        raise ValueError(
+            f"task_type {config.task_type} trains the model's head, and no module of {type(model).__name__} is called "
+            f"{' or '.join(map(repr, names))}: name its head in modules_to_save, or leave task_type out to train none"
+        )
+    chosen: list[str] = []
+    for path in modules:  # parents come first
+        if path.endswith(tuple(found)) and not any(path.startswith(f"{parent}.") for parent in chosen):
+            chosen.append(path)
+    return chosen
 
 
 def shared_inputs(model: nn.Module) -> list[list[AdapterLinear]]:

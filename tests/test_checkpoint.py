@@ -204,3 +204,51 @@ def test_vera_is_regenerated_from_its_key(tmp_path: Path) -> None:
     projection = load_adapter(Model(), tmp_path).q.adapters["default"].projection
     assert torch.equal(projection.vera_A, tensors["base_model.vera_A"])
     assert torch.equal(projection.vera_B, tensors["base_model.vera_B"])
+
+
+# Heads that a task type brings.
+
+HEADS: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+
+
+class Classifier(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.score(super().forward(x))
+        return y
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    config = LoRAConfig(r=2, target_modules=["q", "v"], init_lora_weights=False, task_type="SEQ_CLS")
+    save_adapter(inject(Classifier(), config), tmp_path / "classifier")
+    return tmp_path / "classifier"
+
+
+def test_a_task_without_its_head_loads_where_the_file_has_none(saved: Path) -> None:
+    x = torch.randn(2, 6)
+    expected = load_adapter(Model(), saved)(x)
+    edit_config(**HEADS)(saved)
+    assert torch.equal(load_adapter(Model(), saved)(x), expected)
+    edit_config(modules_to_save=["classifier", "score", "head"])(saved)
+    with pytest.raises(ValueError, match="modules_to_save: no module of Model is called 'head'"):
+        load_adapter(Model(), saved)
+
+
+def test_a_head_in_the_file_must_have_its_place(classifier: Path) -> None:
+    with pytest.raises(ValueError, match=r"base_model\.model\.score\.bias does not belong to this config and model"):
+        load_adapter(Model(), classifier)
+    edit_tensors(lambda tensors: tensors.pop("base_model.model.score.weight"))(classifier)
+    with pytest.raises(ValueError, match=r"base_model\.model\.score\.weight is missing"):
+        load_adapter(Classifier(), classifier)
+
+
+def test_a_file_that_does_not_name_the_tasks_head_leaves_it_alone(saved: Path) -> None:
+    edit_config(task_type="SEQ_CLS")(saved)
+    model = load_adapter(Classifier(), saved)
+    assert type(model.score) is nn.Linear
+    save_adapter(model, saved)
+    load_adapter(Classifier(), saved)

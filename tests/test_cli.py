@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import test_methods
 import test_vision_methods
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import llama, mixed, output, randomise, tokens, vit
+from tiny_models import headed, llama, mixed, output, randomise, tokens, vit
 from typer.testing import CliRunner
 
 import fastadapt
@@ -255,6 +256,47 @@ def test_merge_writes_a_plain_model_with_the_adapter_in_it(base: Path, tmp_path:
         torch.testing.assert_close(output(merged, tokens()), output(adapted, tokens()), rtol=1e-4, atol=1e-5)
     assert "has no tokenizer" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
+
+
+@pytest.mark.parametrize(
+    ("base_name", "name", "task", "head"),
+    [
+        ("LlamaForCausalLM", "LlamaForSequenceClassification", "SEQ_CLS", "score"),
+        ("DistilBertModel", "DistilBertForSequenceClassification", "SEQ_CLS", "classifier"),
+        ("BertForMaskedLM", "BertForTokenClassification", "TOKEN_CLS", "classifier"),
+        ("RobertaModel", "RobertaForQuestionAnswering", "QUESTION_ANS", "qa_outputs"),
+    ],
+)
+def test_merge_and_info_of_a_head_from_peft(tmp_path: Path, base_name: str, name: str, task: str, head: str) -> None:
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    headed(base_name, num_labels=2).save_pretrained(tmp_path / "base")
+    kind, labels = getattr(transformers, name), 2 if task == "QUESTION_ANS" else 5
+    start = kind.from_pretrained(tmp_path / "base", num_labels=labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT calls what transformers deprecates
+        theirs = get_peft_model(start, LoraConfig(r=2, target_modules=r".*(q_proj|q_lin|query)", task_type=task)).eval()
+        randomise([parameter for parameter in theirs.parameters() if parameter.requires_grad])
+        theirs.save_pretrained(tmp_path / "adapter")
+    result = run("info", tmp_path / "adapter")
+    other = f"(no tensors of {'classifier' if head == 'score' else 'score'})" if labels == 5 else ""
+    assert f"modules_to_save {head} {other}".strip() in unwrapped(result.stdout)
+    assert "can load it" in unwrapped(result.stdout)
+    result = run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    merged = kind.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(output(merged, tokens()), output(theirs, tokens()), rtol=1e-4, atol=1e-5)
+
+
+def test_merge_refuses_a_head_that_nobody_trained(tmp_path: Path) -> None:
+    headed("BertForMaskedLM").save_pretrained(tmp_path / "base")
+    model = headed("BertForSequenceClassification")
+    config = fastadapt.LoRAConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    fastadapt.save_adapter(fastadapt.inject(model, config), tmp_path / "adapter")
+    result = run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert is_one_line_error(result, "no weights for bert.pooler.dense.bias", "the adapter brings none")
 
 
 def test_merge_takes_the_tokenizer_along(base: Path, tmp_path: Path) -> None:

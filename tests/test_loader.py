@@ -154,7 +154,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown field": (edit_config(brand_new=1), "only fields that fastadapt knows, got brand_new: .*take them out"),
     "modules_to_save": (
         edit_config(modules_to_save=["v"]),
-        "modules_to_save must be empty, got v: .*merge it or",
+        "modules_to_save must name no module of this model, got v: .*merge the adapter .* or load it",
     ),
     "literal Delta-LoRA": (
         edit_config(peft_type="DELTA_LORA", literal=True),
@@ -223,6 +223,19 @@ def test_a_bad_adapter_is_refused_by_its_reason_alone(case: str, saved: Path) ->
     assert dict(model.named_modules()) == modules
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_a_trained_head_is_refused_by_the_name_that_the_model_has(saved: Path) -> None:
+    fields = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    edit_config(**fields)(saved)
+    model = Model()
+    assert read_adapter(model, saved).forms  # neither the model nor the file has one
+    model.score = nn.Linear(5, 3)
+    with pytest.raises(AdapterError, match=r"of this model, got score: .*fastadapt merge.* with load_adapter"):
+        read_adapter(model, saved)
+    edit_tensors(lambda tensors: tensors.update({"base_model.model.score.weight": torch.ones(3, 5)}))(saved)
+    with pytest.raises(AdapterError, match=r"score\.weight does not belong to this config and model"):
+        read_adapter(Model(), saved)
 
 
 NAMES = ["", ".", "..", "../outside", "adapter/..", "adapter/../adapter", "/etc", "//adapter", "adapter/", "./adapter"]

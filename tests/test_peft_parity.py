@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ class Case:
         return config(**{**self.fields, **more})
 
     def peft(self, **more: Any) -> Any:
-        fields = {**self.fields, **more}
+        fields = copy.deepcopy({**self.fields, **more})  # PEFT changes the list in modules_to_save
         if self.model is tiny_models.gpt2:
             fields["fan_in_fan_out"] = True
         if self.method == "dora":
@@ -62,6 +64,16 @@ def biased_llama() -> Any:
     model = tiny_models.llama(**BIASED_LLAMA)
     randomise([p for name, p in model.named_parameters() if name.endswith("bias")])
     return model
+
+
+def headed(name: str, task: str, method: str = "lora", **fields: Any) -> Case:
+    """A case of a model whose head the task type has trained whole."""
+    sizes = {"init_r": 4, "target_r": 2, "total_step": 9} if method == "adalora" else {"r": 4}
+    targets = ["q_proj", "v_proj"] if name.startswith("Llama") else ["query", "value"]
+    targets = ["q_lin", "v_lin"] if name.startswith("DistilBert") else targets
+    return Case(
+        partial(tiny_models.headed, name), {**sizes, "target_modules": targets, "task_type": task, **fields}, method
+    )
 
 
 CASES = {
@@ -162,6 +174,29 @@ CASES = {
         {"init_r": 3, "target_r": 2, "total_step": 9, "target_modules": ["conv", "fc1", "fc2"]},
         "adalora",
     ),
+    "bert classifier": headed("BertForSequenceClassification", "SEQ_CLS"),
+    "bert classifier, all-linear": headed("BertForSequenceClassification", "SEQ_CLS", target_modules="all-linear"),
+    "bert classifier, head as target": headed(
+        "BertForSequenceClassification", "SEQ_CLS", target_modules=["query", "classifier"]
+    ),
+    "bert classifier, more saved": headed(
+        "BertForSequenceClassification", "SEQ_CLS", modules_to_save=["pooler.dense", "LayerNorm"]
+    ),
+    "bert classifier, saved by name": headed(
+        "BertForSequenceClassification", "SEQ_CLS", "dora", modules_to_save=["classifier"]
+    ),
+    "bert tokens": headed("BertForTokenClassification", "TOKEN_CLS", "glora"),
+    "bert answers": headed("BertForQuestionAnswering", "QUESTION_ANS"),
+    "distilbert classifier": headed("DistilBertForSequenceClassification", "SEQ_CLS"),
+    "distilbert tokens": headed("DistilBertForTokenClassification", "TOKEN_CLS"),
+    "distilbert answers": headed("DistilBertForQuestionAnswering", "QUESTION_ANS", "adalora"),
+    "roberta classifier, parts as targets": headed(
+        "RobertaForSequenceClassification", "SEQ_CLS", target_modules=["query", "dense", "out_proj"]
+    ),
+    "llama classifier": headed("LlamaForSequenceClassification", "SEQ_CLS", target_modules="all-linear"),
+    "llama classifier, vera": headed("LlamaForSequenceClassification", "SEQ_CLS", "vera"),
+    "llama tokens": headed("LlamaForTokenClassification", "TOKEN_CLS", "hira"),
+    "llama answers": headed("LlamaForQuestionAnswering", "QUESTION_ANS"),
 }
 each_case = pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
 
@@ -330,7 +365,10 @@ def test_both_write_the_same_tensors_and_settings(case: Case, tmp_path: Path) ->
     for config in configs:
         if isinstance(config["target_modules"], list):
             config["target_modules"].sort()
-    for field in set(case.fields) | {"peft_type", "inference_mode", "r", "use_dora"} & configs[1].keys():
+        if config.get("modules_to_save"):
+            config["modules_to_save"] = list(dict.fromkeys(config["modules_to_save"]))  # PEFT repeats names
+    told = {"peft_type", "inference_mode", "r", "use_dora", "modules_to_save"} & configs[1].keys()
+    for field in set(case.fields) | told:
         assert configs[0].get(field, False) == configs[1][field], field
 
 
@@ -456,6 +494,42 @@ def test_a_named_adapter_of_peft_loads(tmp_path: Path) -> None:
     assert close(output(ours, tokens()), expected)
     fastadapt.save_adapter(ours, tmp_path / "back", "verse")
     assert close(output(load_in_peft(case, tmp_path / "back"), tokens()), expected)
+
+
+def test_two_classifiers_of_peft_beside_each_other(tmp_path: Path) -> None:
+    case = CASES["bert classifier"]
+    model = case.model()
+    base, expected = output(model, tokens()), {}
+    for seed, name in enumerate(("first", "second")):
+        peft = in_peft(case)
+        randomise(peft_parameters(peft).values(), seed)
+        expected[name] = output(peft, tokens())
+        save_from_peft(peft, tmp_path / name)
+        fastadapt.load_adapter(model, tmp_path / name, name, trainable=True)
+    for name, logits in expected.items():
+        fastadapt.set_adapter(model, name)
+        assert close(output(model, tokens()), logits)
+        assert {p.requires_grad for p in model.classifier.copies[name].parameters()} == {True}
+    with fastadapt.disable_adapter(model):
+        assert torch.equal(output(model, tokens()), base)
+    with pytest.raises(ValueError, match="both replace classifier"):
+        fastadapt.set_adapter(model, ["first", "second"])
+    fastadapt.set_adapter(model, "first")
+    fastadapt.merge(model)
+    merged = fastadapt.unload(model)
+    assert type(merged.classifier) is nn.Linear
+    assert close(output(merged, tokens()), expected["first"], 1e-4)
+
+
+def test_what_peft_has_loaded_and_saved_again_we_load(tmp_path: Path) -> None:
+    case = CASES["llama classifier"]
+    peft = in_peft(case)
+    randomise(peft_parameters(peft).values())
+    save_from_peft(peft, tmp_path / "once")
+    save_from_peft(load_in_peft(case, tmp_path / "once"), tmp_path / "twice")
+    fields = json.loads((tmp_path / "twice" / "adapter_config.json").read_text())
+    assert fields["modules_to_save"] == ["classifier", "score"] * 2
+    assert close(output(fastadapt.load_adapter(case.model(), tmp_path / "twice"), tokens()), output(peft, tokens()))
 
 
 def test_targets_in_a_file_that_match_nothing_are_pefts_to_ignore(tmp_path: Path) -> None:

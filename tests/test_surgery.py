@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fastadapt
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig
+from fastadapt.inject import adapter_configs, exchange
 
 CONFIGS: dict[str, Callable[..., Any]] = {
     "lora": lambda **fields: LoRAConfig(r=4, lora_alpha=6, **fields),
@@ -659,6 +660,46 @@ def test_a_module_to_save_is_copied_without_the_adapters_of_others(tmp_path: Pat
     assert not any(".copies.second.adapters" in name for name, _ in model.named_parameters())
     fastadapt.save_adapter(model, tmp_path, "second")
     fastadapt.load_adapter(tiny_models.mlp(), tmp_path)
+
+
+def test_adapters_inside_of_what_another_saves_whole_keep_their_paths(tmp_path: Path) -> None:
+    def headed() -> Any:
+        return tiny_models.headed("RobertaForSequenceClassification")
+
+    configs = {
+        "adapted": LoRAConfig(r=2, target_modules=["query", "classifier.dense"], init_lora_weights=False),
+        "other": LoRAConfig(r=2, target_modules=["classifier.dense"], init_lora_weights=False),
+        "part": LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier.out_proj"]),
+        "whole": LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]),
+    }
+    model = headed()
+    original = model.classifier
+    for name, config in configs.items():
+        fastadapt.inject(model, config, name)
+        fastadapt.set_adapter(model, name)
+        randomise(p for p in model.parameters() if p.requires_grad)
+    # Layers inside can still be added to and taken away.
+    fastadapt.add_weighted_adapter(model, ["adapted", "other"], [1.0, 0.5], "sum")
+    for name in (*configs, "sum"):
+        fastadapt.set_adapter(model, name)
+        expected = output(model, tiny_models.tokens())
+        fastadapt.save_adapter(model, tmp_path / name, name)
+        again = fastadapt.load_adapter(headed(), tmp_path / name)
+        assert torch.allclose(output(again, tiny_models.tokens()), expected, atol=1e-5), name
+    with fastadapt.disable_adapter(model):
+        assert torch.equal(output(model, tiny_models.tokens()), output(headed(), tiny_models.tokens()))
+    unloaded = fastadapt.unload(model)
+    assert unloaded.classifier is original
+    assert not any(isinstance(module, fastadapt.AdapterLinear) for module in unloaded.modules())
+    assert type(unloaded.classifier.out_proj) is type(unloaded.classifier.dense) is nn.Linear
+
+
+def test_a_layer_inside_of_what_another_saves_whole_can_be_left_out() -> None:
+    model = adapted_mlp("lora", "first")
+    fastadapt.inject(model, LoRAConfig(r=2, target_modules=["up"], modules_to_save=["down"]), "second")
+    exchange(model, "first", adapter_configs(model)["first"], {"down": None})
+    assert type(model.down.original) is nn.Linear
+    assert list(model.down.copies) == ["second"]
 
 
 def test_a_layer_at_two_paths_is_adapted_once() -> None:

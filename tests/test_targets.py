@@ -145,6 +145,70 @@ def test_all_linear_on_a_classifier(task_type: str | None) -> None:
     assert set(ours(classifier(), fastadapt.LoRAConfig(**fields))) == set(theirs(classifier(), LoraConfig(**fields)))
 
 
+def trained(model: nn.Module) -> set[str]:
+    """The paths, in the base model, of the modules that are trained whole."""
+    return {name for name, module in model.named_modules() if hasattr(module, "copies")}
+
+
+HEADS = {
+    "BertForSequenceClassification": ("SEQ_CLS", {"classifier"}),
+    "BertForTokenClassification": ("TOKEN_CLS", {"classifier"}),
+    "BertForQuestionAnswering": ("QUESTION_ANS", {"qa_outputs"}),
+    "DistilBertForSequenceClassification": ("SEQ_CLS", {"pre_classifier", "classifier"}),
+    "RobertaForSequenceClassification": ("SEQ_CLS", {"classifier"}),
+    "LlamaForSequenceClassification": ("SEQ_CLS", {"score"}),
+    "LlamaForTokenClassification": ("TOKEN_CLS", {"score"}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_all_linear_beside_a_head_that_the_task_trains(name: str) -> None:
+    task, heads = HEADS[name]
+    model = tiny_models.headed(name)
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    config = fastadapt.LoRAConfig(r=2, target_modules="all-linear", task_type=task)
+    adapted = set(ours(model, config))
+    assert trained(model) == heads
+    assert adapted == {path for path in linear if path.split(".")[0] not in heads}
+    assert config.modules_to_save is None
+    try:
+        expected = set(theirs(tiny_models.headed(name), LoraConfig(r=2, target_modules="all-linear", task_type=task)))
+    except TypeError:  # PEFT adapts this head before it finds that it is to be trained whole
+        pass
+    else:
+        assert adapted == expected
+
+
+def test_a_part_of_a_head_that_is_trained_whole_is_trained_once() -> None:
+    model = tiny_models.headed("RobertaForSequenceClassification")
+    fields: dict[str, Any] = {"modules_to_save": ["out_proj"], "task_type": "SEQ_CLS"}
+    fastadapt.inject(model, fastadapt.LoRAConfig(r=2, target_modules=["query"], **fields))
+    assert trained(model) == {"classifier"}
+    copies = [name for name, parameter in model.named_parameters() if ".copies." in name]
+    assert len(copies) == len(list(model.classifier.original.parameters()))
+
+
+def test_a_task_without_its_head_needs_another_by_name() -> None:
+    fields: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
+    for task in ("SEQ_CLS", "QUESTION_ANS"):
+        model = tiny_models.llama()
+        looked_for = "'classifier' or 'score'" if task == "SEQ_CLS" else "'qa_outputs'"
+        with pytest.raises(ValueError, match=f"task_type {task} .*LlamaForCausalLM is called {looked_for}: name its"):
+            fastadapt.inject(model, fastadapt.LoRAConfig(**fields, task_type=task))
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        fastadapt.inject(model, fastadapt.LoRAConfig(**fields, task_type=task, modules_to_save=["norm"]))
+        assert "model.norm" in trained(model)
+
+
+def test_a_name_of_the_users_must_match_beside_the_tasks() -> None:
+    model = tiny_models.headed("LlamaForSequenceClassification")
+    fields: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "task_type": "SEQ_CLS"}
+    with pytest.raises(ValueError, match=r"modules_to_save: no module of .* is called 'lm_head'"):
+        fastadapt.inject(model, fastadapt.LoRAConfig(**fields, modules_to_save=["norm", "lm_head"]))
+    fastadapt.inject(model, fastadapt.LoRAConfig(**fields, modules_to_save=["classifier"]))
+    assert trained(model) == {"score"}
+
+
 PATTERNS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "suffix": ({"q_proj": 3}, {"up_proj": 5}),
     "path": ({"model.layers.1.self_attn.q_proj": 2}, {"layers.0.mlp.up_proj": 7}),

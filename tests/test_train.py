@@ -335,7 +335,7 @@ def test_a_classifier_is_trained_and_merged_with_its_classes(encoder: Path, tmp_
     assert row["loss_after"] < row["loss_before"]
     config = json.loads((output / "adapter_config.json").read_text())
     # The checkpoint has no pooler: one that stayed at random would be another one at every loading.
-    assert config["modules_to_save"] == ["bert.pooler.dense", "classifier"]
+    assert config["modules_to_save"] == ["bert.pooler.dense", "classifier", "score"]
     assert config["task_type"] == "SEQ_CLS"
     result = run("merge", encoder, output, tmp_path / "merged")
     assert result.exit_code == 0, result.output
@@ -356,7 +356,7 @@ def test_a_decoder_classifies_in_batches(base: Path, tmp_path: Path) -> None:
     data = classes(tmp_path / "data.csv")
     trained(base, data, tmp_path / "out", batch_size=4)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["modules_to_save"] == ["score"]
+    assert config["modules_to_save"] == ["score", "classifier"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == 1
     assert run("merge", base, tmp_path / "out", tmp_path / "merged").exit_code == 0
 

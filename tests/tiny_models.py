@@ -92,9 +92,34 @@ def tokens(batch: int = 2, length: int = 9) -> Tensor:
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
+# One layer each, by the start of their models' names in transformers.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Bert": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48},
+    "DistilBert": {"dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48},
+    "Llama": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48},
+    "Roberta": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48},
+}
+
+
+def headed(name: str, **changes: Any) -> Any:
+    """A model of one layer by its name in transformers, BertForTokenClassification for example, of five classes; biases
+    are not zero."""
+    import transformers
+
+    family = name.partition("For")[0].removesuffix("Model")
+    sizes = {"vocab_size": VOCAB, "pad_token_id": 0, "num_labels": 2 if name.endswith("QuestionAnswering") else 5}
+    config = getattr(transformers, f"{family}Config")(**{**FAMILIES[family], **sizes, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).eval()
+    randomise([p for name, p in model.named_parameters() if name.endswith("bias")])
+    return model
+
+
 def output(model: Any, inputs: Tensor) -> Tensor:
-    """The model's logits, or what it returns where that is a tensor."""
+    """The model's logits, those of a span's start and end in one, or what it returns where that is a tensor."""
     result = model(inputs)
+    if hasattr(result, "start_logits"):
+        return torch.stack([result.start_logits, result.end_logits], -1)
     logits: Tensor = result if isinstance(result, Tensor) else result.logits
     return logits
 

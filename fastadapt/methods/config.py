@@ -19,6 +19,13 @@ from ..layers import Adapter, AdapterConv2d, AdapterEmbedding, AdapterLayer, Ada
 
 T = TypeVar("T")
 
+# The heads that a task type has `inject` train whole, by the names that PEFT looks for. A model need have only one.
+TASK_HEADS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 
 def pattern_value(field: str, pattern: dict[str, T], path: str, default: T) -> T:
     """The value of the first key that matches the module path as PEFT matches it: `(.*\\.)?(key)$` from the start.
@@ -109,7 +116,10 @@ class AdapterConfig:
         None for the usual attention projections of a known architecture.
     exclude_modules: modules to leave out, by the same rules.
     layers_to_transform: indices of the layers to adapt; layers_pattern names the list they count in ("layers", "h").
-    modules_to_save: modules that are trained whole, in a copy of each adapter's own.
+    modules_to_save: modules that are trained whole, in a copy of each adapter's own: those whose path ends in a name.
+    task_type: PEFT's. "SEQ_CLS" and "TOKEN_CLS" train the model's classifier or score whole too, "QUESTION_ANS" its
+        qa_outputs: `inject` adds these names to modules_to_save, as PEFT does. Where the model has none of them and
+        modules_to_save names no other head, it raises ValueError, where PEFT would train none and not say so.
     bias: "none", or the method's "…_only": the bias of every adapted layer is trained in a copy of the adapter's own.
     fan_in_fan_out: whether the base weight is stored as [in, out]; found out by itself, kept for the file.
     """
@@ -180,6 +190,18 @@ class AdapterConfig:
     def named(cls, fields: dict[str, Any]) -> str:
         """What the adapter that the fields of an adapter_config.json describe is called."""
         return cls.title
+
+    @property
+    def task_heads(self) -> tuple[str, ...]:
+        """The names of heads that the task type brings; most bring none."""
+        return TASK_HEADS.get(self.task_type or "", ())
+
+    def with_task_heads(self: ConfigType) -> ConfigType:
+        """The config with the task type's heads behind the user's own modules_to_save, as PEFT completes it."""
+        if not self.task_heads:
+            return self
+        names = dict.fromkeys((*(self.modules_to_save or ()), *self.task_heads))
+        return dataclasses.replace(self, modules_to_save=list(names))
 
     @property
     def dropout(self) -> float:

@@ -35,7 +35,7 @@ from ..layers import Adapter, AdapterLayer, AdapterLinear, adapter_layer
 from ..methods import AdapterConfig, DeltaLoRAConfig
 from ..patterns import time_limit
 from ..reference import AdapterForm
-from ..targets import base_modules, is_linear, target_paths
+from ..targets import base_modules, found_names, is_linear, target_paths
 
 T = TypeVar("T")
 
@@ -193,12 +193,15 @@ def _content(path: Path, root: str | os.PathLike[str] | None, limit: int) -> byt
     return content
 
 
-def _refuse_unserved(config: AdapterConfig) -> None:
+def _refuse_unserved(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> None:
     """Raises ValueError for what no batch of many adapters computes."""
-    if config.modules_to_save:
+    # Where the model has none of them, only tensors without a place could tell of them, and these are refused.
+    whole = found_names(modules, config)
+    if whole:
         raise ValueError(
-            f"modules_to_save must be empty, got {', '.join(config.modules_to_save)}: modules that are trained whole "
-            "cannot share a batch with other adapters; merge it or serve it alone"
+            f"modules_to_save must name no module of this model, got {', '.join(whole)}: it was trained whole, a head "
+            "for example, and rows of other adapters cannot share it; merge the adapter into its base (fastadapt "
+            "merge), or load it alone with load_adapter"
         )
     if not config.has_forms:
         raise ValueError(
@@ -346,7 +349,7 @@ def read_adapter(
                 f"{path / CONFIG_FILE} must hold only fields that fastadapt knows, got {', '.join(unknown)}: they may "
                 "change what the adapter computes; merge it with the library that wrote it, or take them out"
             )
-        _refuse_unserved(config)
+        _refuse_unserved(config, modules)
         layers = _selected(model, config, modules, limits)
         tensors = parse_tensors(tensor_content, path / TENSOR_FILE, limits.max_tensors)
         del tensor_content
