@@ -103,8 +103,8 @@ class AdapterBatch:
 class SlotForm(NamedTuple):
     """An adapter form in the arena: views, with the scalar part of h in `scaling` and d inside A where it can be.
 
-    A and B come in as many parts as their pages have gaps. `added_bias` is β − b0. Where out_scale is base_scale
-    itself, that multiplies the sum of both paths. An absent scale is 1.
+    A and B come in parts of the same ranks, cut where the pages of either have a gap. `added_bias` is β − b0. Where
+    out_scale is base_scale itself, that multiplies the sum of both paths. An absent scale is 1.
     Shapes: A parts [R_i, K] and B parts [R_i, N] with ΣR_i = R; mid_scale [R]; the others [N].
     """
 
@@ -148,6 +148,21 @@ class FormTables(NamedTuple):
     out_scales: Tensor | None
     base_scales: Tensor | None
     added_biases: Tensor | None
+
+
+class FormEntry(NamedTuple):
+    """What FormTables have of one adapter: the places of its pages and vectors, -1 for a vector that it has not."""
+
+    rank: int
+    A_pages: Sequence[int]
+    B_pages: Sequence[int]
+    A_stride: int
+    B_stride: int
+    scaling: float = 1.0
+    mid_scale: int = -1
+    out_scale: int = -1
+    base_scale: int = -1
+    added_bias: int = -1
 
 
 class LayerForms(NamedTuple):

@@ -126,10 +126,11 @@ def _apply(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, form: Slot
     tied = form.tied
     if g is not None and not tied:
         scaled(y, g, None, keep=False)
-    # A product of one row is summed up in y itself, and rounded at y's size with every term.
-    if y.shape[0] > 1 and (h is None or tied):
-        for u, B in _down(x, form):
-            y.addmm_(u, cast(B, x.dtype), alpha=form.scaling)
+    # What is summed up in y itself is rounded at y's size each time: a product of one row with every term, one in parts
+    # with every part.
+    if y.shape[0] > 1 and len(form.A) == 1 and (h is None or tied):
+        ((u, B),) = _down(x, form)
+        y.addmm_(u, cast(B, x.dtype), alpha=form.scaling)
     else:
         low_rank: Tensor | None = None
         for u, B in _down(x, form):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .batch import PAGE_RANKS, AdapterBatch, FormTables, SlotForm, SortedTokens
+from .batch import PAGE_RANKS, AdapterBatch, FormEntry, FormTables, SlotForm, SortedTokens
 from .eager import cast
 from .eager_multi import FormRun, SharedRuns, StackedRuns, Step
 
@@ -77,7 +77,7 @@ def _pairs(runs: Sequence[FormRun], tokens: int) -> list[list[FormRun]]:
     found: dict[tuple[object, ...], list[list[FormRun]]] = {}
     for run in runs:
         form = run.form
-        if form.mid_scale is None or form.base_scale is not None or len(form.A) != 1 or len(form.B) != 1:
+        if form.mid_scale is None or form.base_scale is not None or len(form.A) != 1:
             continue
         chains = found.setdefault((form.A[0].data_ptr(), form.B[0].data_ptr()), [])
         if chains and (chains[-1][-1].stop == run.start or tokens == 1):
@@ -174,67 +174,57 @@ def runs_of(tables: FormTables, tokens: SortedTokens, shape: tuple[int, int]) ->
 
 def _form(tables: FormTables, slot: int, group: int, shape: tuple[int, int]) -> SlotForm:
     vectors = (tables.mid_scales, tables.out_scales, tables.base_scales, tables.added_biases)
-    mid, h, g, beta = [-1 if vector is None else int(vector[slot]) for vector in vectors]
-    return slot_form(
-        tables.pages,
-        tables.vectors,
-        shape,
+    entry = FormEntry(
         int(tables.ranks[group]),
         tables.A_pages[group].tolist(),
         tables.B_pages[group].tolist(),
         int(tables.A_strides[group]),
         int(tables.B_strides[group]),
         float(tables.scalings[slot]),
+        *(-1 if vector is None else int(vector[slot]) for vector in vectors),
+    )
+    return slot_form(tables.pages, tables.vectors, shape, entry)
+
+
+def slot_form(pages: Tensor, vectors: Tensor, shape: tuple[int, int], entry: FormEntry) -> SlotForm:
+    """The form at an entry, as views. `shape` is the weight's, [N, K]."""
+    n, k = shape
+    rank, A_pages, B_pages, A_stride, B_stride, scaling, *places = entry
+    mid, h, g, beta = (
+        None if first < 0 else vectors[first : first + size]
+        for first, size in zip(places, (rank, n, n, n), strict=True)
+    )
+    # One adapter's pages of A and of B are of different sizes and have their gaps at different ranks: what reads the
+    # parts multiplies one by the other.
+    cuts = part_cuts(rank, (A_pages, A_stride), (B_pages, B_stride))
+    return SlotForm(
+        rank_rows(pages, cuts, A_pages, A_stride, k),
+        rank_rows(pages, cuts, B_pages, B_stride, n),
+        scaling,
         mid,
-        h,
+        g if entry.out_scale == entry.base_scale else h,
         g,
         beta,
     )
 
 
-def slot_form(
-    pages: Tensor,
-    vectors: Tensor,
-    shape: tuple[int, int],
-    rank: int,
-    A_pages: Sequence[int],
-    B_pages: Sequence[int],
-    A_stride: int,
-    B_stride: int,
-    scaling: float,
-    mid_scale: int,
-    out_scale: int,
-    base_scale: int,
-    added_bias: int,
-) -> SlotForm:
-    """The form that one adapter's entries in FormTables describe, as views. `shape` is the weight's, [N, K]."""
-    n, k = shape
-    g = _vector(vectors, base_scale, n)
-    return SlotForm(
-        _rank_rows(pages, rank, A_pages, A_stride, k),
-        _rank_rows(pages, rank, B_pages, B_stride, n),
-        scaling,
-        _vector(vectors, mid_scale, rank),
-        g if out_scale == base_scale else _vector(vectors, out_scale, n),
-        g,
-        _vector(vectors, added_bias, n),
+def part_cuts(rank: int, *sides: tuple[Sequence[int], int]) -> list[int]:
+    """The ranks at which parts begin, and the last one's end: before each page that, on any side, has a gap before it.
+
+    sides: (pages, stride) of each factor.
+    """
+    starts = [
+        first
+        for page, first in enumerate(range(0, rank, PAGE_RANKS))
+        if not page or any(pages[page] - pages[page - 1] != PAGE_RANKS * stride for pages, stride in sides)
+    ]
+    return [*starts, rank]
+
+
+def rank_rows(memory: Tensor, cuts: Sequence[int], pages: Sequence[int], stride: int, width: int) -> tuple[Tensor, ...]:
+    """Rank rows [R, width] as views of the parts between the cuts."""
+    offset = memory.storage_offset()
+    return tuple(
+        memory.as_strided((last - first, width), (stride, 1), offset + pages[first // PAGE_RANKS])
+        for first, last in pairwise(cuts)
     )
-
-
-def _vector(vectors: Tensor, first: int, size: int) -> Tensor | None:
-    return None if first < 0 else vectors[first : first + size]
-
-
-def _rank_rows(memory: Tensor, rank: int, pages: Sequence[int], stride: int, width: int) -> tuple[Tensor, ...]:
-    """Rank rows [R, width], in as many parts as their pages have gaps."""
-    parts, first = [], 0
-    while first < rank:
-        start = pages[first // PAGE_RANKS]
-        last = first + PAGE_RANKS
-        while last < rank and pages[last // PAGE_RANKS] == start + (last - first) * stride:
-            last += PAGE_RANKS
-        last = min(last, rank)
-        offset = memory.storage_offset() + start
-        parts.append(memory.as_strided((last - first, width), (stride, 1), offset))
-        first = last
-    return tuple(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,22 @@ def test_every_row_is_answered_by_its_adapter_in_order(root: Path, model: Any, b
         assert answer["text"] == alone(root, model, row["prompt"], row.get("adapter"))
         assert 0 <= answer["tokens"] <= NEW
     assert "6 rows, 0 with an error" in said
+
+
+def test_mixed_ranks_share_a_full_pool(root: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = (4, 40, 8, 24, 16, 33, 64, 12)
+    for r in ranks:
+        torch.manual_seed(r)
+        adapted = inject(copy.deepcopy(model), LoRAConfig(r=r, target_modules=["q_proj", "down_proj"]))
+        randomise([parameter for parameter in adapted.parameters() if parameter.requires_grad])
+        save_adapter(adapted, root / "adapters" / f"r{r}")
+    # A flag of whole MiB would hold them all.
+    monkeypatch.setattr("fastadapt.serving.generate._budget", lambda options: 160_000)
+    chosen = random.Random(0)
+    rows = [{"prompt": f"word{i}", "adapter": f"r{chosen.choice(ranks)}"} for i in range(30)]
+    found, _ = run(root, [json.dumps(row) for row in rows], "--batch-size", "3")
+    for row, answer in zip(rows, found, strict=True):
+        assert answer.get("text") == alone(root, model, row["prompt"], row["adapter"]), (row, answer)
 
 
 def test_a_bad_row_is_an_error_of_that_row_alone(root: Path, model: Any) -> None:

@@ -16,7 +16,8 @@ from test_ops import layout_is_told
 from torch import Tensor
 
 from fastadapt import AdapterForm, functional
-from fastadapt.batch import PAGE_RANKS, AdapterBatch, FormTables, LayerForms, Run, SlotForm, SortedTokens
+from fastadapt.batch import PAGE_RANKS, AdapterBatch, FormEntry, FormTables, LayerForms, Run, SlotForm, SortedTokens
+from fastadapt.eager_plan import slot_form
 from fastadapt.reference import multi_adapter_linear_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -504,6 +505,26 @@ def test_a_batch_in_runs_and_sorted() -> None:
     assert tokens.adapters.tolist() == [-1] * 2 + [3] * 6 + [0] * 2
     assert tokens.groups.tolist() == [-1] * 2 + [1] * 6 + [4] * 2
     assert tokens.starts.tolist() == [0, 2, 8, 10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("A_pages", "B_pages", "ranks"),
+    [
+        ([0, 24, 48], [400, 440, 480], [20]),
+        ([0, 24, 100], [400, 440, 480], [16, 4]),
+        ([0, 24, 48], [400, 480, 520], [8, 12]),
+        ([0, 24, 100], [400, 480, 520], [8, 8, 4]),
+        ([48, 24, 0], [400, 440, 480], [8, 8, 4]),
+        ([], [], []),
+    ],
+)
+def test_factors_are_cut_where_either_has_a_gap(A_pages: list[int], B_pages: list[int], ranks: list[int]) -> None:
+    pages = torch.arange(600.0)
+    form = slot_form(pages, pages, (5, 3), FormEntry(sum(ranks), A_pages, B_pages, 3, 5))
+    for parts, starts, width in ((form.A, A_pages, 3), (form.B, B_pages, 5)):
+        assert [part.shape for part in parts] == [(rank, width) for rank in ranks]
+        rows = [pages[start : start + PAGE_RANKS * width].view(-1, width) for start in starts]
+        assert not ranks or torch.equal(torch.cat(parts), torch.cat(rows)[: sum(ranks)])
 
 
 def test_a_group_is_sorted_by_adapter() -> None:

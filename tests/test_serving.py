@@ -8,11 +8,13 @@ import itertools
 import random
 import shutil
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, gpt2, llama, randomise
 from torch import Tensor
 
@@ -21,6 +23,9 @@ from fastadapt.serving import AdapterError, AdapterPool, MultiAdapterModel, Pool
 from fastadapt.serving.arena import Arena, ArenaFullError, page_bytes
 
 ROWS, TOKENS = 8, 6
+
+# Adapters' directories, and a model for each of them alone and, under None, for none.
+Crowd = tuple[dict[str, Path], dict[str | None, Any]]
 
 
 def configs() -> dict[str, Any]:
@@ -39,7 +44,9 @@ def configs() -> dict[str, Any]:
     }
 
 
-def save_all(base: Any, root: Path, wanted: list[str] | None = None) -> dict[str, Path]:
+def save_all(
+    base: Any, root: Path, wanted: list[str] | None = None, configs: Callable[[], dict[str, Any]] = configs
+) -> dict[str, Path]:
     """A directory for each config, of random adapters."""
     found = {}
     for index, (name, config) in enumerate(configs().items()):
@@ -446,3 +453,124 @@ def test_the_pool_tells_what_it_has(served: MultiAdapterModel) -> None:
     with pool.hold(["lora"]):
         assert pool.info("lora").in_use
     assert not pool.info("lora").in_use
+
+
+# Full pools, in which the pages of an adapter lie where there was room
+
+
+def crowd() -> dict[str, Any]:
+    """Adapters of all methods that mix, of ranks from 4 to 64, which adapt all layers or two."""
+    two, every = ["q_proj", "down_proj"], "all-linear"
+    ranks = enumerate((4, 64, 8, 24, 16, 40, 5, 32))
+    found: dict[str, Any] = {f"lora{r}": LoRAConfig(r=r, target_modules=two if i % 3 else every) for i, r in ranks}
+    found |= {f"dora{r}": DoRAConfig(r=r, target_modules=every) for r in (9, 33)}
+    found |= {f"adalora{r}": AdaLoRAConfig(init_r=r, target_r=4, total_step=10, target_modules=two) for r in (12, 48)}
+    found |= {f"vera{i}": VeRAConfig(r=40, projection_prng_key=i // 2, target_modules=every) for i in range(4)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Crowd:
+    base = llama(num_hidden_layers=1)
+    directories = save_all(base, tmp_path_factory.mktemp("crowd"), configs=crowd)
+    models: dict[str | None, Any] = {None: base}
+    for name, directory in directories.items():
+        if name.startswith("adalora"):  # its budget went to every third rank
+            tensors = load_file(directory / "adapter_model.safetensors")
+            for key in [key for key in tensors if "lora_E" in key]:
+                tensors[key][torch.arange(len(tensors[key])) % 3 > 0] = 0.0
+            save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        models[name] = copy.deepcopy(base)
+        load_adapter(models[name], directory)
+        models[name].eval()
+    return directories, models
+
+
+def full_pool(base: Any, directories: dict[str, Path], share: float, backend: str = "eager") -> MultiAdapterModel:
+    """A served model that has room for a share of the adapters and in which they have come and gone."""
+    roomy = MultiAdapterModel(copy.deepcopy(base), budget=4 << 20)
+    for name, directory in directories.items():
+        roomy.load(directory, name)
+    served = MultiAdapterModel(copy.deepcopy(base), budget=int(share * roomy.pool.used_bytes), backend=backend)
+    rng = random.Random(share)
+    for name, directory in directories.items():
+        served.load(directory, name)
+    for _ in range(15):
+        with contextlib.suppress(PoolFullError), served.pool.hold(rng.sample(list(directories), 2)):
+            pass
+    return served
+
+
+def gaps(parts: Sequence[Tensor]) -> list[int]:
+    """The ranks before which a factor has a gap in memory."""
+    found, rank = [], 0
+    for part, following in itertools.pairwise(parts):
+        rank += part.shape[0]
+        if following.storage_offset() != part.storage_offset() + part.shape[0] * part.stride(0):
+            found.append(rank)
+    return found
+
+
+def unlike(pool: AdapterPool) -> int:
+    """How many forms have gaps in A and B at different ranks."""
+    forms = [form for path in pool.layers for form in pool.forms(path).values()]
+    return sum(gaps(form.A) != gaps(form.B) for form in forms)
+
+
+@pytest.mark.parametrize(
+    ("backend", "share", "batches"),
+    [("eager", 0.3, 12), ("eager", 0.5, 12), ("eager", 0.7, 12), ("eager", 1.0, 12), ("triton", 0.7, 2)],
+)
+def test_every_batch_runs_in_a_full_pool(crowded: Crowd, backend: str, share: float, batches: int) -> None:
+    directories, models = crowded
+    served = full_pool(models[None], directories, share, backend)
+    rng = random.Random(share)
+    prompts, ran, seen = inputs()["input_ids"][:, None], 0, 0
+    for turn in range(batches):
+        names = [*rng.sample(list(directories), 3), None]
+        rng.shuffle(names)
+        prompt = prompts[turn % len(prompts)]
+        try:
+            for ids in (prompt, prompt[:, :1]):  # prefill, and decoding's single tokens
+                logits = served(input_ids=ids.expand(len(names), -1), adapter_ids=names).logits
+                for row, name in enumerate(names):
+                    assert close(logits[row], models[name](input_ids=ids).logits[0]), (names, name, ids.shape)
+        except PoolFullError:
+            continue
+        ran, seen = ran + 1, seen + unlike(served.pool)
+    assert seen > 0  # else this shows nothing
+    assert ran >= batches / 2
+
+
+def test_what_does_not_fit_leaves_the_pool_as_it_was(crowded: Crowd, tmp_path: Path) -> None:
+    directories, models = crowded
+    base = models[None]
+    served = full_pool(base, directories, 0.4)
+    too_large = {"large": LoRAConfig(r=256, target_modules="all-linear")}
+    save_all(base, tmp_path, configs=lambda: too_large)
+    tensors = load_file(directories["lora64"] / "adapter_model.safetensors")
+    next(value for name, value in tensors.items() if "lora_B" in name)[:] = 1e30
+    bad = _changed(directories["lora64"], tmp_path / "bad", 0)
+    save_file(tensors, bad / "adapter_model.safetensors", metadata={"format": "pt"})
+    half = MultiAdapterModel(copy.deepcopy(base), budget=24_000, dtype=torch.float16)
+    half.load(directories["lora4"])
+
+    def state(pool: AdapterPool) -> tuple[Any, ...]:
+        return pool.used_bytes, pool.held_bytes, [pool.info(name) for name in pool.names]
+
+    before = state(served.pool), state(half.pool)
+    with pytest.raises(PoolFullError, match=r"'large' does not fit: .*; 0 are pinned or in use: raise the budget"):
+        served.load(tmp_path / "large")
+    with pytest.raises(AdapterError, match="values that"):
+        half.load(bad)
+    assert (state(served.pool), state(half.pool)) == before
+    with pytest.raises(PoolFullError), served.pool.hold(list(directories)):
+        pass
+    assert served.pool.names == list(directories)
+    assert not any(served.pool.info(name).in_use for name in directories)
+    prompt = inputs(1)["input_ids"]
+    for name in directories:
+        assert close(served(input_ids=prompt, adapter_ids=name).logits, models[name](input_ids=prompt).logits), name
+    for name in directories:
+        served.pool.evict(name)
+    assert served.pool.used_bytes == served.pool.held_bytes == 0

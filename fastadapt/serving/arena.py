@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 
@@ -88,6 +89,25 @@ class Arena:
             self._in_use[slab] -= 1
             self._uncut_if_unused(slab, free)
         self.used_bytes -= size * len(offsets)
+
+    def books(self) -> Arena:
+        """An arena in which the same pages are taken, to try out what is taken or given back next: not to write to."""
+        found = copy(self)
+        found._empty, found._in_use = self._empty[:], self._in_use.copy()
+        found._free = {size: free[:] for size, free in self._free.items()}
+        return found
+
+    def has_room(self, pages: Sequence[tuple[int, int]]) -> bool:
+        """Whether pages of these (size, count) can be taken one after another."""
+        if sum(page_bytes(size) * count for size, count in pages) > self.budget - self.used_bytes:
+            return False
+        trial = self.books()
+        try:
+            for size, count in pages:
+                trial.take(size, count)
+        except ArenaFullError:
+            return False
+        return True
 
     @staticmethod
     def _slabs(pages: int, per_slab: int) -> int:

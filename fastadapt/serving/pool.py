@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import threading
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..batch import PAGE_RANKS, AdapterBatch, LayerForms, SlotForm
+from ..batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm
+from ..eager_plan import part_cuts, rank_rows
 from ..reference import AdapterForm
 from ..targets import is_linear
 from .arena import Arena, ArenaFullError
@@ -37,13 +39,37 @@ _Taken = dict[int, "array[int]"]
 
 @dataclass
 class _Factors:
-    """A pair (A, B) that several adapters share, each layer taking its own slice: Shapes: A [R, K]; B [R, N] pages."""
+    """A pair (A, B) that several adapters share, each layer taking its own slice."""
 
     group: int
-    A: tuple[Tensor, ...]
-    B: tuple[Tensor, ...]
+    pair: FormEntry
     taken: _Taken
     users: int = 0
+
+
+class _Content(NamedTuple):
+    """What one layer of an adapter puts into the arena, in the arena's dtypes.
+
+    Shapes: factors A [R, K] and Bᵀ [R, N], or none where they are shared; vectors d [R], h, g and β − b0 [N], None for
+    what it has not, and for an h that is g (`tied`).
+    """
+
+    factors: Sequence[Tensor]
+    vectors: Sequence[Tensor | None]
+    scaling: float
+    tied: bool
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.factors, *self.vectors) if tensor is not None)
+
+
+class _Arrival(NamedTuple):
+    """What an adapter puts into the arena. Shapes: the pair that it shares, if it does, A [R, K] and Bᵀ [R, N]."""
+
+    layers: dict[str, _Content]
+    pair: Sequence[Tensor]
+    key: tuple[object, ...] | None  # of its pair
 
 
 @dataclass
@@ -316,20 +342,42 @@ class AdapterPool:
                 self._forms[path].pop(entry.slot, None)
 
     def _settle(self, entry: _Entry, loaded: LoadedAdapter) -> None:
-        """Makes an adapter resident, evicting others where there is no room. On any error nothing is left behind."""
-        while True:
+        """Makes an adapter resident, evicting others where there is no room. On any error the pool is as it was."""
+        with torch.no_grad():
+            arrival = self._arrival(entry.name, loaded)
             try:
-                self._enter(entry, loaded)
-                return
+                self._enter(entry, arrival)
             except ArenaFullError as error:
-                idle = [other for other in self._entries.values() if other.resident and other is not entry]
-                idle = [other for other in idle if not other.holders and not other.pinned]
-                if not idle:
-                    raise PoolFullError(
-                        f"adapter {entry.name!r} does not fit: {error}; {self.used_bytes:,} are in use: raise "
-                        "the budget, or have fewer adapters in a batch"
-                    ) from None
-                self._vacate(min(idle, key=lambda other: other.used_at))
+                for other in self._in_the_way(entry, arrival, error):
+                    self._vacate(other)
+                self._enter(entry, arrival)
+
+    def _in_the_way(self, entry: _Entry, arrival: _Arrival, error: ArenaFullError) -> list[_Entry]:
+        """Whom to evict so that an adapter fits, the least recently used first; nobody is evicted yet.
+
+        Raises PoolFullError where it does not fit beside those that are pinned or in use.
+        """
+        idle = [other for other in self._entries.values() if other.resident and not (other.holders or other.pinned)]
+        idle.sort(key=lambda other: other.used_at)
+        users: dict[object, int] = {key: factors.users for key, factors in self._shared.items()}
+        contents = arrival.layers.values()
+        own = [size for content in contents for size in self._sizes(content.factors, content.vectors)]
+        trial = self.arena.books()
+        for count, other in enumerate(idle, start=1):
+            leaving = [other.taken]
+            if other.shared_key is not None:
+                users[other.shared_key] -= 1
+                if not users[other.shared_key]:
+                    leaving.append(self._shared[other.shared_key].taken)
+            for taken in leaving:
+                for size, offsets in taken.items():
+                    trial.give_back(size, offsets)
+            if trial.has_room([*self._sizes(() if users.get(arrival.key) else arrival.pair), *own]):
+                return idle[:count]
+        raise PoolFullError(
+            f"adapter {entry.name!r} does not fit: {error}; {trial.used_bytes:,} are pinned or in use: raise the "
+            "budget, or have fewer adapters in a batch"
+        ) from None
 
     def _retire(self, entry: _Entry) -> None:
         """Gives back an entry's memory, at once or when its last user is done."""
@@ -373,29 +421,28 @@ class AdapterPool:
 
     # Writing an adapter's form into the arena
 
-    def _enter(self, entry: _Entry, loaded: LoadedAdapter) -> None:
+    def _enter(self, entry: _Entry, arrival: _Arrival) -> None:
         while self._released:
             self._released.pop().wait()
         slot = self._free_slots.pop() if self._free_slots else self._new_slot()
-        found: dict[str, SlotForm] = {}
-        size = 0
+        found: dict[str, FormEntry] = {}
+        shared = None
         try:
-            with torch.no_grad():
-                if loaded.shared is None:
-                    entry.group = self._free_groups.pop() if self._free_groups else self._new_group()
-                else:
-                    entry.group = self._share(entry, loaded.shared)
-                for path, form in loaded.forms.items():
-                    found[path], own = self._place(entry, path, form)
-                    size += own
+            if arrival.key is None:
+                entry.group = self._free_groups.pop() if self._free_groups else self._new_group()
+            else:
+                factors = self._share(arrival.pair, arrival.key)
+                entry.group, entry.shared_key, shared = factors.group, arrival.key, factors.pair
+            for path, content in arrival.layers.items():
+                found[path] = self._place(content, shared, entry.taken)
         except BaseException:
             self._free_slots.append(slot)
             self._give_back(entry)
             entry.group = -1
             raise
-        entry.slot, entry.true_bytes = slot, size
+        entry.slot, entry.true_bytes = slot, sum(content.bytes for content in arrival.layers.values())
         entry.paths = self._path_sets.setdefault(tuple(found), tuple(found))
-        self._tables.enter(slot, entry.group, found, shared=entry.shared_key is not None)
+        self._tables.enter(slot, entry.group, found, shared=shared is not None)
 
     def _new_slot(self) -> int:
         self._slots += 1
@@ -405,38 +452,40 @@ class AdapterPool:
         self._groups += 1
         return self._groups - 1
 
-    def _share(self, entry: _Entry, pair: tuple[Tensor, Tensor]) -> int:
-        """The group of a shared pair A [R, K], B [N, R], which comes into the arena with its first user."""
-        A, B = pair
-        key = (*A.shape, B.shape[0], _digest(A), _digest(B))
+    def _share(self, pair: Sequence[Tensor], key: tuple[object, ...]) -> _Factors:
+        """A shared pair, which comes into the arena with its first user."""
         factors = self._shared.get(key)
         if factors is None:
             taken: _Taken = {}
             try:
-                parts = [self._put_rows(matrix, taken, entry.name) for matrix in (A, B.T)]
+                placed = self._put_pair(pair, taken)
             except BaseException:
                 self._give_pages_back(taken)
                 raise
             group = self._free_groups.pop() if self._free_groups else self._new_group()
-            factors = self._shared[key] = _Factors(group, parts[0], parts[1], taken)
+            factors = self._shared[key] = _Factors(group, placed, taken)
         factors.users += 1
-        entry.shared_key = key
-        return factors.group
+        return factors
 
-    def _place(self, entry: _Entry, path: str, form: AdapterForm) -> tuple[SlotForm, int]:
-        """One layer's form in the arena, and its bytes."""
-        n, k = _matrix(self.layers[path]).shape
-        if entry.shared_key is not None:
-            factors = self._shared[entry.shared_key]
-            A, B = tuple(a[:, :k] for a in factors.A), tuple(b[:, :n] for b in factors.B)
-            mid, size = form.mid_scale, 0
-        else:
-            down, up, mid = form.A, form.B.T, None
-            if form.mid_scale is not None:  # d goes into A, and what it switches off stays out
-                used = form.mid_scale != 0
-                down, up = down[used] * form.mid_scale[used, None], up[used]
-            A, B = self._put_rows(down, entry.taken, entry.name), self._put_rows(up, entry.taken, entry.name)
-            size = (down.numel() + up.numel()) * self.dtype.itemsize
+    def _arrival(self, name: str, loaded: LoadedAdapter) -> _Arrival:
+        """What an adapter puts into the arena. Raises AdapterError for what the pool's dtypes cannot hold."""
+        pair, key = list[Tensor](), None
+        if loaded.shared is not None:
+            A, B = loaded.shared
+            key = (*A.shape, B.shape[0], _digest(A), _digest(B))
+            pair = [self._cast(rows, self.dtype, name) for rows in (A, B.T)]
+        layers = {path: self._content(name, path, form, shared=key is not None) for path, form in loaded.forms.items()}
+        return _Arrival(layers, pair, key)
+
+    def _content(self, name: str, path: str, form: AdapterForm, *, shared: bool) -> _Content:
+        """What an adapter's form for one layer puts into the arena. Raises AdapterError for what it cannot hold."""
+        mid, factors = form.mid_scale, list[Tensor]()
+        if not shared:
+            down, up = form.A, form.B.T
+            if mid is not None:  # d goes into A, and what it switches off stays out
+                used = mid != 0
+                down, up, mid = down[used] * mid[used, None], up[used], None
+            factors = [self._cast(rows, self.dtype, name) for rows in (down, up)]
         scaling, out_scale = form.scaling, form.out_scale
         if not isinstance(out_scale, Tensor) or out_scale.dim() == 0:
             scaling *= float(out_scale)
@@ -449,39 +498,55 @@ class AdapterPool:
             added = added.float() - base_bias.float()
         tied = h is not None and h is form.base_scale
         vectors = (mid, None if tied else h, form.base_scale, added)
-        mid, h, g, added = [None if vector is None else self._put_vector(vector, entry) for vector in vectors]
-        size += sum(vector.numel() * _VECTOR_BYTES for vector in (mid, h, g, added) if vector is not None)
-        return SlotForm(A, B, scaling, mid, g if tied else h, g, added), size
+        cast = (None if vector is None else self._cast(vector, torch.float32, name) for vector in vectors)
+        return _Content(factors, list(cast), scaling, tied)
 
-    def _put_rows(self, rows: Tensor, taken: _Taken, name: str) -> tuple[Tensor, ...]:
-        """Rank rows [R, width] in the arena, as many views as their pages have gaps."""
+    def _place(self, content: _Content, pair: FormEntry | None, taken: _Taken) -> FormEntry:
+        """One layer's content in the arena, where its pair is if it shares one."""
+        if pair is None:
+            pair = self._put_pair(content.factors, taken)
+        mid, h, g, added = (-1 if vector is None else self._put_vector(vector, taken) for vector in content.vectors)
+        return pair._replace(
+            scaling=content.scaling,
+            mid_scale=mid,
+            out_scale=g if content.tied else h,
+            base_scale=g,
+            added_bias=added,
+        )
+
+    def _put_pair(self, pair: Sequence[Tensor], taken: _Taken) -> FormEntry:
+        """Factors A [R, K] and Bᵀ [R, N] in the arena, without scales."""
+        A, B = pair
+        return FormEntry(A.shape[0], self._put_rows(A, taken), self._put_rows(B, taken), A.shape[1], B.shape[1])
+
+    def _put_rows(self, rows: Tensor, taken: _Taken) -> array[int]:
+        """The first element of every page of rank rows [R, width]."""
         rank, width = rows.shape
-        if not rank:
-            return ()
-        size = PAGE_RANKS * width * self.dtype.itemsize
-        offsets = self._take(size, -(-rank // PAGE_RANKS), taken)
-        rows = self._cast(rows, self.dtype, name)
-        parts, first = [], 0
-        for index, offset in enumerate(offsets):
-            if index + 1 < len(offsets) and offsets[index + 1] == offset + size:
-                continue
-            last = min(rank, (index + 1) * PAGE_RANKS)
-            start = offsets[first // PAGE_RANKS] // self.dtype.itemsize
-            part = self._pages[start : start + (last - first) * width].view(last - first, width)
-            parts.append(part.copy_(rows[first:last]))
-            first = last
-        return tuple(parts)
+        itemsize = self.dtype.itemsize
+        pages = array("q", (offset // itemsize for offset in self._take(*self._sizes([rows])[0], taken)))
+        cuts = part_cuts(rank, (pages, width))
+        parts = rank_rows(self._pages, cuts, pages, width, width)
+        for part, (first, last) in zip(parts, pairwise(cuts), strict=True):
+            part.copy_(rows[first:last])
+        return pages
+
+    def _put_vector(self, vector: Tensor, taken: _Taken) -> int:
+        """The first element of a vector."""
+        (offset,) = self._take(vector.nbytes, 1, taken)
+        start = offset // _VECTOR_BYTES
+        self._vectors[start : start + vector.numel()].copy_(vector)
+        return start
 
     def _take(self, size: int, count: int, taken: _Taken) -> list[int]:
         offsets = self.arena.take(size, count)
         taken.setdefault(size, array("q")).extend(offsets)
         return offsets
 
-    def _put_vector(self, vector: Tensor, entry: _Entry) -> Tensor:
-        size = vector.numel() * _VECTOR_BYTES
-        (offset,) = self._take(size, 1, entry.taken)
-        start = offset // _VECTOR_BYTES
-        return self._vectors[start : start + vector.numel()].copy_(self._cast(vector, torch.float32, entry.name))
+    def _sizes(self, factors: Iterable[Tensor], vectors: Iterable[Tensor | None] = ()) -> list[tuple[int, int]]:
+        """(bytes, count) of the pages of rank rows [R, width] and of vectors, in the order in which they are taken."""
+        itemsize = self.dtype.itemsize
+        pages = [(PAGE_RANKS * rows.shape[1] * itemsize, -(-rows.shape[0] // PAGE_RANKS)) for rows in factors]
+        return pages + [(vector.nbytes, 1) for vector in vectors if vector is not None]
 
     @staticmethod
     def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..batch import PAGE_RANKS, FormTables, SlotForm
+from ..batch import PAGE_RANKS, FormEntry, FormTables, SlotForm
 from ..eager_plan import slot_form
 
-_BY_GROUP = {"ranks": torch.int32, "A_strides": torch.int32, "B_strides": torch.int32}
+# The tables, in the order of a FormEntry's fields.
+_TABLES = FormTables._fields[2:]
 _PAGES = ("A_pages", "B_pages")
 # Of these, a layer's table is None as long as no adapter in the pool has any.
-_VECTORS = {"mid_scales": "mid_scale", "out_scales": "out_scale", "base_scales": "base_scale"}
-_VECTORS |= {"added_biases": "added_bias"}
+_VECTORS = ("mid_scales", "out_scales", "base_scales", "added_biases")
+_BY_SLOT = ("scalings", *_VECTORS)
+_DTYPES = {"scalings": torch.float32} | dict.fromkeys(("ranks", "A_strides", "B_strides"), torch.int32)
 _FIRST_ROWS = 8
+
+T = TypeVar("T")
 
 
 class PoolTables:
@@ -36,9 +41,8 @@ class PoolTables:
         self._pages, self._vectors = pages, vectors
         self._present: set[str] = set()
         self._layers: dict[str, FormTables] = {}
-        groups = (len(shapes), _FIRST_ROWS)
-        self._host = {name: _new(name, groups) for name in (*_BY_GROUP, "scalings", *_VECTORS)}
-        self._host |= {name: _new(name, (*groups, 1)) for name in _PAGES}
+        rows = (len(shapes), _FIRST_ROWS)
+        self._host = {name: _new(name, (*rows, 1) if name in _PAGES else rows) for name in _TABLES}
         self._device = {name: table.to(pages.device) for name, table in self._host.items()}
 
     def layer(self, path: str) -> FormTables:
@@ -55,47 +59,35 @@ class PoolTables:
 
     def forms(self, slot: int, group: int, paths: Sequence[str]) -> Iterator[tuple[str, SlotForm]]:
         """(path, form) of the layers at these paths for the adapter in a slot, as views."""
-        by_group = [self._host[name][:, group].tolist() for name in ("ranks", *_PAGES, "A_strides", "B_strides")]
-        by_slot = [self._host[name][:, slot].tolist() for name in ("scalings", *_VECTORS)]
+        columns = [self._host[name][:, _index(name, slot, group)].tolist() for name in _TABLES]
         for path in paths:
             row = self._rows[path]
-            entries = [column[row] for column in (*by_group, *by_slot)]
-            yield path, slot_form(self._pages, self._vectors, self._shapes[row], *entries)
+            entry = FormEntry(*(column[row] for column in columns))
+            yield path, slot_form(self._pages, self._vectors, self._shapes[row], entry)
 
-    def enter(self, slot: int, group: int, forms: Mapping[str, SlotForm], *, shared: bool) -> None:
-        """Writes an adapter's forms. A shared group's factors are another's too: there layers are only added."""
-        rank = max((form.rank for form in forms.values()), default=0)
+    def enter(self, slot: int, group: int, entries: Mapping[str, FormEntry], *, shared: bool) -> None:
+        """Writes an adapter's entries by layer. A shared group is another's too: there layers are only added."""
+        rank = max((entry.rank for entry in entries.values()), default=0)
         self.max_rank = max(self.max_rank, rank)
         self._reserve(slot, group, -(-rank // PAGE_RANKS))
-        self._see(forms.values())
-        if not shared:
-            for name in (*_BY_GROUP, *_PAGES):
-                self._host[name][:, group] = 0
-        columns: dict[str, list[float]] = {name: [] for name in (*_BY_GROUP, "scalings", *_VECTORS)}
-        for form in forms.values():
-            columns["ranks"].append(form.rank)
-            columns["scalings"].append(form.scaling)
-            for side, parts in (("A", form.A), ("B", form.B)):
-                columns[f"{side}_strides"].append(int(parts[0].stride(0)) if parts else 0)
-            for name, attribute in _VECTORS.items():
-                vector: Tensor | None = getattr(form, attribute)
-                columns[name].append(-1 if vector is None else int(vector.storage_offset()))
-        rows = torch.tensor([self._rows[path] for path in forms])
+        rows = torch.tensor([self._rows[path] for path in entries], dtype=torch.int64)
+        columns: dict[str, list[Any]] = {
+            name: [entry[place] for entry in entries.values()] for place, name in enumerate(_TABLES)
+        }
+        self._see(columns)
         for name, column in columns.items():
             table = self._host[name]
-            table[rows, slot if name == "scalings" or name in _VECTORS else group] = torch.tensor(
-                column, dtype=table.dtype
-            )
-        for name, side in zip(_PAGES, ("A", "B"), strict=True):
-            pages = [_pages(getattr(form, side)) for form in forms.values()]
-            width = self._host[name].shape[2]
-            padded = [[*row, *[0] * (width - len(row))] for row in pages]
-            self._host[name][rows, group] = torch.tensor(padded, dtype=torch.int64).view(len(pages), width)
+            if name in _PAGES:
+                column = [[*pages, *[0] * (table.shape[2] - len(pages))] for pages in column]
+            if name not in _BY_SLOT and not shared:
+                table[:, group] = 0
+            new = torch.tensor(column, dtype=table.dtype).view(len(rows), *table.shape[2:])
+            table[rows, _index(name, slot, group)] = new
         self._upload(slot, group)
 
     def clear_slot(self, slot: int) -> None:
         """Makes a slot the base model's."""
-        for name in ("scalings", *_VECTORS):
+        for name in _BY_SLOT:
             self._host[name][:, slot] = 0 if name == "scalings" else -1
         self._upload(slot, None)
 
@@ -108,16 +100,15 @@ class PoolTables:
         if self._pages.device.type == "cpu":
             return  # the host's tables are the device's
         for name, table in self._host.items():
-            index = slot if name == "scalings" or name in _VECTORS else group
+            index = _index(name, slot, group)
             if index is not None:
                 self._device[name][:, index] = table[:, index].to(self._pages.device)
 
     def _reserve(self, slot: int, group: int, pages: int) -> None:
         """Doubles what is too small."""
         for name, table in self._host.items():
-            row = slot if name == "scalings" or name in _VECTORS else group
             shape = list(table.shape)
-            while shape[1] <= row:
+            while shape[1] <= _index(name, slot, group):
                 shape[1] *= 2
             if name in _PAGES:
                 shape[2] = max(shape[2], pages)
@@ -128,9 +119,9 @@ class PoolTables:
                 self._device[name] = grown.to(self._pages.device)
                 self._forget_layers()
 
-    def _see(self, forms: Collection[SlotForm]) -> None:
-        for name, attribute in _VECTORS.items():
-            if name not in self._present and any(getattr(form, attribute) is not None for form in forms):
+    def _see(self, columns: Mapping[str, Sequence[int]]) -> None:
+        for name in _VECTORS:
+            if name not in self._present and max(columns[name], default=-1) >= 0:
                 self._present.add(name)
                 self._forget_layers()
 
@@ -140,14 +131,8 @@ class PoolTables:
 
 
 def _new(name: str, shape: Sequence[int]) -> Tensor:
-    dtype = torch.float32 if name == "scalings" else _BY_GROUP.get(name, torch.int64)
-    return torch.full(tuple(shape), -1 if name in _VECTORS else 0, dtype=dtype)
+    return torch.full(tuple(shape), -1 if name in _VECTORS else 0, dtype=_DTYPES.get(name, torch.int64))
 
 
-def _pages(parts: Sequence[Tensor]) -> list[int]:
-    """The first element of every page of a factor's parts."""
-    return [
-        int(part.storage_offset() + first * part.stride(0))
-        for part in parts
-        for first in range(0, part.shape[0], PAGE_RANKS)
-    ]
+def _index(name: str, slot: T, group: T) -> T:
+    return slot if name in _BY_SLOT else group
