@@ -291,7 +291,7 @@ def launch_batch(dtype: torch.dtype, batch: Batch) -> None:
     """Many adapters on one layer; how many there are is no matter."""
     from fastadapt_kernels.multi_adapter import multi_adapter_linear
 
-    from fastadapt.batch import PAGE_RANKS, FormTables, SortedTokens
+    from fastadapt.operators.multi_adapter_linear.batch import PAGE_RANKS, FormTables, SortedTokens
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -320,7 +320,7 @@ def launch_batch(dtype: torch.dtype, batch: Batch) -> None:
 
 def launch_recomposed(dtype: torch.dtype, case: Recomposed) -> None:
     """Forward and backward, all gradients."""
-    from fastadapt_kernels.hadamard_linear import hadamard_linear, hadamard_linear_backward
+    from fastadapt_kernels.hadamard_linear import HadamardLayer, Wants, hadamard_linear, hadamard_linear_backward
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -331,13 +331,14 @@ def launch_recomposed(dtype: torch.dtype, case: Recomposed) -> None:
     U, V = tensor(case.N, case.Q, dtype=own), tensor(case.Q, case.K, dtype=own)
     A, B = (tensor(case.R, case.K, dtype=own), tensor(case.N, case.R, dtype=own)) if case.R else (None, None)
     bias = tensor(case.N, dtype=own) if case.bias else None
-    _, u = hadamard_linear(x, weight, U, V, A=A, B=B, bias=bias, base=case.base)
-    hadamard_linear_backward(dy, weight, U, V, A=A, B=B, x=x, u=u, base=case.base, want_bias=case.bias)
+    layer = HadamardLayer(weight, U, V, A, B, bias, case.base)
+    _, u = hadamard_linear(x, layer)
+    hadamard_linear_backward(dy, layer, x, u, Wants(bias=case.bias))
 
 
 def launch_bottleneck(dtype: torch.dtype, case: Bottleneck) -> None:
     """Forward and backward of a bottleneck, with all that they can be asked for."""
-    from fastadapt_kernels.bottleneck import bottleneck, bottleneck_backward
+    from fastadapt_kernels.bottleneck import BottleneckLayer, Wants, bottleneck, bottleneck_backward
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -347,9 +348,10 @@ def launch_bottleneck(dtype: torch.dtype, case: Bottleneck) -> None:
     down, up = tensor(H, K, dtype=own), tensor(K, H // case.groups, dtype=own)
     down_bias, up_bias = tensor(H, dtype=own), tensor(K, dtype=own)
     seed = tensor(1, dtype=torch.int64) if case.dropout else None
-    rest = (seed, 0.1 if case.dropout else 0.0, 0.5, case.activation, case.groups)
-    out = bottleneck(v, down, up, down_bias, up_bias, residual, *rest)
-    bottleneck_backward(out, v, down, up, down_bias, *rest, case.stream is None, [True] * 5)
+    layer = BottleneckLayer(down, up, down_bias, up_bias, 0.5, case.activation, case.groups)
+    p = 0.1 if case.dropout else 0.0
+    out = bottleneck(v, layer, residual, seed, p)
+    bottleneck_backward(out, v, layer, seed, p, case.stream is None, Wants())
 
 
 class Job(NamedTuple):

@@ -37,9 +37,9 @@ from bench.operators import (
     runnable_strategies,
     tuner_key,
 )
-from fastadapt import tuner
 from fastadapt.doctor import describe
-from fastadapt.ops import STRATEGIES
+from fastadapt.operators.adapter_linear import tuner
+from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 from fastadapt.report import versions, write_json
 
 ADAPTERS = tuple(SAVED_CASES.values())

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fastadapt.cost import Device
+from fastadapt.operators.adapter_linear.devices import Device
 
 # What a GEMM may hold of L2 beside what streams through it.
 _SHARE = 0.75

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.cases import AdapterCase
-from fastadapt import eager, ops
 from fastadapt.functional import adapter_linear, adapter_linear_group, row_squares, weight_norm
-from fastadapt.ops import STRATEGIES
+from fastadapt.operators import masks
+from fastadapt.operators.adapter_linear.strategies import STRATEGIES
+from fastadapt.operators.adapter_linear.tuner import Key, key_of
+from fastadapt.operators.backends import HAS_TRITON
+from fastadapt.operators.dropout import draw_dropout, keep_probability
 from fastadapt.reference import AdapterForm, adapter_linear_reference, weight_norm_reference
-from fastadapt.strategies import HAS_TRITON
-from fastadapt.tuner import Key, key_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -467,10 +468,10 @@ def check(case: OperatorCase, provider: str, device: torch.device) -> Verdict:
 def _mask(x: Tensor, p: float, backend: str) -> tuple[Tensor, float]:
     """The dropout mask that fastadapt draws for x right after torch.manual_seed(0), and its real probability."""
     torch.manual_seed(0)
-    drop = ops.draw_dropout(x, p, backend)
-    dropped = 1.0 - ops.keep_probability(p, backend)
+    drop = draw_dropout(x, p, backend)
+    dropped = 1.0 - keep_probability(p, backend)
     if backend != "triton":
-        return eager.dropout_mask(drop, x.shape), dropped
+        return masks.dropout_mask(drop, x.shape), dropped
     from fastadapt_kernels.tiles import dropout_mask
 
     return dropout_mask(drop, x.shape[0], x.shape[1], p), dropped

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fastadapt.cost import FEW_TOKENS, Work, Workload
+from fastadapt.operators.adapter_linear.cost import FEW_TOKENS, Work
+from fastadapt.operators.adapter_linear.workload import Workload
 
 # Bytes of an element: activations and weights in 16 bit, adapters of PEFT's default, dropout masks.
 _HALF, _FULL, _MASK = 2, 4, 1

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.operators import OTHERS
 from bench.report import Row
-from fastadapt.ops import STRATEGIES
+from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 from fastadapt.report import new_figure, save_figure
 
 Document = dict[str, Any]

@@ -15,11 +15,8 @@ import typer
 
 from bench import l2, report
 from bench.peers import PEERS, frozen, moved_mib
-from fastadapt.cost import (
-    DEVICES,
-    Device,
+from fastadapt.operators.adapter_linear.cost import (
     Work,
-    Workload,
     backward_works,
     break_even,
     cheapest,
@@ -27,6 +24,8 @@ from fastadapt.cost import (
     predicted_seconds,
     works,
 )
+from fastadapt.operators.adapter_linear.devices import DEVICES, Device
+from fastadapt.operators.adapter_linear.workload import Workload
 from fastadapt.report import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -47,7 +47,9 @@ from torch import Tensor
 
 from bench import l2, report
 from bench.peers import PEERS, moved_mib
-from fastadapt.cost import DEVICES, Workload, works
+from fastadapt.operators.adapter_linear.cost import works
+from fastadapt.operators.adapter_linear.devices import DEVICES
+from fastadapt.operators.adapter_linear.workload import Workload
 from fastadapt.report import write_json
 
 MIB = 2**20
@@ -299,7 +301,7 @@ Run = Callable[[str, list[Any]], Passes]
 
 def run_bottleneck(case: BottleneckCase, tokens: int, K: int, device: str, launches: list[Any]) -> Passes:
     """Call the launchers for one forward and one backward pass of a bottleneck; each call adds to `launches`."""
-    from fastadapt_kernels.bottleneck import bottleneck, bottleneck_backward
+    from fastadapt_kernels.bottleneck import BottleneckLayer, Wants, bottleneck, bottleneck_backward
 
     passes = Passes([("forward", len(launches))], {}, [])
 
@@ -314,10 +316,11 @@ def run_bottleneck(case: BottleneckCase, tokens: int, K: int, device: str, launc
     down, up = new("down", case.H, K), new("up", K, case.H // case.groups)
     down_bias, up_bias = new("vector", case.H), new("vector", K)
     seed = new("seed", 1, dtype=torch.int64) if case.dropout else None
-    rest = (seed, _DROPOUT if case.dropout else 0.0, 0.5, "gelu", case.groups)
-    passes.known("out", bottleneck(v, down, up, down_bias, up_bias, residual, *rest))
+    layer = BottleneckLayer(down, up, down_bias, up_bias, 0.5, "gelu", case.groups)
+    p = _DROPOUT if case.dropout else 0.0
+    passes.known("out", bottleneck(v, layer, residual, seed, p))
     passes.phases.append(("backward", len(launches)))
-    dv, *grads = bottleneck_backward(dy, v, down, up, down_bias, *rest, case.on_itself, [True] * 5)
+    dv, *grads = bottleneck_backward(dy, v, layer, seed, p, case.on_itself, Wants())
     passes.known("dv", dv)
     passes.known("gradient", *grads)
     return passes
@@ -460,7 +463,7 @@ def count_batch(case: BatchCase, width: int) -> dict[str, int]:
     """Distinct bytes that the launches of a batch touch, by operand, on a layer of this width in 16 bit."""
     from fastadapt_kernels.multi_adapter import multi_adapter_linear
 
-    from fastadapt.batch import PAGE_RANKS, AdapterBatch, FormTables
+    from fastadapt.operators.multi_adapter_linear.batch import PAGE_RANKS, AdapterBatch, FormTables
 
     groups, most = case.groups, max(own.R for own in case.adapters)
     ranks = [0] * (1 + max(groups))
@@ -536,18 +539,18 @@ def batch_row(name: str, case: BatchCase, width: int = 4096) -> report.Row:
 
 def run_hadamard(M: int, K: int, N: int, Q: int, device: str, launches: list[Any]) -> Passes:
     """Call the launchers of W0 ⊙ (1 + U V): forward, then dx, then the gradients of the factors."""
-    from fastadapt_kernels.hadamard_linear import hadamard_linear, hadamard_linear_backward
+    from fastadapt_kernels.hadamard_linear import HadamardLayer, Wants, hadamard_linear, hadamard_linear_backward
 
     shapes = {"x": (M, K), "dy": (M, N), "weight": (N, K)}
     tensors = {name: torch.zeros(shape, dtype=torch.float16, device=device) for name, shape in shapes.items()}
     tensors |= {"U": torch.zeros(N, Q, device=device), "V": torch.zeros(Q, K, device=device)}
-    x, dy, layer = tensors["x"], tensors["dy"], [tensors[name] for name in ("weight", "U", "V")]
+    x, dy, layer = tensors["x"], tensors["dy"], HadamardLayer(tensors["weight"], tensors["U"], tensors["V"])
     phases = [("forward", len(launches))]
-    tensors["y"], _ = hadamard_linear(x, *layer)
+    tensors["y"], _ = hadamard_linear(x, layer)
     phases.append(("dx", len(launches)))
-    dx = hadamard_linear_backward(dy, *layer, want_factors=False).dx
+    dx = hadamard_linear_backward(dy, layer, None, None, Wants(factors=False)).dx
     phases.append(("grads", len(launches)))
-    grads = hadamard_linear_backward(dy, *layer, x=x, want_dx=False)
+    grads = hadamard_linear_backward(dy, layer, x, None, Wants(x=False))
     made = {"dx": dx, "dU": grads.dU, "dV": grads.dV}
     tensors |= {name: tensor for name, tensor in made.items() if tensor is not None}
     return Passes(phases, {storage(tensor): name for name, tensor in tensors.items()}, list(tensors.values()))

@@ -4,17 +4,7 @@ from . import functional, optim
 from .checkpoint import export_glora, export_lora, load_adapter, save_adapter
 from .combine import add_weighted_adapter
 from .eva import initialize_eva
-from .inject import (
-    control,
-    disable_adapter,
-    forget,
-    inject,
-    merge,
-    set_adapter,
-    trainable_parameters,
-    unload,
-    unmerge,
-)
+from .inject import control, disable_adapter, forget, inject, merge, set_adapter, trainable_parameters, unload, unmerge
 from .layers import AdapterLinear
 from .methods import (
     AdaLoRAConfig,

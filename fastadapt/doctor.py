@@ -12,16 +12,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import eager, ops
-from .functional import (
-    adapter_linear,
-    bottleneck,
-    hadamard_linear,
-    multi_adapter_linear,
-    row_squares,
-    weight_norm,
-)
+from .functional import adapter_linear, hadamard_linear, multi_adapter_linear, row_squares, weight_norm
 from .methods import LoRAConfig
+from .operators import masks
+from .operators.backends import HAS_TRITON, resolve_backend
+from .operators.bottleneck.function import bottleneck
+from .operators.dropout import draw_dropout, keep_probability
+from .operators.registry import OPERATORS as REGISTERED
 from .reference import (
     AdapterForm,
     adapter_linear_reference,
@@ -34,7 +31,6 @@ from .reference import (
 from .report import machine
 from .serving.loader import LoadedAdapter
 from .serving.pool import AdapterPool
-from .strategies import HAS_TRITON, resolve_backend
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -80,7 +76,7 @@ class Sizes(NamedTuple):
 class Case:
     """A filling of an operator's arguments: how they are made, and what the operator and its formula make of them.
 
-    covers: the operators of ops.OPERATORS that run in it. kernels: what they launch on Triton, by the names of their
+    covers: the operators of the registry that run in it. kernels: what they launch on Triton, by the names of their
     launchers; a kernel is called _name_kernel. limits: where "auto" takes another backend on a GPU than Triton.
     in_dtype: the arguments that have the tested dtype; the others are in fp32.
     frozen: the arguments that take no gradient, beside the weight.
@@ -374,7 +370,7 @@ OPERATORS: dict[str, type[Case]] = {case.operator: type(case) for case in CASES}
 def untested() -> list[str]:
     """The registered operators that run in no case."""
     covered = {name for case in CASES for name in case.covers}
-    return [name for name in ops.OPERATORS if name not in covered]
+    return [name for name in REGISTERED if name not in covered]
 
 
 def choices(device: torch.device) -> list[dict[str, Any]]:
@@ -464,12 +460,12 @@ def _mask(case: Case, values: Values, backend: str) -> tuple[Tensor | None, floa
     """The dropout mask that the operator draws right after torch.manual_seed(0), and its exact probability."""
     if not case.dropout:
         return None, 0.0
-    p = 1.0 - ops.keep_probability(case.dropout, backend)
+    p = 1.0 - keep_probability(case.dropout, backend)
     dropped = case.dropped(values)
     torch.manual_seed(0)
-    drop = ops.draw_dropout(dropped, case.dropout, backend)
+    drop = draw_dropout(dropped, case.dropout, backend)
     if backend != "triton":
-        return eager.dropout_mask(drop, dropped.shape), p
+        return masks.dropout_mask(drop, dropped.shape), p
     from fastadapt_kernels.tiles import dropout_mask
 
     return dropout_mask(drop, dropped.shape[0], dropped.shape[1], case.dropout), p

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .reference import AdapterForm
+from .operators.calls import without_autocast
+from .reference import AdapterForm, merged_weight_reference
+
+
+def merged_weight(weight: Tensor, form: AdapterForm) -> Tensor:
+    """W' = diag(g) W0 + W0 ⊙ (U V) + diag(h) B diag(d) A: the merge rule of every adapter form, in at least fp32.
+
+    Shapes: weight and W' [N, K]. The result has the dtype of `weight`; F.linear(x, W', β) equals the form.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    tensors: dict[str, Any] = {name: v.to(dtype) for name, v in form._asdict().items() if isinstance(v, Tensor)}
+    with without_autocast(weight):
+        return merged_weight_reference(weight.to(dtype), form._replace(**tensors)).to(weight.dtype)
 
 
 class PlainLoRA(NamedTuple):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .functional import adapter_linear_group, compute_dtype
+from .operators.adapter_linear.function import adapter_linear_group
+from .operators.calls import compute_dtype
 from .versions import optimizer_steps, version
 
 if TYPE_CHECKING:

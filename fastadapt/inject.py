@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .groups import ProjectionGroup
 from .layers import Adapter, AdapterLayer, AdapterLinear, AdapterModule, ModuleToSave, adapter_layer
 from .methods import AdapterConfig, Control
-from .strategies import check_backend, check_strategy
+from .operators.adapter_linear.strategies import check_strategy
+from .operators.backends import check_backend
 from .targets import saved_paths, shared_inputs, target_paths
 
 ModelType = TypeVar("ModelType", bound=nn.Module)

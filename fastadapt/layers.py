@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
-from .forms import stacked
-from .functional import merged_weight
+from .forms import merged_weight, stacked
 from .groups import ProjectionGroup
-from .ops import STRATEGIES
+from .operators.adapter_linear.function import adapter_linear
+from .operators.adapter_linear.strategies import STRATEGIES
 from .reference import AdapterForm
 from .versions import Kept
 
@@ -325,7 +324,7 @@ class AdapterLinear(AdapterLayer):
             y = self.group.output(self, x)
             if y is not None:
                 return y
-        return functional.adapter_linear(
+        return adapter_linear(
             x,
             self.weight_matrix,
             self.form(),

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import without_autocast
 from .inject import adapter_layers
 from .layers import AdapterEmbedding
 from .methods.lora import LoRAAdapter
+from .operators.calls import without_autocast
 
 
 def parameter_groups(

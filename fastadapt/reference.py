@@ -42,6 +42,12 @@ class AdapterForm(NamedTuple):
     U: Tensor | None = None
     V: Tensor | None = None
 
+    def settled(self, n: int) -> tuple[float, Tensor | None]:
+        """h = scaling · out_scale as a number and a vector [n], which is None where it would be ones."""
+        if not isinstance(self.out_scale, Tensor):
+            return self.scaling * self.out_scale, None
+        return self.scaling, self.out_scale if self.out_scale.dim() else self.out_scale.expand(n)
+
 
 def dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """x̃ = mask ⊙ x / (1 − p). Shapes: x and mask [..., K]; mask is true where an element is kept."""

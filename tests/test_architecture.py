@@ -14,10 +14,9 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import the layers before it.
 LAYERS = [
     {"fastadapt_kernels"},
-    {"reference", "report", "versions", "batch", "ops", "cost"}
-    | {"eager", "eager_bottleneck", "eager_hadamard", "eager_multi", "eager_plan"},
-    {"checks", "patterns", "strategies", "tuner", "functional"},
-    {"forms", "groups", "layers"},
+    {"reference", "report", "versions", "checks", "patterns"},
+    {"operators"},
+    {"forms", "functional", "groups", "layers"},
     {"methods"},
     {"targets", "inject", "checkpoint", "combine", "selection", "optim", "incremental_pca", "eva"}
     | {"search", "search_spaces"},

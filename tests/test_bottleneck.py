@@ -13,8 +13,12 @@ from helpers import assert_close, assert_follows, guarded, guarded_outputs, layo
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastadapt import eager, ops, strategies
 from fastadapt.functional import bottleneck
+from fastadapt.operators import masks
+from fastadapt.operators.bottleneck import function, op
+from fastadapt.operators.bottleneck.parameters import BottleneckLayer, Wants
+from fastadapt.operators.dropout import draw_dropout, keep_probability
+from fastadapt.operators.masks import Dropout
 from fastadapt.reference import bottleneck_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,12 +99,12 @@ def judge(case: Case, values: dict[str, Tensor], backend: str, p: float = 0.0) -
     if p > 0:
         torch.manual_seed(3)
         hidden = torch.zeros(v.numel() // v.shape[-1], case.H, device=DEVICE)
-        drop = ops.draw_dropout(hidden, p, backend)
+        drop = draw_dropout(hidden, p, backend)
         if backend == "eager":
-            mask = eager.dropout_mask(drop, hidden.shape)
+            mask = masks.dropout_mask(drop, hidden.shape)
         else:
             mask = tiles.dropout_mask(drop, hidden.shape[0], case.H, p)
-        reference = {"mask": mask.view(*v.shape[:-1], case.H), "p": 1.0 - ops.keep_probability(p, backend)}
+        reference = {"mask": mask.view(*v.shape[:-1], case.H), "p": 1.0 - keep_probability(p, backend)}
     torch.manual_seed(3)
     actual = results(bottleneck, case, values, dropout=p, training=True, backend=backend)
 
@@ -296,7 +300,7 @@ def test_the_mask_hits_the_hidden_at_the_promised_rate(p: float, backend: str) -
         backend=backend,
     )
     kept = out != 0
-    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / ops.keep_probability(p, backend)))
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / keep_probability(p, backend)))
     assert abs(kept.float().mean().item() - (1 - p)) < 4 * (p * (1 - p) / (M * H)) ** 0.5
     for rates in (kept.float().mean(0), kept.float().mean(1)):  # no token and no feature is spared
         assert (rates < 1).any()
@@ -359,34 +363,26 @@ def test_a_stream_in_fp32_is_not_rounded(groups: int, backend: str) -> None:
 
 def calls(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """A call of each operator, with and without what is optional."""
-    registered = torch.ops.fastadapt
-    forward, backward = registered.bottleneck.default, registered.bottleneck_backward.default
+    forward, backward = op.bottleneck, op.bottleneck_backward
     values = operands(Case((9, 20), 20, 6, groups=2), torch.float32)
     v, down, up, down_bias, up_bias, residual = values.values()
-    drop = ops.draw_dropout(torch.zeros(9, 6, device=DEVICE), 0.3, backend)
-    everything, to_up = [True] * 5, [False, False, False, True, True]
+    drop = Dropout(draw_dropout(torch.zeros(9, 6, device=DEVICE), 0.3, backend), 0.3)
+    layer = BottleneckLayer(down, up, down_bias, up_bias, 0.5, "gelu", 2)
+    bare = BottleneckLayer(down, torch.cat([up, up], 1), None, None, 1.0, "relu", 1)
+    linear = layer._replace(down_bias=None, activation="identity")
+    quick = layer._replace(down_bias=None, activation="quick_gelu")
+    none, everything = Dropout(), Wants(True, True, True, True, True)
+    to_up, to_bias = Wants(False, False, True, False, True), Wants(False, False, False, False, True)
     return {
-        "forward": (forward, (v, down, torch.cat([up, up], 1), None, None, None, None, 0.0, 1.0, "relu", 1, backend)),
-        "forward in full": (
-            forward,
-            (v, down, up, down_bias, up_bias, residual, drop, 0.3, 0.5, "gelu", 2, backend),
-        ),
-        "forward of a stream of its own": (
-            forward,
-            (v, down, up, None, up_bias, v, None, 0.0, 0.5, "identity", 2, backend),
-        ),
-        "backward": (
-            backward,
-            (residual, v, down, up, down_bias, drop, 0.3, 0.5, "gelu", 2, True, everything, backend),
-        ),
+        "forward": (forward, (v, bare, None, none, backend)),
+        "forward in full": (forward, (v, layer, residual, drop, backend)),
+        "forward of a stream of its own": (forward, (v, linear, v, none, backend)),
+        "backward": (backward, (residual, v, layer, drop, True, everything, backend)),
         "backward to the up-projection": (
             backward,
-            (residual.T.contiguous().T, v, down, up, None, None, 0.0, 0.5, "quick_gelu", 2, False, to_up, backend),
+            (residual.T.contiguous().T, v, quick, none, False, to_up, backend),
         ),
-        "backward to the last bias": (
-            backward,
-            (residual, None, down, up, None, None, 0.0, 0.5, "relu", 2, False, [False] * 4 + [True], backend),
-        ),
+        "backward to the last bias": (backward, (residual, None, layer, none, False, to_bias, backend)),
     }
 
 
@@ -394,8 +390,8 @@ def calls(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 @pytest.mark.parametrize("name", calls("eager"))
 def test_opcheck(name: str, backend: str) -> None:
     operator, args = calls(backend)[name]
-    torch.library.opcheck(operator, args)
-    layout_is_told(operator, args)
+    torch.library.opcheck(operator.registered, operator.flat(*args))
+    layout_is_told(operator.registered, operator.flat(*args))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -429,10 +425,10 @@ def launch_all(
     values = {name: place(value) for name, value in operands(case, dtype).items()}
     seed = place(torch.tensor([2**40 + 7], device=DEVICE))
     v, down, up, down_bias, up_bias, residual = values.values()
-    rest = 0.3, 0.5, case.activation, case.groups
-    out = kernels.bottleneck(v, down, up, down_bias, up_bias, residual, seed, *rest)
+    layer = kernels.BottleneckLayer(down, up, down_bias, up_bias, 0.5, case.activation, case.groups)
+    out = kernels.bottleneck(v, layer, residual, seed, 0.3)
     dy = place(residual.contiguous())
-    return [out, *kernels.bottleneck_backward(dy, v, down, up, down_bias, seed, *rest, True, [True] * 5)]
+    return [out, *kernels.bottleneck_backward(dy, v, layer, seed, 0.3, True, kernels.Wants())]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -467,11 +463,12 @@ def test_the_forward_is_one_launch_and_the_backward_four() -> None:
     v = torch.empty(8192, 768, dtype=torch.bfloat16, device="meta")
     down, up = (torch.empty(*shape, device="meta") for shape in ((64, 768), (768, 64)))
     a, c = (torch.empty(size, device="meta") for size in (64, 768))
+    layer = kernels.BottleneckLayer(down, up, a, c, 1.0, "relu", 1)
     with configs.recorded_launches(232_448) as launches:
-        kernels.bottleneck(v, down, up, a, c, v, None, 0.0, 1.0, "relu", 1)
+        kernels.bottleneck(v, layer, v, None, 0.0)
     assert len(launches) == 1
     with configs.recorded_launches(232_448) as launches:
-        kernels.bottleneck_backward(v, v, down, up, a, None, 0.0, 1.0, "relu", 1, True, [True] * 5)
+        kernels.bottleneck_backward(v, v, layer, None, 0.0, True, kernels.Wants())
     assert len(launches) == 4
 
 
@@ -512,12 +509,14 @@ def test_bad_arguments_are_named() -> None:
 
 
 def test_more_hidden_features_than_the_kernels_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert strategies._MOST_HIDDEN == configs.MOST_HIDDEN
+    assert function._MOST_HIDDEN == configs.MOST_HIDDEN
     values = operands(Case((4, 6), 8, 129), torch.float32)
     with pytest.raises(ValueError, match='up to 128 hidden features, got 129: take backend="eager"'):
         bottleneck(**values, backend="triton")
+    layer = kernels.BottleneckLayer(values["down"], values["up"], None, None, 1.0, "relu", 1)
     with pytest.raises(ValueError, match="up to 128 hidden features, got 129"):
-        kernels.bottleneck(values["v"], values["down"], values["up"], None, None, None, None, 0.0, 1.0, "relu", 1)
-    monkeypatch.setattr(strategies, "resolve_backend", lambda backend, *tensors: "triton")
-    assert strategies.resolve_bottleneck_backend("auto", 128, values["v"]) == "triton"
-    assert strategies.resolve_bottleneck_backend("auto", 129, values["v"]) == "eager"
+        kernels.bottleneck(values["v"], layer, None, None, 0.0)
+    monkeypatch.setattr(function, "resolve_backend", lambda backend, *tensors: "triton")
+    wide = BottleneckLayer(values["down"], values["up"], None, None, 1.0, "relu", 1)
+    assert function._resolved("auto", values["v"], wide._replace(down=values["down"][:128])) == "triton"
+    assert function._resolved("auto", values["v"], wide) == "eager"

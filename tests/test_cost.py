@@ -7,20 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastadapt.cost import (
-    DEVICES,
-    Workload,
+from fastadapt.operators.adapter_linear.cost import (
     break_even,
     cannot_recompose,
     cheapest,
-    device_from,
-    device_of,
     forward_works,
     keeps_recomposed,
     predicted_seconds,
     recomposing_saves,
     works,
 )
+from fastadapt.operators.adapter_linear.devices import DEVICES, device_from, device_of
+from fastadapt.operators.adapter_linear.workload import Workload
 
 A100, H100 = DEVICES["A100-SXM4-80GB"], DEVICES["H100-SXM"]
 GPUS = [device for name, device in DEVICES.items() if name != "CPU"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from test_cli import run, unwrapped
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadapt import doctor, ops
+from fastadapt import doctor
 from fastadapt.doctor import Case, Normal, Sizes, Values
+from fastadapt.operators import registry
+from fastadapt.operators.adapter_linear.strategies import STRATEGIES
+from fastadapt.operators.multi_adapter_linear import op as multi
+from fastadapt.operators.registry import OPERATORS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOT = Path(__file__).parent.parent
@@ -56,14 +61,15 @@ def run_small(case: Case, backend: str, sizes: Sizes = SMALL) -> Values:
 
 def test_every_registered_operator_is_tested() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastadapt::")}
-    assert {f"fastadapt::{name}" for name in ops.OPERATORS} == registered
-    assert len(ops.OPERATORS) == len(registered)
+    assert {f"fastadapt::{name}" for name in OPERATORS} == registered
+    assert len(OPERATORS) == len(registered)
     assert doctor.untested() == []
 
 
 @pytest.mark.parametrize("operator", doctor.OPERATORS)
 def test_a_case_runs_the_operators_that_it_claims(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_runs_directly", lambda x: False)  # so that the dispatcher sees every operator
+    for module in (registry, multi):  # so that the dispatcher sees every operator
+        monkeypatch.setattr(module, "sees_operators", lambda x: True)
     for case in BY_OPERATOR[operator]:
         with Seen() as seen:
             run_small(case, "eager")
@@ -71,7 +77,7 @@ def test_a_case_runs_the_operators_that_it_claims(operator: str, monkeypatch: py
 
 
 def test_an_operator_without_a_case_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "OPERATORS", ["row_squares", "brand_new_linear", "brand_new_linear_backward"])
+    monkeypatch.setattr(doctor, "REGISTERED", ["row_squares", "brand_new_linear", "brand_new_linear_backward"])
     monkeypatch.setattr(doctor, "CASES", BY_OPERATOR["row_squares"])
     result = run("doctor", "--json", tmp_path / "doctor.json")
     assert result.exit_code == 0, result.output
@@ -103,7 +109,7 @@ def test_an_operator_launches_the_kernels_that_it_names(operator: str) -> None:
 
 def test_both_strategies_of_triton_are_tested() -> None:
     tested = {case.strategy for case in doctor.CASES if isinstance(case, doctor.AdapterLinearCase)}
-    assert tested == {name for name, backend in ops.STRATEGIES.items() if backend == "triton"}
+    assert tested == {name for name, backend in STRATEGIES.items() if backend == "triton"}
 
 
 @pytest.mark.parametrize("operator", doctor.OPERATORS)
@@ -132,15 +138,14 @@ def test_every_gradient_is_held_to_the_reference(operator: str) -> None:
 
 @pytest.mark.parametrize("operator", ["adapter_linear", "hadamard_linear", "bottleneck"])
 def test_a_wrong_backward_is_found(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(ops, f"{operator}_backward")
+    module = importlib.import_module(f"fastadapt.operators.{operator}.op")
+    right = getattr(module, f"{operator}_backward")
 
     def wrong(*arguments: Any) -> Any:
         found = right(*arguments)
-        if isinstance(found, ops.Grads):
-            return found._replace(x=1.001 * found.x)
-        return [1.001 * found[0], *found[1:]]
+        return type(found)(1.001 * found[0], *found[1:])
 
-    monkeypatch.setattr(ops, f"{operator}_backward", wrong)
+    monkeypatch.setattr(module, f"{operator}_backward", wrong)
     for case in BY_OPERATOR[operator]:
         first = "dv" if operator == "bottleneck" else "dx"
         assert doctor.check(case, DEVICE, "eager", torch.float32).failed == [first], case.name

@@ -12,9 +12,14 @@ from helpers import assert_follows
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastadapt import AdapterForm, eager, functional, ops, strategies, tuner
-from fastadapt.cost import Workload, keeps_recomposed
+from fastadapt import AdapterForm, functional
 from fastadapt.functional import adapter_linear, adapter_linear_group, weight_norm
+from fastadapt.operators import backends, masks
+from fastadapt.operators.adapter_linear import strategies, tuner
+from fastadapt.operators.adapter_linear.cost import keeps_recomposed
+from fastadapt.operators.adapter_linear.strategies import STRATEGIES
+from fastadapt.operators.adapter_linear.workload import Workload
+from fastadapt.operators.dropout import draw_dropout, keep_probability
 from fastadapt.reference import adapter_linear_reference, merged_weight_reference, weight_norm_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,9 +112,9 @@ def judge(
     mask, keep = None, 1.0
     if p > 0:
         torch.manual_seed(3)
-        drop = ops.draw_dropout(values["x"], p, backend)
-        keep = ops.keep_probability(p, backend)
-        mask = eager.dropout_mask(drop, values["x"].shape) if backend == "eager" else dropout_mask(drop, m, k, p)
+        drop = draw_dropout(values["x"], p, backend)
+        keep = keep_probability(p, backend)
+        mask = masks.dropout_mask(drop, values["x"].shape) if backend == "eager" else dropout_mask(drop, m, k, p)
 
     def fused(leaves: dict[str, Tensor]) -> Tensor:
         torch.manual_seed(3)
@@ -357,10 +362,10 @@ def test_dropout_follows_manual_seed_and_only_while_training(backend: str) -> No
 def test_the_mask_has_the_promised_rate() -> None:
     torch.manual_seed(0)
     for p in (0.05, 0.5, 0.9):
-        drop = ops.draw_dropout(torch.empty(400, 500), p, "eager")
-        mask = eager.dropout_mask(drop, torch.Size((400, 500)))
+        drop = draw_dropout(torch.empty(400, 500), p, "eager")
+        mask = masks.dropout_mask(drop, torch.Size((400, 500)))
         assert abs(mask.float().mean().item() - (1 - p)) < 4 * (p * (1 - p) / 200_000) ** 0.5
-        assert abs(ops.keep_probability(p, "eager") - (1 - p)) < 1e-5
+        assert abs(keep_probability(p, "eager") - (1 - p)) < 1e-5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -448,11 +453,11 @@ def test_bad_arguments_are_named() -> None:
 def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="needs tensors on a GPU"):
-        strategies.resolve_backend("triton", torch.ones(1))
-    monkeypatch.setattr(strategies, "HAS_TRITON", False)
+        backends.resolve_backend("triton", torch.ones(1))
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="needs the package triton"):
-        strategies.resolve_backend("triton", torch.ones(1))
-    assert strategies.resolve_backend("auto", torch.ones(1)) == "eager"
+        backends.resolve_backend("triton", torch.ones(1))
+    assert backends.resolve_backend("auto", torch.ones(1)) == "eager"
 
 
 def test_positions_are_independent_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,7 +466,7 @@ def test_positions_are_independent_draws(monkeypatch: pytest.MonkeyPatch) -> Non
     count, p, draws = 50, 0.2, 4000
     hits, pairs = torch.zeros(count), 0
     for _ in range(draws):
-        positions = eager._draw_positions(count, p).long()
+        positions = masks._draw_positions(count, p).long()
         assert positions.numel() == 0 or (positions.diff() > 0).all()
         assert positions.numel() == 0 or 0 <= positions[0] <= positions[-1] < count
         hits[positions] += 1
@@ -469,8 +474,8 @@ def test_positions_are_independent_draws(monkeypatch: pytest.MonkeyPatch) -> Non
     bound = 4.5 * (p * (1 - p) / draws) ** 0.5
     assert (hits / draws - p).abs().max() < bound
     assert abs(pairs / draws / (count - 1) - p * p) < bound
-    monkeypatch.setattr(eager.math, "sqrt", lambda _: -2.0)  # far too few in the first draw
-    positions = eager._draw_positions(10_000, p)
+    monkeypatch.setattr(masks.math, "sqrt", lambda _: -2.0)  # far too few in the first draw
+    positions = masks._draw_positions(10_000, p)
     assert abs(positions.numel() / 10_000 - p) < 0.03
     assert positions[-1] > 9_900
 
@@ -488,7 +493,7 @@ MIXED = {
 @pytest.mark.parametrize("kinds", MIXED)
 def test_a_group_is_its_members(kinds: str, p: float, dtype: torch.dtype, strategy: str) -> None:
     """Outputs and every gradient, of widths, ranks and forms that differ; dx is the sum over the members."""
-    backend = ops.STRATEGIES[strategy]
+    backend = STRATEGIES[strategy]
     members = [
         operands(19, 24, 16 + 4 * index, rank, dtype, seed=index) for index, (_, rank) in enumerate(MIXED[kinds])
     ]
@@ -496,9 +501,9 @@ def test_a_group_is_its_members(kinds: str, p: float, dtype: torch.dtype, strate
     mask, keep = None, 1.0
     if p > 0:
         torch.manual_seed(3)
-        drop = ops.draw_dropout(x, p, backend)
-        keep = ops.keep_probability(p, backend)
-        mask = eager.dropout_mask(drop, x.shape) if backend == "eager" else dropout_mask(drop, *x.shape, p)
+        drop = draw_dropout(x, p, backend)
+        keep = keep_probability(p, backend)
+        mask = masks.dropout_mask(drop, x.shape) if backend == "eager" else dropout_mask(drop, *x.shape, p)
 
     def run(to: torch.dtype | None) -> dict[str, Tensor]:
         """The group itself, or for a dtype the reference of each member in it."""

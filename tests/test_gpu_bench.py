@@ -24,8 +24,8 @@ from bench.cases import SAVED_CASES
 from bench.microbench import compact
 from bench.operators import LLAMA_8B, SMALL, OperatorCase, check, judge, make_operands, prepare, providers
 from bench.plots import draw_gpu, draw_microbench, read
-from fastadapt import tuner
-from fastadapt.ops import STRATEGIES
+from fastadapt.operators.adapter_linear import tuner
+from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

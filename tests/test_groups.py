@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastadapt
-from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, functional, groups
+from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, groups
 from fastadapt.layers import AdapterLinear
+from fastadapt.operators.adapter_linear import function
 from fastadapt.targets import shared_inputs
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -78,13 +79,13 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many layers each run of the operator had, in order."""
     found: list[int] = []
-    run = functional.adapter_linear_group
+    run = function.adapter_linear_group
 
     def counted(x: Tensor, weights: Any, forms: Any, **named: Any) -> tuple[Tensor, ...]:
         found.append(len(weights))
         return run(x, weights, forms, **named)
 
-    monkeypatch.setattr(functional, "adapter_linear_group", counted)
+    monkeypatch.setattr(function, "adapter_linear_group", counted)
     monkeypatch.setattr(groups, "adapter_linear_group", counted)
     return found
 

@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 from fastadapt_kernels import configs
-from fastadapt_kernels.hadamard_linear import hadamard_linear as launch
-from fastadapt_kernels.hadamard_linear import hadamard_linear_backward as launch_backward
+from fastadapt_kernels import hadamard_linear as kernels
 from helpers import assert_follows, guarded, guarded_outputs, margins_intact
 from test_ops import layout_is_told
 from torch import Tensor, nn
 
 import fastadapt
-from fastadapt import AdapterForm, DoRAConfig, HiRAConfig, LoRAConfig, eager_hadamard, forms, functional
+from fastadapt import AdapterForm, DoRAConfig, HiRAConfig, LoRAConfig, forms, functional
 from fastadapt.functional import adapter_linear, adapter_linear_group, hadamard_linear
 from fastadapt.layers import Adapter, adapter_layer
+from fastadapt.operators.hadamard_linear import eager as eager_hadamard
+from fastadapt.operators.hadamard_linear import op
+from fastadapt.operators.hadamard_linear.parameters import HadamardLayer, Wants
+from fastadapt.operators.registry import Operator
 from fastadapt.reference import adapter_linear_reference, hadamard_linear_reference
 from fastadapt.serving.loader import AdapterError, read_adapter
 
@@ -185,18 +188,17 @@ def test_autocast_takes_the_place_of_both_dtypes(backend: str) -> None:
 def test_opcheck(backend: str) -> None:
     x, weight, U, V, A, B, bias = operands(9, 20, 12, 3, 2, torch.float32).values()
     dy, u = torch.ones(9, 12, device=DEVICE), x @ A.T
-    forward, backward = (
-        getattr(torch.ops.fastadapt, name).default for name in ("hadamard_linear", "hadamard_linear_backward")
-    )
-    cases: list[tuple[Any, tuple[Any, ...]]] = [
-        (forward, (x, weight, U, V, A, B, bias, True, True)),
-        (forward, (x, weight, U, V, None, None, None, False, False)),
-        (backward, (dy, weight, U, V, A, B, x, u, True, True, True, True, True)),
-        (backward, (dy, weight, U, V, None, None, x, None, False, False, True, False, False)),
+    layer = HadamardLayer(weight, U, V, A, B, bias, True)
+    bare = HadamardLayer(weight, U, V, None, None, None, False)
+    cases: list[tuple[Operator[Any], tuple[Any, ...]]] = [
+        (op.hadamard_linear, (x, layer, True)),
+        (op.hadamard_linear, (x, bare, False)),
+        (op.hadamard_linear_backward, (dy, layer, x, u, Wants(True, True, True, True))),
+        (op.hadamard_linear_backward, (dy, bare, x, None, Wants(False, True, False, False))),
     ]
     for operator, args in cases:
-        torch.library.opcheck(operator, (*args, backend))
-        layout_is_told(operator, (*args, backend))
+        torch.library.opcheck(operator.registered, operator.flat(*args, backend))
+        layout_is_told(operator.registered, operator.flat(*args, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -220,10 +222,11 @@ def test_it_compiles_in_one_graph(backend: str) -> None:
 def run_launchers(values: Values, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Tensor]:
     dy = place(values["x"].new_ones(values["x"].shape[0], values["weight"].shape[0]))
     x, weight, U, V, A, B, bias = map(place, values.values())
-    y, u = launch(x, weight, U, V, A=A, B=B, bias=bias)
-    grads = launch_backward(dy, weight, U, V, A=A, B=B, x=x, u=u, want_bias=True)
-    alone, _ = launch(x, weight, U, V, base=False)
-    part = launch_backward(dy, weight, U, V, x=x, want_dx=False)
+    layer = kernels.HadamardLayer(weight, U, V, A, B, bias)
+    y, u = kernels.hadamard_linear(x, layer)
+    grads = kernels.hadamard_linear_backward(dy, layer, x, u, kernels.Wants(bias=True))
+    alone, _ = kernels.hadamard_linear(x, kernels.HadamardLayer(weight, U, V, base=False))
+    part = kernels.hadamard_linear_backward(dy, kernels.HadamardLayer(weight, U, V), x, None, kernels.Wants(x=False))
     outputs = [y, u, *grads, alone, *part]
     return [output for output in outputs if output is not None]
 
@@ -260,8 +263,9 @@ def test_launches() -> None:
 
     x, weight, U, V = empty(8192, 4096), empty(4096, 4096), empty(4096, 8), empty(8, 4096)
     with configs.recorded_launches(166_912) as launches:
-        y, _ = launch(x, weight, U, V)
-        launch_backward(y, weight, U, V, x=x)
+        layer = kernels.HadamardLayer(weight, U, V)
+        y, _ = kernels.hadamard_linear(x, layer)
+        kernels.hadamard_linear_backward(y, layer, x, None, kernels.Wants())
     names = [item.kernel.fn.__name__.strip("_").removesuffix("_kernel") for item in launches]
     assert names == ["hadamard_linear", "hadamard_linear", "hadamard_grads", "sum_partials", "sum_partials"]
 

@@ -16,8 +16,18 @@ from test_ops import layout_is_told
 from torch import Tensor
 
 from fastadapt import AdapterForm, functional
-from fastadapt.batch import PAGE_RANKS, AdapterBatch, FormEntry, FormTables, LayerForms, Run, SlotForm, SortedTokens
-from fastadapt.eager_plan import slot_form
+from fastadapt.operators.multi_adapter_linear import op
+from fastadapt.operators.multi_adapter_linear.batch import (
+    PAGE_RANKS,
+    AdapterBatch,
+    FormEntry,
+    FormTables,
+    LayerForms,
+    Run,
+    SlotForm,
+    SortedTokens,
+)
+from fastadapt.operators.multi_adapter_linear.plan import slot_form
 from fastadapt.reference import multi_adapter_linear_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -574,11 +584,11 @@ def test_opcheck_and_the_fakes_layout(name: str, backend: str) -> None:
     resident = make_resident(SETS[name], 20, 36, torch.float32, bias=name == "mixed")
     ids = ids_of("uniform", len(resident.forms), 4)
     x = torch.randn(12, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    operator = torch.ops.fastadapt.multi_adapter_linear.default
+    operator = op.multi_adapter_linear
     layer, tokens = resident.layer, resident.batch(ids, 3).sorted(x.device)
-    args = (x, resident.weight, resident.bias, *layer.tables, *tokens, layer.max_rank, backend)
-    torch.library.opcheck(operator, args)
-    layout_is_told(operator, args)
+    args = operator.flat(x, resident.weight, resident.bias, layer.tables, tokens, layer.max_rank, backend)
+    torch.library.opcheck(operator.registered, args)
+    layout_is_told(operator.registered, args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,7 +9,14 @@ import torch
 from helpers import layout_is_told
 from torch import Tensor
 
-from fastadapt import AdapterForm, functional, ops
+from fastadapt import AdapterForm, functional
+from fastadapt.operators.adapter_linear import op
+from fastadapt.operators.adapter_linear.member import Group, Keep, Member, Saved, Wants
+from fastadapt.operators.adapter_linear.strategies import STRATEGIES
+from fastadapt.operators.dropout import draw_dropout
+from fastadapt.operators.masks import Dropout
+from fastadapt.operators.registry import Operator, _filled, _tensors
+from fastadapt.operators.weight_norm import op as norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("eager", "triton")
@@ -20,72 +27,92 @@ def tensor(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
 
 
-def cases(strategy: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+NONE = Dropout()
+
+
+def cases(strategy: str) -> dict[str, tuple[Operator[Any], tuple[Any, ...]]]:
     """A call of every operator, with and without what is optional."""
-    registered = torch.ops.fastadapt
-    linear, backward = registered.adapter_linear.default, registered.adapter_linear_backward.default
+    linear, backward = op.adapter_linear, op.adapter_linear_backward
     x, weight, u, dy, z = tensor(M, K), tensor(N, K), tensor(M, R), tensor(M, N), tensor(M, N)
     A, B, d, h, g, b = tensor(R, K), tensor(N, R), tensor(R), tensor(N), tensor(N), tensor(N)
-    drop = ops.draw_dropout(x, 0.3, ops.STRATEGIES[strategy])
-    none = [None]
-    plain = ([weight], [A], [B], none, none, [0.5], none, none, [False])
-    full = ([weight], [A], [B], [d], [h], [0.5], [g], [b], [True])
-    scaled = ([weight], [A], [B], [d], [h], [0.5], none, [b], [False])
+    drop = Dropout(draw_dropout(x, 0.3, STRATEGIES[strategy]), 0.3)
+    nothing = (None, None, None, None)
+    plain = Group([Member(weight, A, B, *nothing, 0.5, False, False)], NONE, False)
+    full = Group([Member(weight, A, B, d, h, g, b, 0.5, True, False)], drop, False)
+    tied = Group([Member(weight, A, B, d, None, g, b, 0.5, True, True)], drop, False)
+    scaled = Group([Member(weight, A, B, d, h, None, b, 0.5, False, False)], NONE, False)
     # Mixed ranks and forms.
-    pair = ([weight, weight[:4]], [A, A[:0]], [B, B[:4, :0]], [d, None], [h, None], [0.5, 1.0], [g, g[:4]], [b, None])
-    pair = (*pair, [False, False])
-    same = ([weight, weight], [A, A], [B, B], [d, d], [h, h], [1.0, 0.5], [None, None], [None, None], [False, False])
+    other = Member(weight[:4], A[:0], B[:4, :0], None, None, g[:4], None, 1.0, False, False)
+    pair = Group([Member(weight, A, B, d, h, g, b, 0.5, False, False), other], drop, False)
+    one = Member(weight, A, B, d, h, None, None, 1.0, False, False)
+    same = Group([one, one._replace(scaling=0.5)], NONE, True)
     recompose = strategy == "recompose"
-    drops: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    both, only_x, neither = Wants(True, True), Wants(True, False), Wants(False, False)
+    drops: dict[str, tuple[Operator[Any], tuple[Any, ...]]] = {}
     if not recompose:
         drops = {
-            "forward in full": (linear, (x, *full, None, drop, 0.3, False, True, True, False)),
-            "forward of a group": (linear, (x, *pair, None, drop, 0.3, False, True, True, False)),
-            "backward in full": (backward, ([dy], *full, x, u, [z], [], drop, 0.3, False, True, True)),
+            "forward in full": (linear, (x, full, None, Keep(True, True, False))),
+            "forward of a tied scale": (linear, (x, tied, None, Keep(True, True, False))),
+            "forward of a group": (linear, (x, pair, None, Keep(True, True, False))),
+            "backward in full": (backward, ([dy], full, Saved(x, u, [z], []), both)),
+            "backward of a tied scale": (backward, ([dy], tied, Saved(x, u, [z], []), both)),
             "backward of a group": (
                 backward,
-                ([dy, dy[:, :4]], *pair, x, u, [z, None], [], None, 0.0, False, True, True),
+                ([dy, dy[:, :4]], pair._replace(dropout=NONE), Saved(x, u, [z, None], []), both),
             ),
         }
     return {
         **drops,
-        "forward": (linear, (x, *plain, None, None, 0.0, False, True, False, False)),
-        "forward with u": (linear, (x, *scaled, u, None, 0.0, False, False, False, recompose)),
-        "forward of a shared A": (linear, (x, *same, None, None, 0.0, True, True, False, recompose)),
-        "backward": (backward, ([dy], *plain, x, u, none, [], None, 0.0, False, True, False)),
-        "backward of a frozen A": (backward, ([dy], *scaled, None, u, none, [], None, 0.0, False, True, True)),
-        "backward to the adapter alone": (backward, ([dy], *scaled, x, u, none, [], None, 0.0, False, False, False)),
-        "backward of a shared A": (backward, ([dy, dy], *same, None, u, none * 2, [], None, 0.0, True, True, False)),
+        "forward": (linear, (x, plain, None, Keep(True, False, False))),
+        "forward with u": (linear, (x, scaled, u, Keep(False, False, recompose))),
+        "forward of a shared A": (linear, (x, same, None, Keep(True, False, recompose))),
+        "backward": (backward, ([dy], plain, Saved(x, u, [], []), only_x)),
+        "backward of a frozen A": (backward, ([dy], scaled, Saved(None, u, [], []), both)),
+        "backward to the adapter alone": (backward, ([dy], scaled, Saved(x, u, [], []), neither)),
+        "backward of a shared A": (backward, ([dy, dy], same, Saved(None, u, [], []), only_x)),
     }
 
 
-@pytest.mark.parametrize("strategy", ops.STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", cases("library"))
 def test_opcheck(name: str, strategy: str) -> None:
     if name not in cases(strategy):
         pytest.skip("a recomposed weight has no dropout and no trained base_scale")
     operator, args = cases(strategy)[name]
-    torch.library.opcheck(operator, (*args, strategy))
+    torch.library.opcheck(operator.registered, operator.flat(*args, strategy))
 
 
-@pytest.mark.parametrize("strategy", ops.STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", cases("library"))
 def test_the_fake_tells_the_layout(name: str, strategy: str) -> None:
     """Compiled code trusts the fake's strides."""
     if name in cases(strategy):
         operator, args = cases(strategy)[name]
-        layout_is_told(operator, (*args, strategy))
+        layout_is_told(operator.registered, operator.flat(*args, strategy))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_norms_operators(backend: str) -> None:
     weight, A, B = tensor(N, K), tensor(R, K), tensor(N, R)
     for operator, args in (
-        (torch.ops.fastadapt.weight_norm.default, (weight, A, B, 0.5, weight.square().sum(1), backend)),
-        (torch.ops.fastadapt.row_squares.default, (weight, backend)),
+        (norm.weight_norm, (weight, A, B, 0.5, weight.square().sum(1), backend)),
+        (norm.row_squares, (weight, backend)),
     ):
-        torch.library.opcheck(operator, args)
-        layout_is_told(operator, args)
+        torch.library.opcheck(operator.registered, operator.flat(*args))
+        layout_is_told(operator.registered, operator.flat(*args))
+
+
+def test_results_are_the_same_through_the_dispatcher() -> None:
+    """Taken apart for the dispatcher and put together again: records in, records out, None where nothing is wanted."""
+    for strategy in STRATEGIES:
+        for operator, args in cases(strategy).values():
+            direct = operator.run(*args, strategy)
+            flat = operator.registered(*operator.flat(*args, strategy))
+            through = _filled(operator.outline(*args, strategy), iter(flat))
+            assert type(direct) is type(through)
+            for mine, other in zip(_tensors(direct), _tensors(through), strict=True):
+                torch.testing.assert_close(mine, other)
+            assert [part is None for part in direct] == [part is None for part in through]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

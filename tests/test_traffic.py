@@ -15,7 +15,9 @@ from fastadapt_kernels import configs
 
 from bench import l2, peers, predictions, traffic
 from bench.__main__ import main
-from fastadapt.cost import DEVICES, Workload, works
+from fastadapt.operators.adapter_linear.cost import works
+from fastadapt.operators.adapter_linear.devices import DEVICES
+from fastadapt.operators.adapter_linear.workload import Workload
 
 H100, A100 = DEVICES["H100-SXM"], DEVICES["A100-SXM4-80GB"]
 LORA = Workload(8192, 4096, (4096,), (16,))

@@ -20,9 +20,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastadapt import tuner
+from fastadapt.operators.adapter_linear import tuner
+from fastadapt.operators.adapter_linear.tuner import Key
 from fastadapt.reference import AdapterForm
-from fastadapt.tuner import Key
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -337,7 +337,7 @@ def test_the_directory_follows_the_platform(monkeypatch: pytest.MonkeyPatch, tmp
 
 WRITER = """
 import sys, torch
-from fastadapt import tuner
+from fastadapt.operators.adapter_linear import tuner
 key = tuner.Key(torch.device("cpu"), 1, 2, (3,), (4,), "float32", (), False)
 for index in range(25):
     tuner.record(key._replace(rows=int(sys.argv[1]) + index), {"split": 1e-3})

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
-from ..functional import bottleneck
 from ..layers import Adapter, AdapterLayer, AdapterLinear, AdapterModule, AdapterNorm, StreamAdapter
+from ..operators.bottleneck.function import bottleneck
 from .config import AdapterConfig
 from .places import norm_of, width
 

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..functional import without_autocast
 from ..layers import Adapter, AdapterLayer, AdapterLinear
+from ..operators.calls import without_autocast
 from .config import AdapterConfig
 from .lora import LoRAAdapter, LoRAConfig
 

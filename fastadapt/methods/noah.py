@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..functional import bottleneck
 from ..layers import Adapter, AdapterLayer, AdapterLinear, AdapterModule, AdapterNorm, StreamAdapter
+from ..operators.bottleneck.function import bottleneck
 from ..reference import AdapterForm
 from .config import AdapterConfig, Control
 from .places import block_of, norm_of, width

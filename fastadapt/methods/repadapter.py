@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
-from ..functional import bottleneck
 from ..groups import MadeOf, circumstances, siblings
 from ..layers import Adapter, AdapterLayer, AdapterLinear
+from ..operators.bottleneck.function import bottleneck
 from ..reference import AdapterForm
 from ..versions import Kept
 from .config import AdapterConfig

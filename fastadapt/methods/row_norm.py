@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..functional import row_squares, weight_norm
+from ..operators.weight_norm.function import row_squares, weight_norm
 from ..versions import Kept
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import eager_multi, eager_plan
-from ..batch import AdapterBatch
-from ..functional import multi_adapter_linear
 from ..layers import BaseLayerWrapper
-from ..strategies import resolve_backend
+from ..operators.backends import resolve_backend
+from ..operators.multi_adapter_linear import eager, plan
+from ..operators.multi_adapter_linear.batch import AdapterBatch
+from ..operators.multi_adapter_linear.function import multi_adapter_linear
 from .pool import AdapterPool, Holding
 
 
@@ -97,7 +97,7 @@ class MultiAdapterLinear(BaseLayerWrapper):
             weight = weight.T
         batch = now.batch(x)
         if now.direct and type(x) is Tensor and x.dtype == weight.dtype and not x.requires_grad:
-            steps = eager_plan.plan(batch, self._forms, x.dtype)
-            y = eager_multi.multi_adapter_linear(x.reshape(-1, x.shape[-1]), weight, bias, steps, now.memory(x))
+            steps = plan.plan(batch, self._forms, x.dtype)
+            y = eager.multi_adapter_linear(x.reshape(-1, x.shape[-1]), weight, bias, steps, now.memory(x))
             return y.view(*x.shape[:-1], y.shape[-1])
         return multi_adapter_linear(x, weight, bias, batch, self._pool.layer(self.path), backend=self.backend)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..inject import adapter_configs, replace_module
-from ..strategies import check_backend
+from ..operators.backends import check_backend
 from ..targets import base_modules
 from .linear import MultiAdapterLinear, Running, running, runs_directly
 from .pool import AdapterPool

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm
-from ..eager_plan import part_cuts, rank_rows
+from ..operators.multi_adapter_linear.batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm
+from ..operators.multi_adapter_linear.plan import part_cuts, rank_rows
 from ..reference import AdapterForm
 from ..targets import is_linear
 from .arena import Arena, ArenaFullError

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..batch import PAGE_RANKS, FormEntry, FormTables, SlotForm
-from ..eager_plan import slot_form
+from ..operators.multi_adapter_linear.batch import PAGE_RANKS, FormEntry, FormTables, SlotForm
+from ..operators.multi_adapter_linear.plan import slot_form
 
 # The tables, in the order of a FormEntry's fields.
 _TABLES = FormTables._fields[2:]

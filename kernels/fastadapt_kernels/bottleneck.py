@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -239,26 +239,48 @@ def _check_hidden(H: int) -> None:
         raise ValueError(f"a bottleneck takes up to {configs.MOST_HIDDEN} hidden features, got {H}")
 
 
-def bottleneck(
-    v: Tensor,
-    down: Tensor,
-    up: Tensor,
-    down_bias: Tensor | None,
-    up_bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    scaling: float,
-    activation: str,
-    groups: int,
-) -> Tensor:
-    """z + s · (U dropout(φ(D v + a)) + c), the hidden under dropout with probability p where there is a seed.
+class BottleneckLayer(NamedTuple):
+    """What a bottleneck is made of: s · (U dropout(φ(D v + a)) + c).
 
     With groups > 1, U has `groups` blocks on its diagonal, and `up` is these one below the other. Factors and biases
-    have v's dtype or fp32; the residual too, and the result has its dtype, or v's where there is none.
-    Shapes: v [M, K]; down [H, K], H up to configs.MOST_HIDDEN; up [N, H / groups]; down_bias [H]; up_bias [N]; residual
-    [M, N]; seed [1] int64; result [M, N]. Any strides but of the vectors.
+    have v's dtype or fp32. Shapes: down [H, K], H up to configs.MOST_HIDDEN; up [N, H / groups]; down_bias [H]; up_bias
+    [N]. Any strides but of the vectors.
     """
+
+    down: Tensor
+    up: Tensor
+    down_bias: Tensor | None
+    up_bias: Tensor | None
+    scaling: float
+    activation: str
+    groups: int
+
+
+class Grads(NamedTuple):
+    """What bottleneck_backward was asked for, else None; all but v's are in fp32. Wants has a flag for each."""
+
+    v: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    down_bias: Tensor | None
+    up_bias: Tensor | None
+
+
+class Wants(NamedTuple):
+    v: bool = True
+    down: bool = True
+    up: bool = True
+    down_bias: bool = True
+    up_bias: bool = True
+
+
+def bottleneck(v: Tensor, layer: BottleneckLayer, residual: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
+    """z + s · (U dropout(φ(D v + a)) + c), the hidden under dropout with probability p where there is a seed.
+
+    The residual has v's dtype or fp32, and the result has its dtype, or v's where there is none.
+    Shapes: v [M, K]; residual [M, N]; seed [1] int64; result [M, N]. Any strides.
+    """
+    down, up, down_bias, up_bias, scaling, activation, groups = layer
     (M, K), N, H = v.shape, up.shape[0], down.shape[0]
     _check_hidden(H)
     out = torch.empty(M, N, dtype=v.dtype if residual is None else residual.dtype, device=v.device)
@@ -299,36 +321,31 @@ def bottleneck(
 def bottleneck_backward(
     dy: Tensor,
     v: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    down_bias: Tensor | None,
+    layer: BottleneckLayer,
     seed: Tensor | None,
     p: float,
-    scaling: float,
-    activation: str,
-    groups: int,
     adds_dy: bool,
-    wants: Sequence[bool],
-) -> list[Tensor]:
-    """Those of dv, dD, da, dU and dc that are wanted, in this order; v is needed for all but dc.
+    wants: Wants,
+) -> Grads:
+    """The gradients that are wanted; v is needed for all but up_bias's.
 
     With h̃ what U is applied to and e = s · mask ⊙ (Uᵀ dy) / (1 − p) ⊙ φ'(D v + a): dv = e D, plus dy with adds_dy,
     where the residual is v itself; dD = eᵀ v; da = Σ e; dU = s · dyᵀ h̃; dc = s · Σ dy. Every sum is in fp32 and in a
     fixed order.
     Shapes: as `bottleneck` has them; dy [M, N] in the result's dtype, any strides; dv [M, K] in v's dtype.
     """
-    want_v, want_down, want_down_bias, want_up, want_up_bias = wants
+    down, up, down_bias, _, scaling, activation, groups = layer
     M, (H, K) = dy.shape[0], down.shape
     _check_hidden(H)
     dv = dhidden = dropped = dbias = bias_sums = None
     if v is not None:
-        dv = torch.empty(M, K, dtype=v.dtype, device=v.device) if want_v else None
-        dhidden = torch.empty(M, H, dtype=v.dtype, device=v.device) if want_down else None
+        dv = torch.empty(M, K, dtype=v.dtype, device=v.device) if wants.v else None
+        dhidden = torch.empty(M, H, dtype=v.dtype, device=v.device) if wants.down else None
         # It meets dy in a product.
-        dropped = torch.empty(M, H, dtype=dy.dtype, device=v.device) if want_up else None
+        dropped = torch.empty(M, H, dtype=dy.dtype, device=v.device) if wants.up else None
         config = configs.bottleneck_backward(dy, v, down, up)
         tiles = triton.cdiv(M, config["BLOCK_M"])
-        if want_down_bias:
+        if wants.down_bias:
             dbias = torch.empty(H, dtype=torch.float32, device=v.device)
             bias_sums = partial_buffer(dbias, tiles)
         if M > 0:
@@ -373,7 +390,7 @@ def bottleneck_backward(
         dropped,
         [group * (H // groups) for group in range(groups)],
         None,
-        want_bias=want_up_bias,
+        want_bias=wants.up_bias,
         want_q=False,
     )
     ddown = None
@@ -383,5 +400,5 @@ def bottleneck_backward(
         sum_partials(sums.partials, sums.total)
     # The members' sums lie one behind the other, as the blocks do in `up`.
     dup = sums.total[: up.numel()].view(up.shape) if dropped is not None else None
-    dup_bias = sums.total[-up.shape[0] :] * scaling if want_up_bias else None
-    return [grad for grad in (dv, ddown, dbias, dup, dup_bias) if grad is not None]
+    dup_bias = sums.total[-up.shape[0] :] * scaling if wants.up_bias else None
+    return Grads(dv, ddown, dup, dbias, dup_bias)

@@ -198,26 +198,41 @@ def _product(
     return y
 
 
-def hadamard_linear(
-    x: Tensor,
-    weight: Tensor,
-    U: Tensor,
-    V: Tensor,
-    *,
-    A: Tensor | None = None,
-    B: Tensor | None = None,
-    bias: Tensor | None = None,
-    base: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+class HadamardLayer(NamedTuple):
+    """((W0 or 0) + W0 ⊙ (U V)) x + B (A x) + β; base: whether W0 x is part of it.
+
+    Shapes: weight [N, K]; U [N, q]; V [q, K], q at least 1; A [R, K]; B [N, R]; bias [N]; any strides. weight has x's
+    dtype, the factors that or fp32.
+    """
+
+    weight: Tensor
+    U: Tensor
+    V: Tensor
+    A: Tensor | None = None
+    B: Tensor | None = None
+    bias: Tensor | None = None
+    base: bool = True
+
+
+def hadamard_linear(x: Tensor, layer: HadamardLayer) -> tuple[Tensor, Tensor | None]:
     """(y, u): y = ((W0 or 0) + W0 ⊙ (U V)) x + B u + β with u = A x, None without A.
 
-    Shapes: x [M, K]; weight [N, K]; U [N, q]; V [q, K], q at least 1; A [R, K]; B [N, R]; bias [N]; u [M, R]; y [M, N];
-    any strides. weight has x's dtype, the factors that or fp32.
+    Shapes: x [M, K], any strides; u [M, R]; y [M, N].
     """
+    weight, U, V, A, B, bias, base = layer
     u = partials = None
     if A is not None:
         u, partials = shrink([x], [A], out_dtype=x.dtype)
     return _product(x, weight, U, V, u, partials, B, bias, base), u
+
+
+class Wants(NamedTuple):
+    """Which gradients hadamard_linear_backward must give: dx; dU and dV; dA; dβ. dB it gives where there is a u."""
+
+    x: bool = True
+    factors: bool = True
+    A: bool = True
+    bias: bool = False
 
 
 class Grads(NamedTuple):
@@ -272,43 +287,31 @@ def _factor_grads(dy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor) -
 
 
 def hadamard_linear_backward(
-    dy: Tensor,
-    weight: Tensor,
-    U: Tensor,
-    V: Tensor,
-    *,
-    A: Tensor | None = None,
-    B: Tensor | None = None,
-    x: Tensor | None = None,
-    u: Tensor | None = None,
-    base: bool = True,
-    want_dx: bool = True,
-    want_factors: bool = True,
-    want_A: bool = True,
-    want_bias: bool = False,
+    dy: Tensor, layer: HadamardLayer, x: Tensor | None, u: Tensor | None, wants: Wants
 ) -> Grads:
     """The gradients of hadamard_linear, those that are asked for, from dy.
 
-    With W = (W0 or 0) + W0 ⊙ (U V), G = dyᵀ x and q = dy B: dx = dy W + q A with want_dx; given x, with want_factors
-    dU = (G ⊙ W0) Vᵀ and dV = Uᵀ (G ⊙ W0), and with want_A, where there is A, dA = qᵀ x; dB = dyᵀ u given u;
-    dbias = Σ_m dy with want_bias. Neither W nor G reaches memory. Every sum is in fp32 and in a fixed order.
+    With W = (W0 or 0) + W0 ⊙ (U V), G = dyᵀ x and q = dy B: dx = dy W + q A; given x, dU = (G ⊙ W0) Vᵀ and
+    dV = Uᵀ (G ⊙ W0), and where there is an A dA = qᵀ x; dB = dyᵀ u given u; dbias = Σ_m dy. Neither W nor G reaches
+    memory. Every sum is in fp32 and in a fixed order.
     Shapes: dy [M, N], any strides; x [M, K]; u as hadamard_linear gave it; dx [M, K] in dy's dtype; the rest in fp32.
     """
+    weight, U, V, A, B, _, base = layer
     # What depends on the low-rank path and the bias alone is the adapter form's.
     down, up = (weight[:0], weight[:, :0]) if A is None or B is None else (A, B)
     member = Member(weight, down, up, None, None, 1.0, None, None)
-    sums = output_grads([dy], [member], u, [0], None, want_bias=want_bias, want_q=False)
-    want_A = want_A and A is not None and x is not None
+    sums = output_grads([dy], [member], u, [0], None, want_bias=wants.bias, want_q=False)
+    want_A = wants.A and A is not None and x is not None
     q = q_partials = None
-    if A is not None and (want_dx or want_A):
+    if A is not None and (wants.x or want_A):
         q, q_partials = shrink([dy], [up.T], out_dtype=dy.dtype)
-        if q_partials is not None and not want_dx:
+        if q_partials is not None and not wants.x:
             sum_partials(q_partials, q)
     dx = dU = dV = dA = None
-    if want_dx:
+    if wants.x:
         low_rank = None if A is None else A.T
         dx = _product(dy, weight.T, V.T, U.T, q, q_partials, low_rank, None, base)
-    if x is not None and want_factors:
+    if x is not None and wants.factors:
         dU, dV = _factor_grads(dy, x, weight, U, V)
     if x is not None and want_A:
         (dA,) = input_grads(x, q, [member], [0], sums, seed=None, p=0.0)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arithmetic import add_scaled, cast, linear, product, scaled
 from .batch import SlotForm
-from .eager import add_scaled, cast, linear, product, scaled
 
 
 class FormRun(NamedTuple):

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import cast, factor_products, sum_dtype
+from ..arithmetic import cast, factor_products, sum_dtype
+from .parameters import Grads, HadamardLayer, Outputs, Wants
 
 # What the block of a recomposed weight may take, and the fewest rows or columns of it that a product runs well with.
 _BLOCK_BYTES = 8 << 20
@@ -44,17 +45,9 @@ def _block_memory(weight: Tensor, blocks: list[slice], length: int) -> Tensor:
     return torch.empty(size * length, dtype=sum_dtype(weight), device=weight.device)
 
 
-def hadamard_linear(
-    x: Tensor,
-    weight: Tensor,
-    U: Tensor,
-    V: Tensor,
-    A: Tensor | None,
-    B: Tensor | None,
-    bias: Tensor | None,
-    base: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """(y, u): y = ((W0 or 0) + W0 ⊙ (U V)) x + B u + β with u = A x, None without A."""
+def hadamard_linear(x: Tensor, layer: HadamardLayer) -> Outputs:
+    """y = ((W0 or 0) + W0 ⊙ (U V)) x + B u + β and u = A x, None without A."""
+    weight, U, V, A, B, bias, base = layer
     n, k = weight.shape
     u = None
     if A is not None and B is not None:
@@ -72,7 +65,7 @@ def hadamard_linear(
     memory = _block_memory(weight, blocks, k)
     for rows in blocks:
         y[:, rows].addmm_(x, _rebuilt(weight[rows], U[rows], V, inside, memory).T)
-    return y, u
+    return Outputs(y, u)
 
 
 def _add_factor_grads(
@@ -88,45 +81,27 @@ def _add_factor_grads(
     torch.mm(U.T, grad, out=dV)
 
 
-def hadamard_linear_backward(
-    dy: Tensor,
-    weight: Tensor,
-    U: Tensor,
-    V: Tensor,
-    A: Tensor | None,
-    B: Tensor | None,
-    x: Tensor | None,
-    u: Tensor | None,
-    base: bool,
-    want_dx: bool,
-    want_factors: bool,
-    want_A: bool,
-    want_bias: bool,
-) -> list[Tensor]:
-    """dx where want_dx; dU and dV where want_factors; dA where want_A; dB where u is given; dβ where want_bias.
+def _begun_input_grad(dy: Tensor, q: Tensor | None, layer: HadamardLayer, inside: bool) -> Tensor:
+    """dx as far as it does not go through the blocks: q A, and dy W0 where that is not part of them."""
+    if q is not None and layer.A is not None:
+        dx = q @ cast(layer.A, dy.dtype)
+    else:
+        dx = torch.zeros(dy.shape[0], layer.weight.shape[1], dtype=dy.dtype, device=dy.device)
+    return dx.addmm_(dy, layer.weight) if layer.base and not inside else dx
 
-    All but dx are sums in fp32. One pass over the blocks of W0 serves dx, dU and dV.
-    """
-    dtype = sum_dtype(dy)
-    k = weight.shape[1]
-    q = dy @ cast(B, dy.dtype) if A is not None and B is not None and (want_dx or want_A) else None
-    grads = []
-    dx = dU = dV = None
-    inside = _adds_base(weight, base)
-    if want_dx:
-        if q is not None and A is not None:
-            dx = q @ cast(A, dy.dtype)
-        else:
-            dx = torch.zeros(dy.shape[0], k, dtype=dy.dtype, device=dy.device)
-        if base and not inside:
-            dx.addmm_(dy, weight)
-        grads.append(dx)
-    if want_factors:
-        dU = torch.zeros(U.shape, dtype=dtype, device=dy.device)
-        dV = torch.empty(V.shape, dtype=dtype, device=dy.device)
-        grads += [dU, dV]
+
+def hadamard_linear_backward(
+    dy: Tensor, layer: HadamardLayer, x: Tensor | None, u: Tensor | None, wants: Wants
+) -> Grads:
+    """The gradients that are wanted, dB where u is given. One pass over the blocks of W0 serves dx, dU and dV."""
+    weight, U, V, A, B, _, base = layer
+    dtype, inside = sum_dtype(dy), _adds_base(weight, base)
+    q = dy @ cast(B, dy.dtype) if A is not None and B is not None and (wants.x or wants.A) else None
+    dx = _begun_input_grad(dy, q, layer, inside) if wants.x else None
+    dU = torch.zeros(U.shape, dtype=dtype, device=dy.device) if wants.factors else None
+    dV = torch.empty(V.shape, dtype=dtype, device=dy.device) if wants.factors else None
     U, V = cast(U, dtype), cast(V, dtype)
-    blocks = list(_blocks(k, weight.shape[0], dtype)) if want_dx or want_factors else []
+    blocks = list(_blocks(weight.shape[1], weight.shape[0], dtype)) if wants.x or wants.factors else []
     memory = _block_memory(weight, blocks, weight.shape[0])
     for columns in blocks:
         block = weight[:, columns]
@@ -135,10 +110,11 @@ def hadamard_linear_backward(
         if dU is not None and dV is not None and x is not None:
             # What was rebuilt has been read: its memory is free for G.
             _add_factor_grads(dU, dV[:, columns], dy, x[:, columns], block, U, V[:, columns], memory)
-    if want_A and q is not None and x is not None:
-        grads.append(cast(q.T @ x, dtype))
-    if u is not None:
-        grads.append(factor_products(dy, u, 1.0))
-    if want_bias:
-        grads.append(dy.sum(0, dtype=dtype))
-    return grads
+    return Grads(
+        dx,
+        dU,
+        dV,
+        cast(q.T @ x, dtype) if wants.A and q is not None and x is not None else None,
+        factor_products(dy, u, 1.0) if u is not None else None,
+        dy.sum(0, dtype=dtype) if wants.bias else None,
+    )

@@ -12,30 +12,20 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 
 import torch
 from torch import Tensor
 
+from ..backends import resolve_backend
 from . import cost
-from .cost import Workload
-from .ops import STRATEGIES
+from .devices import DEVICES, device_of
+from .workload import Workload
 
-# The kernels' own limits (fastadapt_kernels.configs), which is not imported where there is no Triton.
+# The kernels' own limit (fastadapt_kernels.configs), which is not imported where there is no Triton.
 _MOST_FUSED_RANKS = 64
-_MOST_HIDDEN = 128
 
-BACKENDS = ("auto", "triton", "eager", "reference")
-
-# Finding out does not import it.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def check_backend(backend: str) -> None:
-    """Raises ValueError for a name that is no backend."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+# Every way to run an adapter form, and the backend that does it.
+STRATEGIES = {"split": "triton", "fused": "triton", "library": "eager", "recompose": "eager"}
 
 
 def check_strategy(strategy: str, backend: str) -> None:
@@ -49,43 +39,6 @@ def check_strategy(strategy: str, backend: str) -> None:
             f'strategy "{strategy}" runs on backend "{STRATEGIES[strategy]}", got backend={backend!r}: leave one of '
             'them "auto"'
         )
-
-
-def resolve_backend(backend: str, *tensors: Tensor) -> str:
-    """The backend that these tensors run on: "triton", "eager" or "reference".
-
-    "auto" takes Triton for 16- and 32-bit tensors on a GPU that it supports, else eager. An explicit choice is never
-    replaced: where it cannot run it raises ValueError (unknown name, no Triton, tensors not on a GPU) or TypeError
-    (a dtype without a kernel). Under TRITON_INTERPRET=1 an explicit "triton" takes CPU tensors too.
-    """
-    kind = tensors[0].device.type
-    if backend == "auto":
-        on_gpu = kind == "cuda" and HAS_TRITON and all(t.dtype != torch.float64 for t in tensors)
-        return "triton" if on_gpu else "eager"
-    check_backend(backend)
-    if backend == "triton":
-        if not HAS_TRITON:
-            raise ValueError('backend "triton" needs the package triton: pip install "fastadapt[triton]"')
-        if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f'backend "triton" needs tensors on a GPU, got {kind}: move them, take backend="eager", '
-                "or set TRITON_INTERPRET=1 to run the kernels in the interpreter"
-            )
-        if any(t.dtype == torch.float64 for t in tensors):
-            raise TypeError('backend "triton" has no float64 kernels: take backend="eager"')
-    return backend
-
-
-def resolve_bottleneck_backend(backend: str, hidden: int, *tensors: Tensor) -> str:
-    """As `resolve_backend`, for a bottleneck with this many hidden features; the kernels hold up to 128 of them."""
-    resolved = resolve_backend(backend, *tensors)
-    if resolved == "triton" and hidden > _MOST_HIDDEN:
-        if backend == "triton":
-            raise ValueError(
-                f'backend "triton" takes up to {_MOST_HIDDEN} hidden features, got {hidden}: take backend="eager"'
-            )
-        return "eager"
-    return resolved
 
 
 _cached_cheapest = functools.lru_cache(maxsize=4096)(cost.cheapest)
@@ -117,5 +70,5 @@ def check_explicit(strategy: str, workload: Workload, x: Tensor, *tensors: Tenso
 def cheapest(names: tuple[str, ...], workload: Workload, device: torch.device) -> str:
     """The one of these strategies that the cost model takes to be the fastest."""
     if torch.compiler.is_compiling():  # sizes may be symbols, which no cache can hold
-        return names[0] if STRATEGIES[names[0]] == "triton" else cost.cheapest(names, workload, cost.DEVICES["CPU"])
-    return _cached_cheapest(names, workload, cost.device_of(device))
+        return names[0] if STRATEGIES[names[0]] == "triton" else cost.cheapest(names, workload, DEVICES["CPU"])
+    return _cached_cheapest(names, workload, device_of(device))

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import STRATEGIES
-from .reference import AdapterForm
-from .report import processor, versions
+from ...reference import AdapterForm
+from ...report import processor, versions
+from .strategies import STRATEGIES
 
 FORMAT = 1
 

@@ -7,13 +7,11 @@ where nothing was measured and gives way to a measurement where one was taken.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
-import torch
-
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+from .devices import ITEMSIZE, Device
+from .workload import Workload
 
 # The widest output tile of the kernels: inside the GEMM, u is computed anew for each tile of columns.
 _BLOCK_N = 128
@@ -33,127 +31,6 @@ _KEEP_RECOMPOSED_ABOVE = 0.1
 # What moving one fp32 element costs in halved FLOPs where memory is the limit: a CPU core does 112 GFLOP/s in products
 # and moves 20 GB/s (bench/step.py).
 _FLOPS_PER_ELEMENT = 12
-
-
-class Device(NamedTuple):
-    """What the model knows of a device.
-
-    matmul: dense FLOP/s by dtype, without sparsity; bandwidth in bytes/s and l2 in bytes as published.
-    launch: seconds between two dependent kernels of a stream that is never starved by its host.
-    attainable_matmul, attainable_bandwidth: what a good library reaches of the two.
-    triton: a Triton GEMM's rate relative to the library's.
-    """
-
-    name: str
-    matmul: Mapping[str, float]
-    bandwidth: float
-    l2: int
-    multiprocessors: int
-    launch: float
-    attainable_matmul: float
-    attainable_bandwidth: float
-    triton: float
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-
-def _rates(half: float, single: float, double: float) -> dict[str, float]:
-    return {"bfloat16": half, "float16": half, "float32": single, "float64": double}
-
-
-# Rates, bandwidths and cache sizes are the vendors'. The attainable shares are round numbers of what libraries are
-# commonly seen to reach, and `triton` is an assumption, which a measurement on the device should replace: see
-# bench/results/PREDICTIONS.md for the value at which the choice turns.
-DEVICES = {
-    device.name: device
-    for device in (
-        # NVIDIA A100 80GB SXM data sheet (312 TFLOP/s bf16, 2,039 GB/s); A100 whitepaper (40 MB L2, 108 SMs).
-        Device("A100-SXM4-80GB", _rates(312e12, 19.5e12, 19.5e12), 2.039e12, 40 << 20, 108, 3e-6, 0.80, 0.90, 0.93),
-        # NVIDIA H100 SXM data sheet (989 TFLOP/s bf16, 3.35 TB/s); H100 whitepaper (50 MB L2, 132 SMs).
-        Device("H100-SXM", _rates(989e12, 67e12, 67e12), 3.35e12, 50 << 20, 132, 3e-6, 0.65, 0.90, 0.90),
-        # NVIDIA HGX B200 data sheet, by GPU (2.25 PFLOP/s bf16 dense, 8 TB/s); 148 SMs, L2 of 126 MB as CUDA reports.
-        Device("B200", _rates(2250e12, 75e12, 37e12), 8.0e12, 126 << 20, 148, 3e-6, 0.65, 0.90, 0.80),
-        # AMD MI300X data sheet (1,307 TFLOP/s bf16, 5.3 TB/s, 304 CUs); "l2" is the 256 MB Infinity Cache before HBM.
-        Device("MI300X", _rates(1307e12, 163e12, 163e12), 5.3e12, 256 << 20, 304, 5e-6, 0.50, 0.80, 0.85),
-        # A server CPU of eight AVX-512 cores, 2 x 16 fp32 FMA lanes at 2.5 GHz, and four DDR4-3200 channels; one socket
-        # differs from the next by more than the strategies do, but they all run on the same one. There is no Triton.
-        Device("CPU", _rates(1.3e12, 1.3e12, 0.64e12), 0.1e12, 32 << 20, 8, 2e-6, 0.70, 0.70, 0.10),
-    )
-}
-
-# Dense bf16 FLOPs a multiprocessor and clock, by CUDA capability, and the device whose shares an unknown GPU borrows.
-_HALF_FLOPS = {
-    (8, 0): (2048, "A100-SXM4-80GB"),
-    (8, 6): (1024, "A100-SXM4-80GB"),
-    (8, 9): (1024, "A100-SXM4-80GB"),
-    (9, 0): (4096, "H100-SXM"),
-    (10, 0): (8192, "B200"),
-    (10, 3): (8192, "B200"),
-    (12, 0): (1024, "A100-SXM4-80GB"),
-}
-_BORROWED = "MI300X" if torch.version.hip else "A100-SXM4-80GB"
-
-
-@functools.cache
-def device_of(device: torch.device) -> Device:
-    """What the model knows of a torch device; a GPU that it does not know gets an estimate from its properties."""
-    if device.type != "cuda":
-        return DEVICES["CPU"]
-    return device_from(torch.cuda.get_device_properties(device))
-
-
-def device_from(properties: Any) -> Device:
-    """The device with these properties (torch.cuda.get_device_properties): a known one, or an estimate."""
-    name = str(properties.name).upper()
-    for key in ("A100", "H100", "B200", "MI300X"):
-        if key in name and "PCIE" not in name and "MIG" not in name:
-            return next(device for known, device in DEVICES.items() if known.startswith(key))
-    flops, like = _HALF_FLOPS.get((properties.major, properties.minor), (0, _BORROWED))
-    known = DEVICES[like]
-    count = properties.multi_processor_count
-    # Properties that this torch or driver does not report are taken by multiprocessor from the device that lends.
-    clock = 1e3 * getattr(properties, "clock_rate", 0)
-    half = float(flops * count * clock) or known.matmul["bfloat16"] * count / known.multiprocessors
-    bus = getattr(properties, "memory_bus_width", 0) / 8 * 2e3 * getattr(properties, "memory_clock_rate", 0)
-    return known._replace(
-        name=str(properties.name),
-        matmul={dtype: rate * half / known.matmul["bfloat16"] for dtype, rate in known.matmul.items()},
-        bandwidth=bus or known.bandwidth * count / known.multiprocessors,
-        l2=getattr(properties, "L2_cache_size", 0) or known.l2,
-        multiprocessors=count,
-    )
-
-
-class Workload(NamedTuple):
-    """A group of adapted linear layers that read the same x: a layer by itself is a group of one.
-
-    M tokens; K in features; outputs and ranks: N and r of each member; dtype of x and the weights. The adapters' own
-    tensors are fp32. shared_A: all members have the same A, and u is computed once (VeRA).
-    base_scale: g; trains_base: g trains, so that z is kept. trains_A: dA, and x is kept. trains_up: P = dyᵀu for B, d
-    or h, and u is kept. dropout is active; with dropout_on_base it also hits what g adds to the base path.
-    backward: whether one follows, and what it must give.
-    """
-
-    M: int
-    K: int
-    outputs: tuple[int, ...]
-    ranks: tuple[int, ...]
-    dtype: str = "bfloat16"
-    shared_A: bool = False
-    base_scale: bool = False
-    trains_base: bool = False
-    trains_A: bool = True
-    trains_up: bool = True
-    dropout: bool = False
-    dropout_on_base: bool = False
-    backward: bool = True
-    wants_dx: bool = True
-
-    @property
-    def two_products(self) -> bool:
-        """Whether the base path takes both x and x̃."""
-        return self.dropout and self.dropout_on_base and self.base_scale
 
 
 class Work(NamedTuple):

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arithmetic import cast
 from .batch import PAGE_RANKS, AdapterBatch, FormEntry, FormTables, SlotForm, SortedTokens
-from .eager import cast
-from .eager_multi import FormRun, SharedRuns, StackedRuns, Step
+from .eager import FormRun, SharedRuns, StackedRuns, Step
 
 # A batch may keep copies of factors up to this many bytes.
 _STACKED_BYTES = 1 << 30

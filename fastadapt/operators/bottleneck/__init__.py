@@ -1,0 +1,1 @@
+"""A bottleneck on a stream of tokens: `reference.bottleneck_reference`."""

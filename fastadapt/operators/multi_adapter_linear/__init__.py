@@ -1,0 +1,1 @@
+"""Many adapters in one batch: `reference.multi_adapter_linear_reference`."""

@@ -1,0 +1,39 @@
+"""`multi_adapter_linear`: many adapters in one batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import cast
+from ..backends import resolve_backend
+from ..calls import check_same_dtype, compute_dtype, rows_of, without_autocast
+from . import op
+from .batch import AdapterBatch, LayerForms
+from .checks import check_multi_adapter_linear
+
+
+def multi_adapter_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, batch: AdapterBatch, layer: LayerForms, *, backend: str = "auto"
+) -> Tensor:
+    """Many adapters in one batch: each token through the form of its own adapter, or through the base layer.
+
+        y_t = g[a] ⊙ (W0 x_t) + h[a] ⊙ (B[k] (d[a] ⊙ (A[k] x_t))) + β[a]
+
+    a is the adapter of token t, k its factor group: VeRA adapters of one key share a pair (A, B). Methods and ranks
+    may be mixed. Base tokens are F.linear's on the same batch, bit for bit; on Triton they are within rounding of it
+    where the layer has a bias and some adapter scales the base path. For inference: no gradients.
+    Shapes: x [..., K], its tokens as many as the batch's, row by row; weight [N, K]; bias [N]; y [..., N].
+    Raises ValueError on mismatched shapes, devices, another number of tokens, an x that requires grad, a backend that
+    cannot run; TypeError on dtypes that cannot be mixed. backend: "auto", "triton" or "eager".
+    """
+    check_multi_adapter_linear(x, weight, bias, len(batch))
+    check_same_dtype(x, weight)
+    resolved = resolve_backend(backend, x, weight)
+    if resolved == "reference":
+        raise ValueError('backend "reference" has no pages: call reference.multi_adapter_linear_reference with forms')
+    with torch.no_grad(), without_autocast(x):
+        dtype = compute_dtype(x)
+        rows = cast(rows_of(x), dtype)
+        y = op.run(rows, cast(weight, dtype), bias, batch, layer, resolved)
+    return y.view(*x.shape[:-1], weight.shape[0])

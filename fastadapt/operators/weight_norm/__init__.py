@@ -1,0 +1,1 @@
+"""DoRA's row norms: `reference.weight_norm_reference`."""

@@ -1,0 +1,83 @@
+"""`weight_norm`, DoRA's row norms, and its gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...reference import weight_norm_reference
+from ..backends import resolve_backend
+from ..calls import without_autocast
+from . import op
+from .checks import check_weight_norm
+
+
+def row_squares(weight: Tensor, *, backend: str = "auto") -> Tensor:
+    """‖W0‖² by rows in fp32, the constant part of the DoRA norm. Shapes: weight [N, K]; result [N]."""
+    backend = resolve_backend(backend, weight)
+    squares: Tensor = op.row_squares(weight, "eager" if backend == "reference" else backend)
+    return squares
+
+
+def weight_norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    base_squared: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Row norms of W0 + s·B·A without forming B·A, in fp32 (fp64 for an fp64 weight):
+
+        n² = ‖W0‖²_row + 2s · rowsum(B ⊙ (W0 Aᵀ)) + s² · rowsum((B (A Aᵀ)) ⊙ B)
+
+    Shapes: weight [N, K]; lora_A [r, K]; lora_B [N, r]; base_squared [N] = row_squares(weight), a constant that a
+    caller may keep; n [N]. Gradients flow to lora_A and lora_B; weight is frozen. Once differentiable.
+    Raises ValueError on mismatched shapes or devices, TypeError on dtypes without a kernel.
+    Source: Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3.
+    """
+    check_weight_norm(weight, lora_A, lora_B)
+    backend = resolve_backend(backend, weight)
+    if backend == "reference":
+        return weight_norm_reference(weight, lora_A, lora_B, scaling)
+    with without_autocast(weight):  # in 16 bits the norm's difference from the base weight's would be rounding
+        if base_squared is None:
+            base_squared = op.row_squares(weight.detach(), backend)
+        if not (torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)):
+            return op.weight_norm(weight, lora_A, lora_B, scaling, base_squared, backend)[0]
+        norm: Tensor = WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)
+        return norm
+
+
+class WeightNormFunction(torch.autograd.Function):
+    """n_j = ‖(W0 + s·B·A)_j‖ with gradients to A and B: with c = dn / n and V = W0 + s·B·A,
+
+    dB = s · c ⊙ (V Aᵀ) = s · c ⊙ (W0Aᵀ + s·B (A Aᵀ))     dA = s · (c ⊙ B)ᵀ V = s · ((c ⊙ B)ᵀ W0 + s·(Bᵀ(c ⊙ B)) A)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, A: Tensor, B: Tensor, base_squared: Tensor, scaling: float, backend: str
+    ) -> Tensor:
+        n, WA = op.weight_norm(weight, A, B, scaling, base_squared, backend)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(weight, A, B, n, WA)
+            ctx.scaling = scaling
+        return n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dn: Tensor) -> tuple[Tensor | None, ...]:
+        weight, A, B, n, WA = ctx.saved_tensors
+        s = ctx.scaling
+        down, up = A.to(n.dtype), B.to(n.dtype)
+        with without_autocast(dn):
+            weighted = torch.where(n > 0, dn / n, 0.0)[:, None]
+            dB = s * weighted * (WA + s * (up @ (down @ down.T)))
+            scaled_up = weighted * up
+            dA = s * ((scaled_up.T.to(weight.dtype) @ weight).to(n.dtype) + s * (up.T @ scaled_up).T @ down)
+        return None, dA.to(A.dtype), dB.to(B.dtype), None, None, None
