@@ -57,15 +57,14 @@ def circumstances(x: Tensor, adapters: Sequence[Adapter], *tensors: Tensor | Non
     """
     if torch.compiler.is_compiling():  # tensors have no versions while they are traced
         return ()
-    own = [t for adapter in adapters for t in (*adapter._parameters.values(), *adapter._buffers.values())]
-    return (
-        version(x),
-        torch.is_grad_enabled(),
-        compute_dtype(x),
-        optimizer_steps(),
-        *[(id(adapter), adapter.training, adapter.scaling, adapter.variant) for adapter in adapters],
-        *[(id(tensor), version(tensor)) for tensor in (*tensors, *own) if tensor is not None],
-    )
+    found: list[Any] = [version(x), torch.is_grad_enabled(), compute_dtype(x), optimizer_steps()]
+    for adapter in adapters:
+        found += (id(adapter), adapter.training, adapter.scaling, adapter.variant)
+        tensors = (*tensors, *adapter._parameters.values(), *adapter._buffers.values())
+    for tensor in tensors:
+        if tensor is not None:
+            found += (id(tensor), version(tensor))
+    return tuple(found)
 
 
 class MadeOf:
@@ -144,9 +143,10 @@ class ProjectionGroup:
             backend=layer.backend,
             strategy=layer.strategy,
         )
-        outputs = {id(member): (y, _state(x, member)) for member, y in zip(members, ys, strict=True)}
-        y, _ = outputs.pop(id(layer))
-        self._round = MadeOf(x, outputs, self.drop)
+        found = dict(zip(members, ys, strict=True))
+        y = found.pop(layer)
+        waiting = {id(member): (other, _state(x, member)) for member, other in found.items()}
+        self._round = MadeOf(x, waiting, self.drop)
         return y
 
 
@@ -168,5 +168,8 @@ def _joins(other: AdapterLinear, leader: AdapterLinear, x: Tensor) -> bool:
 
 
 def _state(x: Tensor, layer: AdapterLinear) -> tuple[Any, ...]:
-    base = layer.base_layer
-    return layer.training, *circumstances(x, layer.active_adapters, base.weight, layer.base_bias)
+    base: Any = layer._modules["base_layer"]
+    own = base._parameters
+    # A weight that is made anew at each access is never the same: its layer runs by itself.
+    tensors = own.values() if "weight" in own else (base.weight, base.bias)
+    return layer.training, *circumstances(x, layer.active_adapters, *tensors)

@@ -48,7 +48,7 @@ class Identity:
         """
         return (
             tensor.data_ptr() == self._pointer
-            and version(tensor) == self._version
+            and tensor._version == self._version
             and tensor.dtype == self._dtype
             and not self._storage.expired()
         )
@@ -58,6 +58,15 @@ class _Entry(NamedTuple):
     sources: list[Identity]
     more: tuple[Any, ...]
     made: Any
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        pairs = zip(self.sources, tensors, strict=False)
+        return len(self.sources) == len(tensors) and all([source.of(tensor) for source, tensor in pairs])
+
+
+def _is_untold(tensor: Tensor) -> bool:
+    """Whether a tensor does not tell when it is written, or will be differentiated."""
+    return tensor.is_inference() or (tensor.requires_grad and torch.is_grad_enabled())
 
 
 Made = TypeVar("Made")
@@ -87,28 +96,20 @@ class Kept:
         sources: Sequence[Tensor | None],
         make: Callable[[], Made],
         *more: Any,
-        changing: bool = False,
         trained: bool = True,
     ) -> Made:
         """What `make` gives, or gave before of these sources and of `more`, what else it depends on.
 
-        changing: whether a source may be written untold, so that nothing is kept. trained: whether an optimizer may
-        have a source; what is made of frozen tensors alone outlasts its steps.
+        trained: whether an optimizer may have a source; what is made of frozen tensors alone outlasts its steps.
         """
         tensors = [source for source in sources if source is not None]
-        untold = changing or torch.compiler.is_compiling() or any([tensor.is_inference() for tensor in tensors])
-        if untold or (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])):
+        if torch.compiler.is_compiling() or any([_is_untold(tensor) for tensor in tensors]):
             self._entries.pop(name, None)
             return make()
         # What is made in inference mode cannot be part of a graph later.
-        more = (*more, torch.is_inference_mode_enabled(), optimizer_steps() if trained else None)
+        more = (*more, torch.is_inference_mode_enabled(), _optimizer_steps if trained else None)
         entry = self._entries.get(name)
-        if (
-            entry is None
-            or entry.more != more
-            or len(entry.sources) != len(tensors)
-            or not all([source.of(tensor) for source, tensor in zip(entry.sources, tensors, strict=True)])
-        ):
+        if entry is None or entry.more != more or not entry.is_of(tensors):
             entry = _Entry([Identity(tensor) for tensor in tensors], more, make())
             entries = {**self._entries, name: entry}
             for oldest in list(entries)[: -self.most]:

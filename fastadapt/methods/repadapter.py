@@ -87,26 +87,31 @@ class RepAdapter(Adapter):
     def around(self, layer: AdapterLayer, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return run(self._before(layer, x), *args, **kwargs)
 
+    def _read_by(self, layer: AdapterLayer, x: Tensor) -> Tensor:
+        """x' for x."""
+        return bottleneck(
+            x,
+            self.conv_A[..., 0],
+            self.conv_B[..., 0],
+            down_bias=self.conv_A_bias,
+            up_bias=self.conv_B_bias,
+            residual=x,
+            scaling=self.scaling,
+            activation="identity",
+            groups=self.groups,
+            dropout=self.dropout,
+            training=True,
+            backend=layer.backend,
+        )
+
     def _before(self, layer: AdapterLayer, x: Tensor) -> Tensor:
+        if self.readers == 1:
+            return self._read_by(layer, x)
         # One bottleneck, and so one dropout mask, for all that read x: each of them fetches it once.
         current, given = self._read, circumstances(x, [self])
         read: _Read | None = current.made if current is not None and current.of(x) else None
         if read is None or read.given != given or any([other is layer for other in read.served]):
-            result = bottleneck(
-                x,
-                self.conv_A[..., 0],
-                self.conv_B[..., 0],
-                down_bias=self.conv_A_bias,
-                up_bias=self.conv_B_bias,
-                residual=x,
-                scaling=self.scaling,
-                activation="identity",
-                groups=self.groups,
-                dropout=self.dropout,
-                training=True,
-                backend=layer.backend,
-            )
-            read = _Read(result, given, [])
+            read = _Read(self._read_by(layer, x), given, [])
             current = MadeOf(x, read, self._drop)
         read.served.append(layer)
         self._read = current if len(read.served) < self.readers else None

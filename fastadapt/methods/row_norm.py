@@ -23,4 +23,4 @@ def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *
         base_squared = kept("squares", (weight,), lambda: row_squares(weight.detach()), trained=False)
         return weight_norm(weight.detach(), A.detach(), B.detach(), scaling, base_squared=base_squared)
 
-    return kept("norm", (weight, A, B), make, scaling, changing=changing)
+    return make() if changing else kept("norm", (weight, A, B), make, scaling)
