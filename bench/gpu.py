@@ -348,7 +348,7 @@ def main(
         draw_gpu(read(json_file), json_file.with_suffix(".png"))
     print_results(console, rows, checks, found)
     if tune:
-        console.print(f"{tuned} measurements for the tuner, in {tuner.cache_directory()}")
+        console.print(f"{tuned} measurements for the tuner, in {tuner.kept_in() or 'memory alone'}")
     if lost:
         console.print(lost, style="red")
     if lost or any(row["status"] == "failed" for row in checks):

@@ -27,6 +27,7 @@ from fastadapt.cost import (
     predicted_seconds,
     works,
 )
+from fastadapt.files import written_whole
 from fastadapt.report import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -391,7 +392,8 @@ def main(
 ) -> None:
     """Predicted times of our strategies and of other libraries on GPUs, marked as such; writes a page."""
     rows = all_rows()
-    markdown.write_text(document(rows), encoding="utf-8")
+    with written_whole(markdown) as draft:
+        draft.write_text(document(rows), encoding="utf-8")
     shown = [row for row in rows if row["method"] == "lora" and row["M"] == 8192 and not row["dropout"]]
     columns = {"device": "GPU", "layers": "layers", "picked": "picked", "frozen_us": "frozen", "ours_us": "ours"}
     columns |= {f"{peer}_us": title for peer, title in TITLES.items()}

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +70,9 @@ def require(*modules: str) -> None:
 def require_writable(path: Path) -> None:
     """Fails now rather than after minutes of work if `path` cannot be a file to write."""
     if path.is_dir():
-        raise fail(f"--json must name a file, and {path} is a directory")
+        raise fail(f"{path} is a directory: name a file to write")
+    if path.exists() and not path.is_file():  # a pipe or a device: nothing is made beside it
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise fail(f"cannot write in {path.parent}")
@@ -291,6 +292,7 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
     import transformers
 
     from .checkpoint import load_adapter, read_config
+    from .files import written_whole
     from .inject import merge as merge_adapter
     from .inject import unload
 
@@ -305,23 +307,13 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
     merge_adapter(model)
     unload(model)
     notes = []
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".merging-") as scratch:
-        built, old = Path(scratch) / "merged", Path(scratch) / "replaced"
+    with written_whole(output_dir) as built:
         report("saving")
         model.save_pretrained(built)
         try:
             transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(built)
         except (OSError, ValueError):
             notes.append(f"{model_dir} has no tokenizer, so none was saved")
-        if output_dir.exists():
-            os.replace(output_dir, old)
-        try:
-            os.replace(built, output_dir)
-        except OSError:
-            if old.exists():
-                os.replace(old, output_dir)
-            raise
     count = sum(parameter.numel() for parameter in model.parameters())
     return [
         f"merged {config.peft_type} adapter {adapter_dir} into {output_dir}: {count:,} parameters, {model.dtype}",
@@ -445,7 +437,10 @@ def generate(
     model: Annotated[str, typer.Argument(help="Base model: local directory or hub name.")],
     adapters: Annotated[Path, typer.Argument(help="A directory with a PEFT directory for each adapter.")],
     data: Annotated[Path, typer.Argument(help="A .jsonl file of rows with a prompt or messages, and an adapter.")],
-    output: Annotated[Path | None, typer.Option(help="Where the results go; the terminal by default.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A file for the results, there when all are; by default they go to the terminal one by one."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Rows that go through the model at once.")] = 8,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
@@ -467,6 +462,7 @@ def generate(
         import torch
 
         from .demo_assets import quiet_transformers
+        from .files import written_whole
         from .serving.generate import Options, run
 
         if output is not None:
@@ -485,12 +481,12 @@ def generate(
             budget=budget,
         )
         errors = Console(stderr=True)
-        with (
-            quiet_transformers(),
-            _row_progress(errors) as advance,
-            contextlib.nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8") as file,
-        ):
-            summary = run(options, file, advance)
+        with quiet_transformers(), _row_progress(errors) as advance:
+            if output is None:
+                summary = run(options, sys.stdout, advance)
+            else:
+                with written_whole(output) as draft, draft.open("w", encoding="utf-8") as file:
+                    summary = run(options, file, advance)
         rate = summary.tokens / summary.seconds if summary.seconds else 0.0
         errors.print(
             f"{summary.rows} rows, {summary.failed} with an error, {summary.tokens} tokens in {summary.seconds:.1f} s "

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .checks import shown
-from .report import written_whole
+from .files import written_whole
 
 FORMAT = 1
 # As in the published searches: so many tries for each candidate that is wanted.
@@ -157,10 +157,8 @@ class _Record:
         if self.path is None:
             return
         document = {"format": FORMAT, "search": self.settings, "scores": self.scores}
-        with written_whole(self.path) as draft, open(draft, "w", encoding="utf-8") as file:
-            json.dump(document, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with written_whole(self.path) as draft:
+            draft.write_text(json.dumps(document), encoding="utf-8")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import the layers before it.
 LAYERS = [
     {"fastadapt_kernels"},
-    {"reference", "report", "versions", "batch", "ops", "cost"}
+    {"files", "progress", "reference", "report", "versions", "batch", "ops", "cost"}
     | {"eager", "eager_bottleneck", "eager_hadamard", "eager_multi", "eager_plan"},
     {"checks", "patterns", "strategies", "tuner", "functional"},
     {"forms", "groups", "layers"},

@@ -164,7 +164,7 @@ def test_a_disk_that_is_really_full(saved: Path) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     model = load_adapter(Model(), saved)
 
-    def onto_full(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
+    def onto_full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         os.symlink("/dev/full", path)
         with open(path, "wb", buffering=0) as file:
             file.write(b"x")

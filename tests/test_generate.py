@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
 from fastadapt.cli import app
+from fastadapt.serving import generate
 from fastadapt.serving.generate import Options
 
 CONFIGS: dict[str, Any] = {
@@ -131,6 +132,32 @@ def test_sampling_follows_the_seed(root: Path) -> None:
     again, _ = run(root, rows, "--temperature", "2", "--seed", "5")
     assert first == again
     assert len({row["text"] for row in first}) > 1
+
+
+@pytest.mark.parametrize("how", ["no such model", "an error in the middle"])
+def test_results_are_there_whole_or_the_old_ones_are(root: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [json.dumps({"prompt": "word1"})] * 3
+    answers, base = root / "answers.jsonl", root / "base"
+    run(root, rows)
+    before = answers.read_text(encoding="utf-8")
+    calls: list[int] = []
+
+    def breaking(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise ValueError("the device is gone")
+        return batch(*arguments)
+
+    batch = generate._answer
+    if how == "no such model":
+        base = root / "nowhere"
+    else:
+        monkeypatch.setattr(generate, "_answer", breaking)
+    names = {path.name for path in root.iterdir()}
+    arguments = ["generate", base, root / "adapters", root / "prompts.jsonl", "--output", answers, "--batch-size", 1]
+    assert CliRunner().invoke(app, [str(argument) for argument in arguments]).exit_code == 2
+    assert answers.read_text(encoding="utf-8") == before
+    assert {path.name for path in root.iterdir()} == names
 
 
 @pytest.mark.parametrize(
