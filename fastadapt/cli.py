@@ -463,6 +463,7 @@ def generate(
 
         from .demo_assets import quiet_transformers
         from .files import written_whole
+        from .progress import progress_bar
         from .serving.generate import Options, run
 
         if output is not None:
@@ -480,30 +481,22 @@ def generate(
             dtype=dtype,
             budget=budget,
         )
-        errors = Console(stderr=True)
-        with quiet_transformers(), _row_progress(errors) as advance:
+        with quiet_transformers(), progress_bar("rows", None) as update:
+
+            def advance(done: int, total: int) -> None:
+                update(completed=done, total=total)
+
             if output is None:
                 summary = run(options, sys.stdout, advance)
             else:
                 with written_whole(output) as draft, draft.open("w", encoding="utf-8") as file:
                     summary = run(options, file, advance)
         rate = summary.tokens / summary.seconds if summary.seconds else 0.0
-        errors.print(
+        Console(stderr=True).print(
             f"{summary.rows} rows, {summary.failed} with an error, {summary.tokens} tokens in {summary.seconds:.1f} s "
             f"({rate:.0f} tokens/s)",
             highlight=False,
         )
-
-
-@contextlib.contextmanager
-def _row_progress(errors: Console) -> Iterator[Any]:
-    """A bar of rows on stderr; yields what it is told by: (done, total)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors) as progress:
-        task = progress.add_task("rows", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def main() -> None:
