@@ -16,7 +16,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from .checks import shown
-from .files import written_together
+from .files import DRAFTS, written_together
 from .forms import PlainLoRA, plain_lora
 from .inject import Injection, ModelType, attach, check_unmerged, prepare, present
 from .layers import Adapter
@@ -197,7 +197,11 @@ def check_present(directory: str | os.PathLike[str], name: str) -> None:
             f"{Path(directory, pickles[0])} is a pickle, which can run code when it is loaded: convert it to "
             f"{TENSOR_FILE} with PEFT's save_pretrained(safe_serialization=True)"
         )
-    raise FileNotFoundError(f"{path} does not exist: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}")
+    drafts = sorted(found.name for found in Path(directory).glob(f"{DRAFTS}*"))
+    killed = f"; {', '.join(drafts)} in it has what a killed save left, the old files and the new" if drafts else ""
+    raise FileNotFoundError(
+        f"{path} does not exist: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}{killed}"
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
