@@ -437,10 +437,7 @@ def generate(
     model: Annotated[str, typer.Argument(help="Base model: local directory or hub name.")],
     adapters: Annotated[Path, typer.Argument(help="A directory with a PEFT directory for each adapter.")],
     data: Annotated[Path, typer.Argument(help="A .jsonl file of rows with a prompt or messages, and an adapter.")],
-    output: Annotated[
-        Path | None,
-        typer.Option(help="A file for the results, there when all are; by default they go to the terminal one by one."),
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the results go; the terminal by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Rows that go through the model at once.")] = 8,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
@@ -462,12 +459,13 @@ def generate(
         import torch
 
         from .demo_assets import quiet_transformers
-        from .files import written_whole
         from .progress import progress_bar
         from .serving.generate import Options, run
 
         if output is not None:
             require_writable(output)
+            if output.exists() and data.exists() and output.samefile(data):
+                raise ValueError(f"--output must be another file than DATA, got {output} for both")
         options = Options(
             model=model,
             adapters=adapters,
@@ -486,11 +484,10 @@ def generate(
             def advance(done: int, total: int) -> None:
                 update(completed=done, total=total)
 
-            if output is None:
-                summary = run(options, sys.stdout, advance)
-            else:
-                with written_whole(output) as draft, draft.open("w", encoding="utf-8") as file:
-                    summary = run(options, file, advance)
+            def results() -> contextlib.AbstractContextManager[Any]:
+                return contextlib.nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8")
+
+            summary = run(options, results, advance)
         rate = summary.tokens / summary.seconds if summary.seconds else 0.0
         Console(stderr=True).print(
             f"{summary.rows} rows, {summary.failed} with an error, {summary.tokens} tokens in {summary.seconds:.1f} s "

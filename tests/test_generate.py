@@ -134,30 +134,41 @@ def test_sampling_follows_the_seed(root: Path) -> None:
     assert len({row["text"] for row in first}) > 1
 
 
-@pytest.mark.parametrize("how", ["no such model", "an error in the middle"])
-def test_results_are_there_whole_or_the_old_ones_are(root: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [json.dumps({"prompt": "word1"})] * 3
-    answers, base = root / "answers.jsonl", root / "base"
-    run(root, rows)
-    before = answers.read_text(encoding="utf-8")
-    calls: list[int] = []
+def command(root: Path, base: str, output: str) -> Any:
+    arguments = ["generate", root / base, root / "adapters", root / "prompts.jsonl", "--output", root / output]
+    return CliRunner().invoke(app, [*map(str, arguments), "--batch-size", "1", "--max-new-tokens", str(NEW)])
+
+
+def test_a_model_that_is_none_costs_no_older_results(root: Path) -> None:
+    run(root, [json.dumps({"prompt": "word1"})] * 3)
+    before = (root / "answers.jsonl").read_text(encoding="utf-8")
+    assert command(root, "nowhere", "answers.jsonl").exit_code == 2
+    assert (root / "answers.jsonl").read_text(encoding="utf-8") == before
+
+
+def test_what_is_answered_stays_when_a_later_batch_fails(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = run(root, [json.dumps({"prompt": f"word{index}"}) for index in range(3)], "--batch-size", "1")
+    answer, calls = generate._answer, list[int]()
 
     def breaking(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) > 1:
+        if len(calls) == 3:
             raise ValueError("the device is gone")
-        return batch(*arguments)
+        return answer(*arguments)
 
-    batch = generate._answer
-    if how == "no such model":
-        base = root / "nowhere"
-    else:
-        monkeypatch.setattr(generate, "_answer", breaking)
-    names = {path.name for path in root.iterdir()}
-    arguments = ["generate", base, root / "adapters", root / "prompts.jsonl", "--output", answers, "--batch-size", 1]
-    assert CliRunner().invoke(app, [str(argument) for argument in arguments]).exit_code == 2
-    assert answers.read_text(encoding="utf-8") == before
-    assert {path.name for path in root.iterdir()} == names
+    monkeypatch.setattr(generate, "_answer", breaking)
+    assert command(root, "base", "answers.jsonl").exit_code == 2
+    lines = (root / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["line"] for line in lines] == [row["line"] for row in found[:2]]
+
+
+def test_results_do_not_take_the_place_of_their_prompts(root: Path) -> None:
+    run(root, [json.dumps({"prompt": "word1"})])
+    before = (root / "prompts.jsonl").read_text(encoding="utf-8")
+    result = command(root, "base", "prompts.jsonl")
+    assert result.exit_code == 2
+    assert "--output must be another file than DATA" in result.stderr
+    assert (root / "prompts.jsonl").read_text(encoding="utf-8") == before
 
 
 @pytest.mark.parametrize(
