@@ -33,11 +33,11 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from bench import report
 from bench.cases import chosen
+from fastadapt.progress import progress_bar
 from fastadapt.report import write_json
 
 
@@ -562,12 +562,10 @@ def violations(row: report.Row) -> list[str]:
 def compile_all(pairs: Sequence[str], *, quick: bool) -> list[report.Row]:
     """The row of every distinct kernel of each TARGET:DTYPE, compiled by two processes."""
     todo = jobs(pairs, quick=quick)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows = []
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool, Progress(*columns) as progress:
-        task = progress.add_task("kernels", total=len(todo))
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool, progress_bar("kernels", len(todo)) as update:
         for row in pool.map(compiled, todo, chunksize=4):
-            progress.update(task, advance=1, description=f"{row['target']} {row['dtype']}")
+            update(advance=1, description=f"{row['target']} {row['dtype']}")
             rows.append(row)
     return rows
 

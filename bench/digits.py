@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.cache import cached
-from fastadapt.demo_assets import AssetError, pip_download, quiet_transformers, sha256_of
+from fastadapt.demo_assets import AssetError, pip_download, quiet_transformers
 from fastadapt.demo_training import losses_of_steps
+from fastadapt.files import sha256_of
 from fastadapt.methods import Control
 from fastadapt.recipes import adamw
 from fastadapt.train_data import Batch

@@ -34,7 +34,6 @@ import typer
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -56,6 +55,7 @@ from fastadapt import (
 from fastadapt.checkpoint import CONFIG_FILE, TENSOR_FILE
 from fastadapt.inject import adapter_layers
 from fastadapt.methods import METHODS
+from fastadapt.progress import progress_bars
 from fastadapt.report import write_json
 from fastadapt.serving import AdapterError, Limits, LoadedAdapter, adapter_directory, read_adapter
 
@@ -812,8 +812,7 @@ def run(cases: int, start: int = 0, found: Callable[[Case, Outcome], None] | Non
     """Runs that many cases; one row a kind and one for all. `found` hears of each finding."""
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     seconds: Counter[str] = Counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with scratch_directory() as scratch, Progress(*columns) as progress:
+    with scratch_directory() as scratch, progress_bars() as progress:
         harness = Harness(Path(scratch))
         task = progress.add_task("cases", total=cases)
         progress.console.print(f"Should this process die, the case that kills it is in {harness.running}")

@@ -17,7 +17,6 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import report
 from bench.cases import SAVED_CASES
@@ -40,6 +39,7 @@ from bench.operators import (
 from fastadapt.doctor import describe
 from fastadapt.operators.adapter_linear import tuner
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
+from fastadapt.progress import progress_bars
 from fastadapt.report import versions, write_json
 
 ADAPTERS = tuple(SAVED_CASES.values())
@@ -320,9 +320,8 @@ def main(
     rows: list[report.Row] = []
     found: dict[str, float] = {}
     tuned, lost = 0, ""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console) as progress:
+        with progress_bars() as progress:
             task = progress.add_task("checks", total=len(to_check))
             for case, name in to_check:
                 progress.update(task, advance=1, description=f"check {case.label} {name}")
@@ -348,7 +347,7 @@ def main(
         draw_gpu(read(json_file), json_file.with_suffix(".png"))
     print_results(console, rows, checks, found)
     if tune:
-        console.print(f"{tuned} measurements for the tuner, in {tuner.cache_directory()}")
+        console.print(f"{tuned} measurements for the tuner, in {tuner.kept_in() or 'memory alone'}")
     if lost:
         console.print(lost, style="red")
     if lost or any(row["status"] == "failed" for row in checks):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fastadapt.progress import progress_bar
 
 # glibc's malloc gives large blocks back to the kernel at every free: about 100,000 page faults a training step, more
 # time than the adapter itself. Every variant, and every child process, runs with that switched off.
@@ -55,18 +56,16 @@ def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, seed: 
     order = list(variants)
     shuffler = random.Random(seed)
     results: list[dict[str, Timing]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("rounds", total=(rounds + 1) * len(order))
+    with progress_bar("rounds", (rounds + 1) * len(order)) as update:
         for index in range(rounds + 1):
             shuffler.shuffle(order)
             timings = {}
             for name in order:
-                progress.update(task, description=f"round {index}/{rounds} {name}")
+                update(description=f"round {index}/{rounds} {name}")
                 wall, cpu = time.perf_counter(), time.process_time()
                 variants[name]()
                 timings[name] = Timing(time.perf_counter() - wall, time.process_time() - cpu)
-                progress.advance(task)
+                update(advance=1)
             if index:
                 results.append(timings)
     return results

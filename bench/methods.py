@@ -24,6 +24,7 @@ from bench.sentiment import Split, load_minilm, load_sentences
 from fastadapt.demo_compare import saved_bytes, training_step
 from fastadapt.demo_training import losses_of_steps, seeded_batches, skeleton
 from fastadapt.inject import control, inject, saved_modules, trainable_parameters
+from fastadapt.progress import progress_bar
 from fastadapt.recipes import RECIPES, Recipe
 from fastadapt.report import write_json
 from fastadapt.train_data import Batch, Row, collate
@@ -91,18 +92,17 @@ def run(
     padding = base.config.pad_token_id
     positive = statistics.mean([label for _, label in split.test])
     found: list[report.Row] = []
-    with report.progress() as progress:
-        task = progress.add_task("", total=len(names) * (seeds + (len(rates) if len(rates) > 1 else 0)))
+    with progress_bar("", len(names) * (seeds + (len(rates) if len(rates) > 1 else 0))) as update:
         for name in names:
             recipe = RECIPES[name]
 
             def result(
                 factor: float, seed: int, part: list[Row], name: str = name, recipe: Recipe = recipe
             ) -> tuple[float, Any]:
-                progress.update(task, description=f"{recipe.title}, rate x{factor:g}, seed {seed}")
+                update(description=f"{recipe.title}, rate x{factor:g}, seed {seed}")
                 model = adapted(base, name, recipe, rows, steps, seed)
                 train(model, recipe, factor * recipe.learning_rate, rows, steps, seed)
-                progress.advance(task)
+                update(advance=1)
                 score = evaluate(model, part, 4 * BATCH_ROWS, padding).accuracy
                 assert score is not None
                 return score, model

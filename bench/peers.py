@@ -1,7 +1,7 @@
 """What PEFT, Unsloth, Axolotl and LoRAFusion launch for an adapted layer: a model of each one's sequence of operations.
 
 Read from their sources (PEFT 0.21.2; Unsloth, Axolotl and LoRAFusion as of August 2026, July 2026 and September 2025)
-and written down as works of `fastadapt.cost`: every operand of an operation moves once, elementwise operations are not
+and written down as works of the cost model: every operand of an operation moves once, elementwise operations are not
 fused with each other, and autograd adds the gradients of an x with several readers pair by pair.
 """
 

@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
-from rich.progress import track
 
 from bench import measure, report
 from bench.cases import chosen
@@ -44,7 +43,7 @@ def scale(registered: int, rounds: int, layers: int) -> report.Row:
         served[count] = MultiAdapterModel(skeleton(base), budget=int(1.05 * count * size) + (64 << 20))
         linears = {path: layer for path, layer in served[count].pool.layers.items() if path != "lm_head"}
         like = random_adapter(linears, "lora", 8, 0)
-        for index in track(range(count), f"registering {count}"):
+        for index in report.tracked(range(count), f"registering {count}"):
             served[count].pool.add(f"{index}", like._replace(identity=f"{index}"))
     shuffler = random.Random(0)
     ids = torch.randint(VOCAB, (8, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -91,7 +90,7 @@ def memory(count: int, layers: int) -> report.Row:
     served.pool.add("0", like)
     process = psutil.Process()
     before, held = process.memory_info().rss, served.pool.held_bytes
-    for index in track(range(1, count), f"registering {count}"):
+    for index in report.tracked(range(1, count), f"registering {count}"):
         served.pool.add(f"{index}", like._replace(identity=f"{index}"))
     true = served.pool.info("1").bytes
     return {
@@ -112,7 +111,7 @@ def churn(operations: int, layers: int) -> report.Row:
     ids = torch.randint(VOCAB, (4, 8), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch:
         directories: list[Path] = []
-        for index in track(range(8), "making adapters"):
+        for index in report.tracked(range(8), "making adapters"):
             model = inject(
                 skeleton(base), LoRAConfig(r=4 + index, target_modules="all-linear", use_dora=index % 2 == 1)
             )
@@ -149,7 +148,7 @@ def churn(operations: int, layers: int) -> report.Row:
         thread = threading.Thread(target=work)
         thread.start()
         shuffler, evictions, loads = random.Random(2), 0, 0
-        for _ in track(range(operations), "churning"):
+        for _ in report.tracked(range(operations), "churning"):
             name = shuffler.choice(names)
             try:
                 served.pool.evict(name)

@@ -15,6 +15,7 @@ import typer
 
 from bench import l2, report
 from bench.peers import PEERS, frozen, moved_mib
+from fastadapt.files import written_whole
 from fastadapt.operators.adapter_linear.cost import (
     Work,
     backward_works,
@@ -390,7 +391,8 @@ def main(
 ) -> None:
     """Predicted times of our strategies and of other libraries on GPUs, marked as such; writes a page."""
     rows = all_rows()
-    markdown.write_text(document(rows), encoding="utf-8")
+    with written_whole(markdown) as draft:
+        draft.write_text(document(rows), encoding="utf-8")
     shown = [row for row in rows if row["method"] == "lora" and row["M"] == 8192 and not row["dropout"]]
     columns = {"device": "GPU", "layers": "layers", "picked": "picked", "frozen_us": "frozen", "ours_us": "ours"}
     columns |= {f"{peer}_us": title for peer, title in TITLES.items()}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fastadapt.progress import progress_bar
+
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
@@ -24,15 +26,12 @@ def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> 
     (console if console.is_terminal else Console(width=150)).print(table)
 
 
-def progress() -> Progress:
-    """A bar of runs done, with the time that they took and that the rest will take."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+def tracked(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items one by one, with a bar of those that are done."""
+    with progress_bar(what, len(items)) as update:
+        for item in items:
+            yield item
+            update(advance=1)
 
 
 def shown(value: Any) -> str:

@@ -53,6 +53,7 @@ from fastadapt.methods import (
     SSFConfig,
     VPTConfig,
 )
+from fastadapt.progress import progress_bar
 from fastadapt.recipes import RECIPES, adamw, nothing
 from fastadapt.report import write_json
 from fastadapt.train_data import Batch
@@ -214,16 +215,15 @@ def few_shot(base: Any, digits: Digits, names: Sequence[str], plan: Plan) -> tup
     """(a row of accuracies for each method, its model of the last seed with the most images)."""
     rows: list[report.Row] = []
     models: dict[str, Any] = {}
-    with report.progress() as progress:
-        task = progress.add_task("", total=plan.runs([METHODS[name] for name in names]))
+    with progress_bar("", plan.runs([METHODS[name] for name in names])) as update:
         for name in names:
             method = METHODS[name]
 
             def run(shots: int, rate: float, seed: int, method: Method = method) -> Any:
-                progress.update(task, description=f"{method.title}, {shots} shots, rate {rate:g}, seed {seed}")
+                update(description=f"{method.title}, {shots} shots, rate {rate:g}, seed {seed}")
                 images = draw_shots(digits.pool, shots, seed)
                 model = trained(base, method, images, rate, plan.steps, seed)
-                progress.advance(task)
+                update(advance=1)
                 return model
 
             tried: dict[float, float] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from .checks import shown
+from .files import DRAFTS, written_together
 from .forms import PlainLoRA, plain_lora
 from .inject import Injection, ModelType, attach, check_unmerged, prepare, present
 from .layers import Adapter
@@ -78,9 +78,9 @@ def _named_tensors(injection: Injection) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Saves one adapter as a PEFT directory: adapter_config.json and adapter_model.safetensors.
 
-    Both files are written beside their places and then renamed, so that a full disk or a crash leaves an adapter that
-    was there before as it was. Raises ValueError for an unknown adapter name, OSError where the directory cannot
-    be written.
+    Both files are written beside their places and then renamed, so that a full disk or any other error leaves an
+    adapter that was there before as it was, and a kill never a mixture of two. Their modes are those that the umask
+    gives. Raises ValueError for an unknown adapter name, OSError where the directory cannot be written.
     """
     injection = present(model, adapter_name)
     if any(adapter.variant is not None for adapter in injection.adapters.values()):
@@ -170,23 +170,17 @@ def _write(model: nn.Module, target: Path, fields: dict[str, Any], tensors: Mapp
         fields["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     # Shared tensors are cloned: a safetensors file has no aliases.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as scratch:
+    # A directory without a config is no adapter.
+    with written_together(target, TENSOR_FILE, CONFIG_FILE) as drafts:
         try:
-            save_file(tensors, os.path.join(scratch, TENSOR_FILE), metadata={"format": "pt"})
+            save_file(tensors, drafts / TENSOR_FILE, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(
                 f"the adapter could not be written to {target}, what was there is unchanged: {error}"
             ) from error
         # Sorted at the top alone: of the patterns in it the first that matches wins.
-        Path(scratch, CONFIG_FILE).write_text(
-            json.dumps(dict(sorted(fields.items())), indent=2) + "\n", encoding="utf-8"
-        )
-        for name in (TENSOR_FILE, CONFIG_FILE):
-            with open(os.path.join(scratch, name), "rb+") as file:
-                os.fsync(file.fileno())
-        for name in (TENSOR_FILE, CONFIG_FILE):
-            os.replace(os.path.join(scratch, name), target / name)
+        text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
+        (drafts / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def check_present(directory: str | os.PathLike[str], name: str) -> None:
@@ -203,7 +197,11 @@ def check_present(directory: str | os.PathLike[str], name: str) -> None:
             f"{Path(directory, pickles[0])} is a pickle, which can run code when it is loaded: convert it to "
             f"{TENSOR_FILE} with PEFT's save_pretrained(safe_serialization=True)"
         )
-    raise FileNotFoundError(f"{path} does not exist: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}")
+    drafts = sorted(found.name for found in Path(directory).glob(f"{DRAFTS}*"))
+    killed = f"; {', '.join(drafts)} in it has what a killed save left, the old files and the new" if drafts else ""
+    raise FileNotFoundError(
+        f"{path} does not exist: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}{killed}"
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
@@ -71,7 +70,9 @@ def require(*modules: str) -> None:
 def require_writable(path: Path) -> None:
     """Fails now rather than after minutes of work if `path` cannot be a file to write."""
     if path.is_dir():
-        raise fail(f"--json must name a file, and {path} is a directory")
+        raise fail(f"{path} is a directory: name a file to write")
+    if path.exists() and not path.is_file():  # a pipe or a device: nothing is made beside it
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise fail(f"cannot write in {path.parent}")
@@ -319,6 +320,7 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
     import transformers
 
     from .checkpoint import load_adapter, read_config
+    from .files import written_whole
     from .inject import merge as merge_adapter
     from .inject import saved_modules, unload
 
@@ -340,23 +342,13 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
     merge_adapter(model)
     unload(model)
     notes = []
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".merging-") as scratch:
-        built, old = Path(scratch) / "merged", Path(scratch) / "replaced"
+    with written_whole(output_dir) as built:
         report("saving")
         model.save_pretrained(built)
         try:
             transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(built)
         except (OSError, ValueError):
             notes.append(f"{model_dir} has no tokenizer, so none was saved")
-        if output_dir.exists():
-            os.replace(output_dir, old)
-        try:
-            os.replace(built, output_dir)
-        except OSError:
-            if old.exists():
-                os.replace(old, output_dir)
-            raise
     count = sum(parameter.numel() for parameter in model.parameters())
     return [
         f"merged {config.peft_type} adapter {adapter_dir} into {output_dir}: {count:,} parameters, {model.dtype}",
@@ -527,10 +519,13 @@ def generate(
         import torch
 
         from .demo_assets import quiet_transformers
+        from .progress import progress_bar
         from .serving.generate import Options, run
 
         if output is not None:
             require_writable(output)
+            if output.exists() and data.exists() and output.samefile(data):
+                raise ValueError(f"--output must be another file than DATA, got {output} for both")
         options = Options(
             model=model,
             adapters=adapters,
@@ -544,30 +539,21 @@ def generate(
             dtype=dtype,
             budget=budget,
         )
-        errors = Console(stderr=True)
-        with (
-            quiet_transformers(),
-            _row_progress(errors) as advance,
-            contextlib.nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8") as file,
-        ):
-            summary = run(options, file, advance)
+        with quiet_transformers(), progress_bar("rows", None) as update:
+
+            def advance(done: int, total: int) -> None:
+                update(completed=done, total=total)
+
+            def results() -> contextlib.AbstractContextManager[Any]:
+                return contextlib.nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8")
+
+            summary = run(options, results, advance)
         rate = summary.tokens / summary.seconds if summary.seconds else 0.0
-        errors.print(
+        Console(stderr=True).print(
             f"{summary.rows} rows, {summary.failed} with an error, {summary.tokens} tokens in {summary.seconds:.1f} s "
             f"({rate:.0f} tokens/s)",
             highlight=False,
         )
-
-
-@contextlib.contextmanager
-def _row_progress(errors: Console) -> Iterator[Any]:
-    """A bar of rows on stderr; yields what it is told by: (done, total)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors) as progress:
-        task = progress.add_task("rows", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def main() -> None:

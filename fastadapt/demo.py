@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +23,7 @@ from .demo_assets import Topic, load_model, load_topic, quiet_transformers
 from .demo_serving import Request, serve_together
 from .inject import control, inject, set_adapter, trainable_parameters
 from .methods import PEFT_TYPES, Control, EVAConfig
+from .progress import progress_bars
 from .recipes import RECIPES, Recipe
 from .report import new_figure, save_figure, write_json
 from .train_data import Row, collate, length
@@ -107,14 +108,7 @@ def run(options: Options, console: Console) -> list[dict[str, Any]]:
     started = time.perf_counter()
     parameters = sum(parameter.numel() for parameter in base.parameters())
     console.print(f"base model: {options.model or 'SmolLM2-135M-Instruct'}, {parameters:,} parameters, frozen, fp32")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress, quiet_transformers():
+    with progress_bars(TextColumn("{task.fields[note]}")) as progress, quiet_transformers():
         trained = [train_one(plan, base, tokenizer, options, progress) for plan in PLANS]
         answers = answer_all(base, tokenizer, trained, progress)
         rows = measure(base, tokenizer, trained, options, progress)

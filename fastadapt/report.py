@@ -8,12 +8,13 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .files import written_whole
 
 PACKAGES = ("fastadapt", "triton", "transformers", "peft", "numpy", "safetensors")
 
@@ -75,16 +76,6 @@ def new_figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Gives the path of a draft, which takes the place of `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
-        draft = Path(scratch) / path.name
-        yield draft
-        draft.replace(path)
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:

@@ -7,18 +7,17 @@ search is no more than the fitness of each candidate so far: it is run again fro
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .checks import shown
-from .report import written_whole
+from .files import written_whole
+from .progress import progress_bar
 
 FORMAT = 1
 # As in the published searches: so many tries for each candidate that is wanted.
@@ -157,27 +156,8 @@ class _Record:
         if self.path is None:
             return
         document = {"format": FORMAT, "search": self.settings, "scores": self.scores}
-        with written_whole(self.path) as draft, open(draft, "w", encoding="utf-8") as file:
-            json.dump(document, file)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-@contextmanager
-def _bar(wanted: bool, done: int, total: int) -> Iterator[Callable[[Scored, Scored], None]]:
-    """Gives what shows a candidate and the best so far: a bar with the time that is left, where rich is installed."""
-    if not wanted or importlib.util.find_spec("rich") is None:
-        yield lambda scored, best: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("search", total=total, completed=done)
-
-        def show(scored: Scored, best: Scored) -> None:
-            bar.update(task, advance=1, description=f"generation {scored.generation}, best {best.fitness:.4g}")
-
-        yield show
+        with written_whole(self.path) as draft:
+            draft.write_text(json.dumps(document), encoding="utf-8")
 
 
 def _check(name: str, value: int, least: int) -> None:
@@ -255,7 +235,7 @@ def evolve(
         record.add(candidate, score)
         return score
 
-    with _bar(progress, len(record.scores), population * generations) as show:
+    with progress_bar("search", population * generations, done=len(record.scores), wanted=progress) as update:
         for generation in range(generations):
             parents = [scored.candidate for scored in best]
             found = breeder.population(population, parents, mutants, crossovers, mutation_probability)
@@ -270,6 +250,6 @@ def evolve(
                 history.append(Scored(candidate, parameters, score, generation))
                 best = sorted([*best, history[-1]], key=lambda scored: -scored.fitness)[:archive]
                 if known is None:
-                    show(history[-1], best[0])
+                    update(advance=1, description=f"generation {generation}, best {best[0].fitness:.4g}")
     space.apply(best[0].candidate)
     return Result(best[0], best, history)

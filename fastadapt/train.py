@@ -15,6 +15,7 @@ from rich.console import Console
 from . import train_state
 from .checkpoint import CONFIG_FILE, TENSOR_FILE, read_fields, save_adapter
 from .demo_assets import quiet_transformers
+from .files import written_whole
 from .inject import trainable_parameters
 from .methods import PEFT_TYPES
 from .report import write_json
@@ -240,7 +241,8 @@ def finish(training: Training, form: str) -> dict[str, Any]:
     }
     save_adapter(model, options.output)
     if form == "classification":
-        model.config.to_json_file(options.output / CLASSES_FILE)
+        with written_whole(options.output / CLASSES_FILE) as draft:
+            model.config.to_json_file(draft)
     unit = {"classification": "row", "text": "token"}.get(form, "answer token")
     draw(training.losses, held, unit, options.output / PICTURE)
     curve = {"train": training.losses, "eval": [evaluation._asdict() for evaluation in held]}
@@ -251,5 +253,5 @@ def finish(training: Training, form: str) -> dict[str, Any]:
 
 def _copy_json(options: Options) -> None:
     if options.json is not None and options.json.resolve() != (options.output / JSON_FILE).resolve():
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(options.output / JSON_FILE, options.json)
+        with written_whole(options.json) as draft:
+            shutil.copyfile(options.output / JSON_FILE, draft)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .checks import check_probability
-from .demo_assets import sha256_of
+from .files import sha256_of
 from .recipes import RECIPES, Recipe
 
 # The share of the learning rate that is left when a share of the steps behind the warmup is done.

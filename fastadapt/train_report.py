@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from rich.table import Table
 
+from .progress import progress_bars
 from .report import new_figure, save_figure
 from .train_loop import Evaluation
 
@@ -19,17 +20,9 @@ class Bar:
 
     def __init__(self, console: Console, done: int, steps: int) -> None:
         self.console, self.steps = console, steps
-        columns = (
-            TextColumn("step"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.progress.add_task("", total=steps, completed=done, note="")
+        # What is printed meanwhile, the evaluations, goes to the same console.
+        self.progress = progress_bars(TextColumn("{task.fields[note]}"), console=console)
+        self.task = self.progress.add_task("step", total=steps, completed=done, note="")
 
     def __enter__(self) -> Bar:
         self.progress.start()

@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .demo_assets import sha256_of
+from .files import DRAFTS, sha256_of, written_whole
 
 PREFIX = "checkpoint-"
 FORMAT = 1
 STATE_FILE, TENSOR_FILE, SUM_FILE = "state.json", "state.safetensors", "sha256"
-# What a killed process may leave of checkpoints, adapters, JSON files and pictures.
-_DRAFTS = (".saving-", ".removing-", ".writing-", ".drawing-")
+# What a killed process may leave.
+_REMOVING = ".removing-"
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -66,15 +66,6 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: unpack(item, tensors) for key, item in value.items()}
 
 
-def _sync(path: Path) -> None:
-    """Waits until a file or directory is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def checkpoints(output: Path) -> dict[int, Path]:
     """The checkpoint directories of a run by step, in its order."""
     found = {path.name.removeprefix(PREFIX): path for path in output.glob(f"{PREFIX}*") if path.is_dir()}
@@ -83,7 +74,7 @@ def checkpoints(output: Path) -> dict[int, Path]:
 
 def remove(path: Path) -> None:
     """Removes a directory; a kill halfway leaves nothing under its name."""
-    hidden = path.with_name(f".removing-{path.name}")
+    hidden = path.with_name(f"{_REMOVING}{path.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     shutil.rmtree(hidden)
@@ -94,9 +85,9 @@ def save(output: Path, step: int, state: dict[str, Any], keep: int = 1) -> Path:
 
     Raises OSError where it cannot be written; the checkpoints that were there are then there still.
     """
-    target, draft = output / f"{PREFIX}{step}", output / f".saving-{step}"
-    draft.mkdir()
-    try:
+    target = output / f"{PREFIX}{step}"
+    with written_whole(target) as draft:
+        draft.mkdir()
         tensors: dict[str, Tensor] = {}
         text = json.dumps({"format": FORMAT, "state": pack(state, tensors)})
         try:
@@ -107,15 +98,6 @@ def save(output: Path, step: int, state: dict[str, Any], keep: int = 1) -> Path:
         # In the format of `sha256sum -c`.
         sums = "".join(f"{sha256_of(draft / name)}  {name}\n" for name in (STATE_FILE, TENSOR_FILE))
         (draft / SUM_FILE).write_text(sums, encoding="utf-8")
-        for name in (STATE_FILE, TENSOR_FILE, SUM_FILE):
-            _sync(draft / name)
-        _sync(draft)
-        if target.exists():  # damaged: the run came here from an earlier one
-            remove(target)
-        draft.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    _sync(output)
     found = checkpoints(output)
     kept = [number for number in found if number <= step][-keep:]
     for number, path in found.items():
@@ -173,7 +155,7 @@ def owned(output: Path) -> Iterator[None]:
         except BlockingIOError:
             raise BlockingIOError(f"another run is writing to {output}: wait for it, or choose another place") from None
         for path in output.iterdir():
-            if path.name.startswith(_DRAFTS):
+            if path.name.startswith((DRAFTS, _REMOVING)):
                 shutil.rmtree(path)
         yield
     finally:

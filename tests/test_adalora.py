@@ -572,7 +572,7 @@ def test_a_pattern_of_another_model_is_refused() -> None:
 def test_embeddings_are_refused_by_name() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(5, 3)})
     with pytest.raises(
-        ValueError, match="AdaLoRA cannot go with embed, a Embedding: it is for linear layers and Conv2d"
+        ValueError, match="embed: Embedding cannot take an adapter of AdaLoRAConfig: only Linear, Conv1D, Conv2d can"
     ):
         inject(model, AdaLoRAConfig(target_modules=["embed"], total_step=10))
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import the layers before it.
 LAYERS = [
     {"fastadapt_kernels"},
-    {"reference", "report", "versions", "checks", "patterns"},
+    {"files", "progress", "reference", "report", "versions", "checks", "patterns"},
     {"operators"},
     {"forms", "functional", "groups", "layers"},
     {"methods"},

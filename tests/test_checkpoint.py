@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,7 +167,7 @@ def test_a_disk_that_is_really_full(saved: Path) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     model = load_adapter(Model(), saved)
 
-    def onto_full(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
+    def onto_full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         os.symlink("/dev/full", path)
         with open(path, "wb", buffering=0) as file:
             file.write(b"x")
@@ -177,6 +180,41 @@ def test_a_disk_that_is_really_full(saved: Path) -> None:
     finally:
         checkpoint.save_file = original  # type: ignore[assignment]
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+KILLED = """
+import os, signal, sys, torch
+from fastadapt import LoRAConfig, inject, save_adapter
+model = inject(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoRAConfig(r=2, lora_alpha=64, target_modules=["0"]))
+replace, point = os.replace, int(sys.argv[2])
+def counted(*paths):
+    global point
+    if point == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*paths)
+    point -= 1
+os.replace = counted
+save_adapter(model, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("point", range(5))
+def test_a_save_that_is_killed_leaves_one_of_both_or_what_is_refused(point: int, tmp_path: Path) -> None:
+    """New tensors under the old config would load, and compute something else."""
+    new = nn.Sequential(nn.Linear(4, 4))
+    old = inject(copy.deepcopy(new), LoRAConfig(r=2, lora_alpha=2, target_modules=["0"]))
+    save_adapter(old, tmp_path)
+    root = Path(__file__).parent.parent
+    paths = {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(point)], env={**os.environ, **paths})
+    assert (done.returncode == 0) == (point == 4)
+    if point in (1, 2, 3):
+        with pytest.raises(FileNotFoundError, match=r"adapter_\S+ does not exist: .*; \.writing-\S+ in it has"):
+            load_adapter(new, tmp_path)
+        return
+    loaded = load_adapter(new, tmp_path)[0].adapters["default"]
+    assert loaded.scaling == (32 if point == 4 else 1)
+    assert torch.equal(loaded.lora_A, old[0].adapters["default"].lora_A) == (point == 0)
 
 
 def test_saving_over_an_adapter_replaces_it_whole(saved: Path) -> None:

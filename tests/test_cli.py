@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,13 +18,14 @@ import pytest
 import test_methods
 import test_vision_methods
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from tiny_models import headed, llama, mixed, output, randomise, tokens, vit
 from typer.testing import CliRunner
 
 import fastadapt
 from fastadapt import doctor
-from fastadapt.cli import app, describe_adapter, method_name
+from fastadapt.cli import app, describe_adapter, method_name, require_writable
 from fastadapt.inject import present
 from fastadapt.methods import METHODS, AdapterConfig
 
@@ -345,6 +347,48 @@ def test_merge_leaves_everything_as_it_was_when_it_fails(base: Path, tmp_path: P
     assert (merged / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027], ids=oct)
+def test_a_merged_model_is_for_whom_the_umask_says(
+    base: Path, tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedModel
+
+    save = PreTrainedModel.save_pretrained
+
+    def sharded(model: Any, directory: Path) -> None:
+        save(model, directory, max_shard_size="20KB")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", sharded)
+    saved_adapter(tmp_path / "adapter", CONFIGS["LoRA"])
+    before = os.umask(umask)
+    try:
+        assert run("merge", base, tmp_path / "adapter", tmp_path / "merged").exit_code == 0
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "merged").iterdir())
+    assert len([path for path in files if path.suffix == ".safetensors"]) > 1
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+    assert (tmp_path / "merged").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_merge_that_dies_while_it_saves_leaves_the_old_model(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaConfig
+
+    saved_adapter(tmp_path / "adapter", CONFIGS["LoRA"])
+    merged = tmp_path / "merged"
+    shutil.copytree(base, merged)
+    before = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LlamaConfig, "save_pretrained", full)
+    assert is_one_line_error(run("merge", base, tmp_path / "adapter", merged, "--force"), "No space left")
+    assert {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
 def test_doctor_tests_every_operator_and_writes_the_same_as_json(tmp_path: Path) -> None:
     result = run("doctor", "--json", tmp_path / "doctor.json")
     assert result.exit_code == 0, result.output
@@ -399,6 +443,13 @@ def test_a_json_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -
     assert is_one_line_error(run("doctor", "--json", tmp_path), "is a directory")
     (tmp_path / "file").write_text("")
     assert is_one_line_error(run("demo", "--json", tmp_path / "file" / "out.json"), str(tmp_path / "file"))
+
+
+def test_results_may_go_into_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as /dev is for most users
+    require_writable(Path(os.devnull))
+    with pytest.raises(typer.Exit):
+        require_writable(tmp_path / "out.json")
 
 
 def test_a_missing_extra_is_one_line_that_says_the_cure() -> None:

@@ -18,6 +18,7 @@ import fastadapt
 from fastadapt import demo, demo_assets, demo_compare, demo_training, train_data
 from fastadapt.cli import app
 from fastadapt.demo import PLANS
+from fastadapt.files import cache_directory
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} {% endfor %}"
@@ -73,7 +74,7 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTADAPT_CACHE", str(tmp_path / "cache"))
 
 
 def run_demo(model: str, output: Path, *more: str) -> Any:
@@ -156,7 +157,7 @@ def test_a_model_without_a_chat_template_is_refused(model_directory: Path, tmp_p
 
 
 def cached_gguf() -> Path:
-    return demo_assets.cache_directory() / "smollm2" / demo_assets.GGUF_NAME
+    return cache_directory() / "smollm2" / demo_assets.GGUF_NAME
 
 
 def test_a_gguf_with_another_sha256_is_refused_every_time(tmp_path: Path) -> None:

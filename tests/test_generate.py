@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
 from fastadapt.cli import app
+from fastadapt.serving import generate
 from fastadapt.serving.generate import Options
 
 CONFIGS: dict[str, Any] = {
@@ -148,6 +149,43 @@ def test_sampling_follows_the_seed(root: Path) -> None:
     again, _ = run(root, rows, "--temperature", "2", "--seed", "5")
     assert first == again
     assert len({row["text"] for row in first}) > 1
+
+
+def command(root: Path, base: str, output: str) -> Any:
+    arguments = ["generate", root / base, root / "adapters", root / "prompts.jsonl", "--output", root / output]
+    return CliRunner().invoke(app, [*map(str, arguments), "--batch-size", "1", "--max-new-tokens", str(NEW)])
+
+
+def test_a_model_that_is_none_costs_no_older_results(root: Path) -> None:
+    run(root, [json.dumps({"prompt": "word1"})] * 3)
+    before = (root / "answers.jsonl").read_text(encoding="utf-8")
+    assert command(root, "nowhere", "answers.jsonl").exit_code == 2
+    assert (root / "answers.jsonl").read_text(encoding="utf-8") == before
+
+
+def test_what_is_answered_stays_when_a_later_batch_fails(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = run(root, [json.dumps({"prompt": f"word{index}"}) for index in range(3)], "--batch-size", "1")
+    answer, calls = generate._answer, list[int]()
+
+    def breaking(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("the device is gone")
+        return answer(*arguments)
+
+    monkeypatch.setattr(generate, "_answer", breaking)
+    assert command(root, "base", "answers.jsonl").exit_code == 2
+    lines = (root / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["line"] for line in lines] == [row["line"] for row in found[:2]]
+
+
+def test_results_do_not_take_the_place_of_their_prompts(root: Path) -> None:
+    run(root, [json.dumps({"prompt": "word1"})])
+    before = (root / "prompts.jsonl").read_text(encoding="utf-8")
+    result = command(root, "base", "prompts.jsonl")
+    assert result.exit_code == 2
+    assert "--output must be another file than DATA" in result.stderr
+    assert (root / "prompts.jsonl").read_text(encoding="utf-8") == before
 
 
 @pytest.mark.parametrize(

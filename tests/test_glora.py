@@ -387,7 +387,7 @@ def test_what_no_uniform_glora_says_is_refused(tmp_path: Path) -> None:
 
 
 def test_layers_that_are_not_linear_are_refused() -> None:
-    with pytest.raises(ValueError, match="GLoRA cannot go with embed, a Embedding"):
+    with pytest.raises(ValueError, match="embed: Embedding cannot take an adapter of GLoRAConfig: only Linear can"):
         inject(tiny_models.mixed(), GLoRAConfig(target_modules=["embed"]))
 
 

@@ -386,8 +386,14 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
         layer.adapters["one"], layer.active = Recomposing(0.0), ("one",)
         inputs = torch.zeros(1, 2, 4, 4) if isinstance(base_layer, nn.Conv2d) else torch.zeros(3, dtype=torch.long)
         cases.append((ValueError, "only linear layers can", lambda layer=layer, inputs=inputs: layer(inputs)))  # type: ignore[misc]
-        model = nn.Sequential(base_layer)
-        cases.append((ValueError, "HiRA cannot go with 0", lambda model=model: fastadapt.inject(model, hira)))  # type: ignore[misc]
+        model, kind = nn.Sequential(base_layer), type(base_layer).__name__
+        cases.append(
+            (
+                ValueError,
+                f"0: {kind} cannot take an adapter of HiRAConfig",
+                lambda model=model: fastadapt.inject(model, hira),
+            )
+        )  # type: ignore[misc]
     model = fastadapt.inject(nn.Sequential(nn.Linear(6, 5)), hira)
     fastadapt.save_adapter(model, tmp_path)
     served = nn.Sequential(nn.Linear(6, 5))

@@ -162,6 +162,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an embedding": (other("embed"), "embed is a Embedding, and only Linear and Conv1D .*merge this adapter or serve"),
     "a convolution": (other("conv"), "conv is a Conv2d, and only Linear and Conv1D"),
+    "an embedding for what no method can put there": (
+        lambda d: (other("embed")(d), edit_config(use_dora=True)(d)),
+        r"target_modules: embed: Embedding cannot take an adapter of LoRAConfig with use_dora=True: only Linear can",
+    ),
     "an unknown module": (edit_config(target_modules=["k"]), "nothing in Model matches 'k'"),
     # Patterns.
     "no expression": (edit_config(target_modules="("), r"target_modules: '\(' is not a regular expression"),

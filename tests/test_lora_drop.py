@@ -202,7 +202,7 @@ def test_an_ordinary_lora_is_not_taken_for_one(tmp_path: Path) -> None:
         ),
         (
             lambda: fastadapt.inject(tiny_models.mixed(), LoRADropConfig(target_modules=["embed"])),
-            "LoRA-drop cannot go with embed \\(Embedding\\)",
+            "embed: Embedding cannot take an adapter of LoRADropConfig: only Linear can; name only those",
         ),
     ],
 )

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from torch import Tensor, nn
 
 from fastadapt import (
     AdaLoRAConfig,
+    AdaptFormerConfig,
     DeltaLoRAConfig,
     DoRAConfig,
     GLoRAConfig,
     HiRAConfig,
     LoRAConfig,
     LoRADropConfig,
+    NOAHConfig,
     RepAdapterConfig,
     SSFConfig,
     VeRAConfig,
+    VPTConfig,
     inject,
     load_adapter,
     merge,
@@ -26,9 +34,10 @@ from fastadapt import (
     trainable_parameters,
     unmerge,
 )
-from fastadapt.inject import control
+from fastadapt.inject import control, prepare, rebuild
 from fastadapt.methods import METHODS, AdapterConfig
 from fastadapt.methods.adalora import BudgetAllocator
+from fastadapt.serving import read_adapter
 from fastadapt.versions import Kept
 
 TARGETS = ["first", "second"]
@@ -348,6 +357,130 @@ def test_adalora_on_deberta_with_its_budgets() -> None:
 def test_configs_refuse_what_they_cannot_mean(config: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config()  # type: ignore[operator]
+
+
+class EveryKind(nn.Module):
+    """A layer of each kind that a method may take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.embed = nn.Embedding(5, 4)
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.norm = nn.LayerNorm(4)
+        self.several = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+
+KIND_OF = {
+    "linear": "Linear",
+    "embed": "Embedding",
+    "conv": "Conv2d",
+    "norm": "LayerNorm",
+    "several": "modules of several layers",
+}
+TAKES: dict[str, tuple[Callable[..., AdapterConfig], set[str]]] = {
+    "LORA": (LoRAConfig, {"linear", "embed", "conv"}),
+    "LORA_DROP": (LoRADropConfig, {"linear"}),
+    "DELTA_LORA": (DeltaLoRAConfig, {"linear", "embed", "conv"}),
+    "VERA": (VeRAConfig, {"linear"}),
+    "DVORA": (partial(VeRAConfig, use_dora=True), {"linear"}),
+    "ADALORA": (partial(AdaLoRAConfig, total_step=10), {"linear", "conv"}),
+    "HIRA": (HiRAConfig, {"linear"}),
+    "SSF": (SSFConfig, {"linear", "conv", "norm"}),
+    "REPADAPTER": (RepAdapterConfig, {"linear"}),
+    "GLORA": (GLoRAConfig, {"linear"}),
+    "GLORA_MIXED": (partial(GLoRAConfig, create_bias=True), {"linear"}),
+    "ADAPTFORMER": (AdaptFormerConfig, {"linear", "norm", "several"}),
+    "VPT": (VPTConfig, {"norm", "several"}),
+    "NOAH": (NOAHConfig, {"linear", "norm", "several"}),
+}
+# Options of a method, and what is left with them on.
+LEFT: dict[str, tuple[Callable[..., AdapterConfig], str, set[str]]] = {
+    "use_dora": (partial(LoRAConfig, use_dora=True), "use_dora", {"linear"}),
+    "DoRA": (DoRAConfig, "use_dora", {"linear"}),
+    "lora_bias": (partial(LoRAConfig, lora_bias=True), "lora_bias", {"linear"}),
+    "freeze_A": (partial(DeltaLoRAConfig, freeze_A=True), "freeze_A", {"linear", "conv"}),
+}
+
+
+def refusal(
+    path: str, who: str, takes: set[str], cure: str = "and others in modules_to_save to train them whole"
+) -> str:
+    """The one wording, with the names that EveryKind's layers have."""
+    base = getattr(EveryKind(), path)
+    layers = sorted(KIND_OF[kind] for kind in takes - {"several"})
+    names = ", ".join(layers + [KIND_OF[kind] for kind in takes & {"several"}])
+    kind = type(base).__name__
+    return f"target_modules: {path}: {kind} cannot take an adapter of {who}: only {names} can; name only those, {cure}"
+
+
+def test_every_type_says_which_layers_it_takes() -> None:
+    assert TAKES.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("path", KIND_OF)
+@pytest.mark.parametrize("peft_type", TAKES)
+def test_a_layer_that_a_method_cannot_take_is_refused_in_one_voice(
+    peft_type: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, takes = TAKES[peft_type]
+    config = make(target_modules=["linear", path] if "linear" in takes else [path])
+    model = EveryKind()
+    built: list[AdapterConfig] = []
+    monkeypatch.setattr(type(config), "build", lambda config, *_: built.append(config) or {})
+    if path in takes:
+        # What a method asks of its layers together is not asked here.
+        prepare(model, config, "default", backend="auto", autocast_adapter_dtype=True)
+        assert built
+        return
+    with pytest.raises(ValueError, match=re.escape(refusal(path, type(config).__name__, takes)) + "$"):
+        inject(model, config)
+    assert not built
+    assert {name: type(part) for name, part in model.named_modules()} == {
+        name: type(part) for name, part in EveryKind().named_modules()
+    }
+
+
+@pytest.mark.parametrize("path", ["embed", "conv", "norm"])
+@pytest.mark.parametrize("name", LEFT)
+def test_an_option_that_leaves_fewer_layers_says_so(name: str, path: str) -> None:
+    make, option, takes = LEFT[name]
+    config = make(r=2, target_modules=[path])
+    if path in takes:
+        inject(EveryKind(), config)
+        return
+    who, said = type(config).__name__, refusal(path, type(config).__name__, takes)
+    if path != "norm":  # LoRA takes it without the option
+        said = refusal(path, f"{who} with {option}=True", takes, f"or set {option}=False")
+    with pytest.raises(ValueError, match=re.escape(said) + "$"):
+        inject(EveryKind(), config)
+
+
+def test_every_road_refuses_in_that_voice(tmp_path: Path) -> None:
+    model = inject(EveryKind(), LoRAConfig(r=2, target_modules=["embed"]))
+    before = model.state_dict().keys()
+    said = re.escape(refusal("embed", "DoRAConfig with use_dora=True", {"linear"}, "or set use_dora=False"))
+    with pytest.raises(ValueError, match=said):
+        rebuild(model, "default", DoRAConfig(r=2, target_modules=["embed"]))
+    assert model.state_dict().keys() == before
+    save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
+    said = said.replace("DoRAConfig", "LoRAConfig")
+    for road in (load_adapter, read_adapter):
+        with pytest.raises(ValueError, match=said):
+            road(EveryKind(), tmp_path)
+    with pytest.raises(ValueError, match=said):  # its layers are wrapped already
+        load_adapter(model, tmp_path, "other")
+
+
+def test_where_the_model_has_none_the_usual_names_are_told() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "conv": nn.Conv2d(4, 4, 3, groups=2)})
+    with pytest.raises(ValueError, match="of SSFConfig: only Linear, Conv1D, Conv2d, LayerNorm can"):
+        inject(model, SSFConfig(target_modules=["embed"]))
+    gpt2 = tiny_models.gpt2()
+    with pytest.raises(ValueError, match="Embedding cannot take an adapter of HiRAConfig: only Conv1D, Linear can"):
+        inject(gpt2, HiRAConfig(target_modules=["wte"]))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -267,11 +267,14 @@ def test_a_fitness_or_candidate_that_is_none_is_refused() -> None:
         evolve(Sets(), descent, **SMALL)
 
 
-def test_the_bar_says_where_the_search_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_says_where_the_search_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the captured stderr for a terminal
     evolve(Digits(), descent, **{**SMALL, "progress": True})
-    assert "generation 3, best" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "generation 3, best" in shown.err
+    assert shown.out == ""
     evolve(Digits(), descent, **SMALL)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
 
 
 # The published spaces

@@ -621,6 +621,19 @@ def test_layers_that_a_method_cannot_adapt_are_named(config: Any, named: str) ->
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_module_that_is_wrapped_keeps_the_modes_inside(refused: bool) -> None:
+    model = nn.ModuleDict({"block": nn.Sequential(nn.Linear(4, 4), nn.Dropout())}).train()
+    model["block"][1].eval()
+    modes = {id(module): module.training for module in model.modules()}
+    if refused:
+        with pytest.raises(ValueError, match="Sequential cannot take an adapter of LoRAConfig"):
+            fastadapt.inject(model, LoRAConfig(r=2, target_modules=["block"]))
+    else:
+        fastadapt.inject(model, fastadapt.VPTConfig(target_modules=["block"]))
+    assert {id(module): module.training for module in model.modules() if id(module) in modes} == modes
+
+
 def test_grouped_convolutions_are_refused_by_name() -> None:
     model = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, groups=2)})
     with pytest.raises(ValueError, match=r"conv.*groups"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import json
 import os
@@ -460,16 +461,16 @@ import json, os, sys, time, torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from fastadapt import train, train_loop, train_state
+from fastadapt import train, train_loop
 from fastadapt.cli import main
-sync, take_step = train_state._sync, train_loop.Training.take_step
-def slowly(path):
+sync, take_step = os.fsync, train_loop.Training.take_step
+def slowly(handle):
     time.sleep(0.05)
-    sync(path)
+    sync(handle)
 def waiting(self):
     time.sleep(0.05)
     return take_step(self)
-train_state._sync, train_loop.Training.take_step = slowly, waiting
+os.fsync, train_loop.Training.take_step = slowly, waiting
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -492,9 +493,13 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_weights(base: 
     data, output = answers(tmp_path / "data.jsonl"), tmp_path / "out"
     chosen = options(base, data, output, steps=8, save_every=2)
     given = ("--steps", 8, "--save-every", 2, "--r", 4, "--dropout", 0.2, "--batch-size", 2, "--accumulate", 2)
+
+    def drafts(name: str) -> list[str]:
+        return glob.glob(str(output / ".writing-*" / "new" / name))
+
     moments: list[Callable[[], object]] = [
-        lambda: (output / ".saving-0").is_dir(),  # in the first save: nothing is there to go on from
-        lambda: (output / ".saving-4" / "state.safetensors").is_file(),  # in a save, with an earlier checkpoint
+        lambda: drafts("checkpoint-0"),  # in the first save: nothing is there to go on from
+        lambda: drafts("checkpoint-4/state.safetensors"),  # in a save, with an earlier checkpoint
         lambda: (output / "checkpoint-6").is_dir(),  # as a save is done, or between saves
     ]
     root = Path(__file__).parent.parent
@@ -518,7 +523,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_weights(base: 
             assert int(server.stdout.readline()) == -signal.SIGKILL
             if number == 1:
                 assert list(train_state.checkpoints(output)) == [2]
-                assert (output / ".saving-4").is_dir()
+                assert drafts("checkpoint-4")
         server.stdin.close()
     train.run(chosen, Console(quiet=True))
     trained(base, data, tmp_path / "whole", steps=8)

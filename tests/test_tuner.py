@@ -290,7 +290,7 @@ def test_where_it_cannot_write_it_remembers(
         def refused(*_: Any, **__: Any) -> Any:  # whoever the tests run as
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(tempfile, "mkstemp", refused)
+        monkeypatch.setattr(tempfile, "mkdtemp", refused)
     with caplog.at_level(logging.WARNING):
         tuner.record(KEY, TIMES)
         tuner.record(OTHER, {"library": 1.0})
@@ -308,7 +308,7 @@ def test_a_failing_write_leaves_the_file_and_no_litter(directory: Path, monkeypa
     monkeypatch.setattr(os, "replace", full)
     tuner.record(OTHER, {"library": 1.0})
     assert cache_file(directory).read_bytes() == before
-    assert not list(directory.glob(".strategies-*"))
+    assert all(path.suffix in (".json", ".lock") for path in directory.iterdir())
     assert tuner.lookup(OTHER) == "library"
 
 
@@ -320,19 +320,9 @@ def test_no_home_means_memory_only(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    assert tuner.cache_directory() is None
+    assert tuner.kept_in() is None
     tuner.record(KEY, TIMES)
     assert tuner.lookup(KEY) == "recompose"
-
-
-@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="XDG's directories")
-def test_the_directory_follows_the_platform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("FASTADAPT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuner.cache_directory() == tmp_path / "fastadapt"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert tuner.cache_directory() == tmp_path / ".cache" / "fastadapt"
 
 
 WRITER = """

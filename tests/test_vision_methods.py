@@ -505,9 +505,15 @@ def test_configs_refuse_what_they_cannot_mean(config: Any, message: str) -> None
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LoRAConfig(target_modules=["layernorm_before"]), "LayerNorm cannot take an adapter of LoRAConfig"),
+        (
+            LoRAConfig(target_modules=["layernorm_before"]),
+            "LayerNorm cannot take an adapter of LoRAConfig: only Conv2d, Linear can",
+        ),
         (DoRAConfig(target_modules=["mlp"]), "ViTMLP cannot take an adapter of DoRAConfig: only Linear"),
-        (SSFConfig(target_modules=["mlp"]), "only Linear, Conv1D, Conv2d, Norm can"),
+        (
+            SSFConfig(target_modules=["mlp"]),
+            "of SSFConfig: only Conv2d, LayerNorm, Linear can; name",
+        ),
         (AdaptFormerConfig(target_modules=["mlp"]), "has no norm in its block among the targets"),
         (AdaptFormerConfig(target_modules=["mlp", "layernorm_after"], branch_input="normed"), "must hold no norm"),
         (VPTConfig(target_modules=["embeddings", "layernorm"]), "must be one module without deep=True"),

@@ -103,6 +103,7 @@ class AdaLoRAConfig(AdapterConfig):
     peft_type: ClassVar[str] = "ADALORA"
     title: ClassVar[str] = "AdaLoRA"
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (AdaLoRAAdapter,)
+    layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear, AdapterConv2d)
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "lora_only")
     neutral_fields: ClassVar[dict[str, tuple[Any, ...]]] = {**LoRAConfig.neutral_fields, "use_dora": (None, False)}
 
@@ -177,12 +178,6 @@ class AdaLoRAConfig(AdapterConfig):
         return self.init_r if kept is None else sum(kept)
 
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
-        for path, layer in layers.items():
-            if not isinstance(layer, (AdapterLinear, AdapterConv2d)):
-                raise ValueError(
-                    f"AdaLoRA cannot go with {path}, a {type(layer.base_layer).__name__}: it is for linear layers and "
-                    "Conv2d; name only those in target_modules"
-                )
         keys = {_pattern_key(path) for path in layers}
         for key in self.rank_pattern or {}:
             if key not in keys:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import UnionType
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 
 from .. import patterns
 from ..checks import shown
-from ..layers import Adapter, AdapterConv2d, AdapterEmbedding, AdapterLayer, AdapterLinear
+from ..layers import (
+    Adapter,
+    AdapterConv2d,
+    AdapterEmbedding,
+    AdapterLayer,
+    AdapterLinear,
+    AdapterModule,
+    AdapterNorm,
+    adapter_layer,
+)
 
 T = TypeVar("T")
 
@@ -24,6 +34,15 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
+}
+
+# The usual names of the layers of each kind.
+KINDS: dict[type[AdapterLayer], tuple[str, ...]] = {
+    AdapterLinear: ("Linear", "Conv1D"),
+    AdapterEmbedding: ("Embedding",),
+    AdapterConv2d: ("Conv2d",),
+    AdapterNorm: ("LayerNorm",),
+    AdapterModule: ("modules of several layers",),
 }
 
 
@@ -76,6 +95,19 @@ def _hints(config: type) -> dict[str, Any]:
 
 def _spell(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+
+
+def _names(kinds: tuple[type[AdapterLayer], ...], modules: Iterable[nn.Module]) -> list[str]:
+    """What the layers of these kinds are called among `modules`, and in general where there are none."""
+    single = tuple(kind for kind in kinds if kind is not AdapterModule)
+    found = set()
+    for module in modules:
+        if next(module.children(), None) is None:
+            with contextlib.suppress(ValueError):  # no kind takes it
+                if isinstance(adapter_layer(module), single):
+                    found.add(type(module).__name__)
+    names = sorted(found) or [name for kind in single for name in KINDS[kind]]
+    return names + list(KINDS[AdapterModule] if AdapterModule in kinds else ())
 
 
 class SharedTensors(nn.Module):
@@ -136,8 +168,9 @@ class AdapterConfig:
     bias_choices: ClassVar[tuple[str, ...]] = ("none",)
     # Whether its adapters are forms, which many adapters in one batch can be.
     has_forms: ClassVar[bool] = True
-    # The layers that the method can adapt.
+    # The layers that the method can adapt, and which of them are left where an option is on.
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear, AdapterEmbedding, AdapterConv2d)
+    narrowing_options: ClassVar[dict[str, tuple[type[AdapterLayer], ...]]] = {}
     # Fields of PEFT's file that would change the function, and the values at which they do not.
     neutral_fields: ClassVar[dict[str, tuple[Any, ...]]] = {}
     # Tensors of a layer in PEFT's file, by their suffix, that hold nothing but zeros.
@@ -212,22 +245,30 @@ class AdapterConfig:
         """What target_modules=None means, by transformers' model_type; empty for the usual attention projections."""
         return {}
 
-    def check_kind(self, path: str, layer: AdapterLayer) -> None:
-        """Raises ValueError for a layer of a type that the method cannot adapt."""
-        if isinstance(layer, self.layer_kinds):
+    def check_kind(self, path: str, layer: AdapterLayer, modules: Iterable[nn.Module]) -> None:
+        """Raises ValueError for a layer of a kind that the method cannot adapt, with those of `modules` that it can.
+
+        It comes before `build`, for every layer.
+        """
+        options = {name: kinds for name, kinds in self.narrowing_options.items() if getattr(self, name)}
+        kinds = tuple(kind for kind in self.layer_kinds if all(kind in left for left in options.values()))
+        if isinstance(layer, kinds):
             return
-        kinds = {AdapterLinear: "Linear, Conv1D", AdapterEmbedding: "Embedding", AdapterConv2d: "Conv2d"}
-        names = [kinds.get(kind, kind.__name__.removeprefix("Adapter")) for kind in self.layer_kinds]
+        who, cure = type(self).__name__, "and others in modules_to_save to train them whole"
+        if isinstance(layer, self.layer_kinds):
+            option = next(name for name, left in options.items() if not isinstance(layer, left))
+            who, cure = f"{who} with {option}=True", f"or set {option}=False"
         raise ValueError(
-            f"target_modules: {path}: {type(layer.base_layer).__name__} cannot take an adapter of "
-            f"{type(self).__name__}: only {', '.join(names)} can; name others in modules_to_save to train them whole"
+            f"target_modules: {path}: {type(layer.base_layer).__name__} cannot take an adapter of {who}: only "
+            f"{', '.join(_names(kinds, modules))} can; name only those, {cure}"
         )
 
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
         """One new adapter for each module path.
 
-        `dtype_of(weight)` is the dtype that the adapter's parameters take beside that base weight. Raises ValueError
-        for a layer or a setting that the method cannot adapt; nothing is attached before all adapters are built.
+        The layers are of kinds that `check_kind` lets through. `dtype_of(weight)` is the dtype that the adapter's
+        parameters take beside that base weight. Raises ValueError for a setting that does not go with a layer; nothing
+        is attached before all adapters are built.
         """
         raise TypeError(f"{type(self).__name__} does not say how its adapters are built")
 

@@ -252,6 +252,7 @@ class GLoRAConfig(AdapterConfig):
     peft_type: ClassVar[str] = "GLORA"
     title: ClassVar[str] = "GLoRA"
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (GLoRAAdapter,)
+    layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)
     zero_tensors: ClassVar[tuple[str, ...]] = tuple(f"glora_{letter}.zeros" for letter in Supports._fields)
 
     config_A_B: str = "lora"
@@ -309,11 +310,6 @@ class GLoRAConfig(AdapterConfig):
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
         adapters: dict[str, Adapter] = {}
         for path, layer in layers.items():
-            if not isinstance(layer, AdapterLinear):
-                raise ValueError(
-                    f"GLoRA cannot go with {path}, a {type(layer.base_layer).__name__}: it is for linear layers; "
-                    "name only those in target_modules"
-                )
             supports = self.supports(path)
             if layer.base_bias is None:
                 absent = ("D",) if self.create_bias else ("C", "D", "E")

@@ -64,6 +64,7 @@ class HiRAConfig(AdapterConfig):
     peft_type: ClassVar[str] = "HIRA"
     title: ClassVar[str] = "HiRA"
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (HiRAAdapter,)
+    layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)
 
     r: int = 32
     hira_dropout: float = 0.0
@@ -99,12 +100,6 @@ class HiRAConfig(AdapterConfig):
         return pattern_value("rank_pattern", self.rank_pattern, path, self.r)
 
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
-        for path, layer in layers.items():
-            if not isinstance(layer, AdapterLinear):
-                raise ValueError(
-                    f"HiRA cannot go with {path}, a {type(layer.base_layer).__name__}: it is for linear layers; "
-                    "name only those in target_modules"
-                )
         return {
             path: HiRAAdapter(layer, self, self.rank(path), dtype_of(layer.base_layer.weight))
             for path, layer in layers.items()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import check_probability
 from ..forms import PlainLoRA
-from ..layers import Adapter, AdapterConv2d, AdapterEmbedding, AdapterLayer
+from ..layers import Adapter, AdapterConv2d, AdapterEmbedding, AdapterLayer, AdapterLinear
 from ..reference import AdapterForm
 from .config import AdapterConfig, pattern_of, pattern_value
 from .row_norm import row_norm
@@ -156,7 +156,7 @@ class LoRAConfig(AdapterConfig):
     `initialize_eva` is called, which goes by eva_config), or False (B is not zero).
     freeze_A: LoRA-FA, A stays as it was drawn, so that nothing needs to keep x for a backward (Zhang et al. 2023,
         arXiv:2308.03303); its optimizer is optim.LoRAFAAdamW. An adapter file does not say it: it is an ordinary LoRA.
-    Linear and Conv1D layers; Embedding and Conv2d without use_dora, lora_bias and bias="lora_only".
+    Linear and Conv1D layers; Embedding and Conv2d without use_dora and lora_bias, Embedding without freeze_A too.
     Raises ValueError for a value outside its range, by name.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
@@ -165,6 +165,12 @@ class LoRAConfig(AdapterConfig):
     title: ClassVar[str] = "LoRA"
     adapter_classes: ClassVar[tuple[type[LoRAAdapter]]] = (LoRAAdapter,)
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "lora_only")
+    # freeze_A: an embedding's A starts at zero.
+    narrowing_options: ClassVar[dict[str, tuple[type[AdapterLayer], ...]]] = {
+        "use_dora": (AdapterLinear,),
+        "lora_bias": (AdapterLinear,),
+        "freeze_A": (AdapterLinear, AdapterConv2d),
+    }
     neutral_fields: ClassVar[dict[str, tuple[Any, ...]]] = {
         name: (None, False, {}, [])
         for name in (
@@ -247,15 +253,6 @@ class LoRAConfig(AdapterConfig):
         return pattern_value("alpha_pattern", self.alpha_pattern, path, self.lora_alpha)
 
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
-        for path, layer in layers.items():
-            for refused in ("use_dora", "lora_bias"):
-                if getattr(self, refused) and isinstance(layer, (AdapterEmbedding, AdapterConv2d)):
-                    raise ValueError(
-                        f"{refused} cannot go with {path}, a {type(layer.base_layer).__name__}: it is for linear "
-                        "layers; name only those in target_modules"
-                    )
-            if self.freeze_A and isinstance(layer, AdapterEmbedding):
-                raise ValueError(f"freeze_A cannot go with {path}, an Embedding: its A starts at zero")
         (kind,) = self.adapter_classes
         return {
             path: kind(layer, self, self.rank(path), self.alpha(path), dtype_of(layer.base_layer.weight))

@@ -37,6 +37,7 @@ class LoRADropConfig(LoRAConfig):
 
     peft_type: ClassVar[str] = "LORA_DROP"
     title: ClassVar[str] = "LoRA-drop"
+    layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)
 
     threshold: float = 0.9
     top_n: int | None = None
@@ -56,12 +57,6 @@ class LoRADropConfig(LoRAConfig):
             )
 
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
-        for path, layer in layers.items():
-            if not isinstance(layer, AdapterLinear):
-                raise ValueError(
-                    f"LoRA-drop cannot go with {path} ({type(layer.base_layer).__name__}): it is for linear layers; "
-                    "name only those in target_modules"
-                )
         for path in self.kept or []:
             if path not in layers:
                 raise ValueError(f"kept must hold paths of adapted layers, and {path!r} is none: give the whole path")

@@ -109,6 +109,7 @@ class VeRAConfig(AdapterConfig):
     title: ClassVar[str] = "VeRA"
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (VeRAAdapter,)
     shared_names: ClassVar[tuple[str, ...]] = ("vera_A", "vera_B")
+    layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "vera_only")
 
     r: int = 256
@@ -133,12 +134,6 @@ class VeRAConfig(AdapterConfig):
         return self.vera_dropout
 
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
-        for path, layer in layers.items():
-            if not isinstance(layer, AdapterLinear):
-                raise ValueError(
-                    f"VeRA cannot go with {path}, a {type(layer.base_layer).__name__}: it is for linear layers; "
-                    "name only those in target_modules"
-                )
         shapes = [layer.weight_matrix.shape for layer in layers.values()]
         k, n = max(shape[1] for shape in shapes), max(shape[0] for shape in shapes)
         first = next(iter(layers.values())).base_layer.weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -125,11 +126,15 @@ class Summary(NamedTuple):
     seconds: float
 
 
-def run(options: Options, output: IO[str], progress: Callable[[int, int], None]) -> Summary:
+def run(
+    options: Options, results: Callable[[], AbstractContextManager[IO[str]]], progress: Callable[[int, int], None]
+) -> Summary:
     """Answers every row of the file and writes a JSON line for each, in the file's order, as soon as its batch is done.
 
-    A line has the row's `line` and `adapter`, and `text` and `tokens` or what was wrong with it as `error`.
-    `progress(done, total)` is called after each batch. Raises ValueError for a model that cannot be loaded.
+    A line has the row's `line` and `adapter`, and `text` and `tokens` or what was wrong with it as `error`. `results`
+    opens what they go to when the model is there, so that one that cannot be loaded costs no older results; what is
+    answered stays, should a later batch fail. `progress(done, total)` is called after each batch. Raises ValueError for
+    a model that cannot be loaded.
     """
     base = load_base(options.model, options.dtype, ())
     base.model.config.use_cache = True
@@ -143,24 +148,25 @@ def run(options: Options, output: IO[str], progress: Callable[[int, int], None])
     seconds = 0.0
     waiting: list[tuple[int, bytes]] = []
 
-    def flush() -> None:
+    def flush(output: IO[str]) -> None:
         nonlocal done, failed, tokens, seconds
-        results, spent = _answer(model, base, waiting, longest, options)
-        for result in results:
-            output.write(json.dumps(result, ensure_ascii=False) + "\n")
-            failed += "error" in result
-            tokens += result.get("tokens", 0)
+        answers, spent = _answer(model, base, waiting, longest, options)
+        for answer in answers:
+            output.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            failed += "error" in answer
+            tokens += answer.get("tokens", 0)
         output.flush()
         done, seconds = done + len(waiting), seconds + spent
         waiting.clear()
         progress(done, total)
 
-    for entry in read_lines(options.data):
-        waiting.append(entry)
-        if len(waiting) == options.batch_size:
-            flush()
-    if waiting:
-        flush()
+    with results() as output:
+        for entry in read_lines(options.data):
+            waiting.append(entry)
+            if len(waiting) == options.batch_size:
+                flush(output)
+        if waiting:
+            flush(output)
     return Summary(done, failed, tokens, seconds)
 
 

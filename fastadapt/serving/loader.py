@@ -30,12 +30,12 @@ from ..checkpoint import (
     parse_fields,
     parse_tensors,
 )
-from ..inject import Injection, adapter_dtype, adapter_layers, check_unmerged
-from ..layers import Adapter, AdapterLayer, AdapterLinear, adapter_layer
+from ..inject import Injection, adapter_dtype, adapter_layers, check_unmerged, layers_at
+from ..layers import Adapter, AdapterLayer, AdapterLinear
 from ..methods import AdapterConfig, DeltaLoRAConfig
 from ..patterns import time_limit
 from ..reference import AdapterForm
-from ..targets import base_modules, found_names, is_linear, target_paths
+from ..targets import base_modules, found_names, target_paths
 
 T = TypeVar("T")
 
@@ -224,20 +224,19 @@ def _selected(
     """
     # PEFT's files may name modules that only other models have: the tensors decide.
     paths = target_paths(model, config, every_name=False, modules=modules)
-    layers = {}
-    for path in paths:
-        base = modules[path]
-        if not is_linear(base):
+    bases = {path: part.base_layer if isinstance(part, AdapterLayer) else part for path, part in modules.items()}
+    layers = layers_at(paths, bases, config)
+    for path, layer in layers.items():
+        if not isinstance(layer, AdapterLinear):
             raise ValueError(
-                f"target_modules: {path} is a {type(base).__name__}, and only Linear and Conv1D layers can serve many "
-                "adapters: merge this adapter or serve it alone"
+                f"target_modules: {path} is a {type(layer.base_layer).__name__}, and only Linear and Conv1D layers can "
+                "serve many adapters: merge this adapter or serve it alone"
             )
         if config.rank(path) > limits.max_rank:
             raise ValueError(
                 f"the rank of {path} may be {limits.max_rank}, got {config.rank(path)}: export it with a smaller rank, "
                 "or raise the limit"
             )
-        layers[path] = adapter_layer(base.base_layer if isinstance(base, AdapterLayer) else base)
     return layers
 
 

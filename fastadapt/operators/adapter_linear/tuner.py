@@ -1,7 +1,7 @@
 """The measured choice of a strategy: which was the fastest for a problem on this device, kept between processes.
 
 Measurements live in one JSON file for each environment (device, driver, torch, triton, fastadapt, format of the file)
-in the cache directory: `$FASTADAPT_CACHE`, or the platform's own. The cache only ever saves time: a file that is
+in `files.cache_directory`. The cache only ever saves time: a file that is
 absent, damaged, foreign or not writable costs a line in the log and a measurement, never an error.
 """
 
@@ -11,12 +11,9 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import random
 import re
 import statistics
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...files import cache_directory, written_whole
 from ...reference import AdapterForm
 from ...report import processor, versions
 from .strategies import STRATEGIES
@@ -111,17 +109,11 @@ def key_of(
     )
 
 
-def cache_directory() -> Path | None:
-    """Where measurements are kept; None where there is no such place."""
-    if chosen := os.environ.get("FASTADAPT_CACHE"):
-        return Path(chosen)
+def kept_in() -> Path | None:
+    """Where measurements are kept; None, in memory alone, for a user without a home directory."""
     try:
-        if sys.platform == "win32":
-            return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastadapt"
-        if sys.platform == "darwin":
-            return Path.home() / "Library" / "Caches" / "fastadapt"
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastadapt"
-    except RuntimeError:  # no home directory
+        return cache_directory()
+    except FileNotFoundError:
         return None
 
 
@@ -203,14 +195,8 @@ class Cache:
 
     def _write(self, path: Path) -> None:
         text = json.dumps({"environment": self.environment, "entries": self._entries}, indent=1, sort_keys=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".strategies-")
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-            os.replace(draft, path)
-        except BaseException:
-            os.unlink(draft)
-            raise
+        with written_whole(path) as draft:
+            draft.write_text(text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -256,7 +242,7 @@ def forget() -> None:
 def _cache(device: torch.device) -> Cache:
     with _opening:
         if device not in _caches:
-            _caches[device] = Cache(environment(device), cache_directory())
+            _caches[device] = Cache(environment(device), kept_in())
         return _caches[device]
 
 
