@@ -37,8 +37,8 @@ from torch import Tensor
 
 from bench import report
 from bench.cases import chosen
+from fastadapt.commands.report import write_json
 from fastadapt.progress import progress_bar
-from fastadapt.report import write_json
 
 
 class Target(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastadapt.report import commit, machine, versions
+from fastadapt.environment import commit, machine, versions
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.cache import cached
-from fastadapt.demo_assets import AssetError, pip_download, quiet_transformers
-from fastadapt.demo_training import losses_of_steps
+from fastadapt.commands.batches import Batch
+from fastadapt.commands.demo.assets import AssetError, pip_download
+from fastadapt.commands.demo.training import losses_of_steps
+from fastadapt.commands.quiet import quiet_transformers
+from fastadapt.commands.train.options import SCHEDULES
 from fastadapt.files import sha256_of
 from fastadapt.methods import Control
-from fastadapt.recipes import adamw
-from fastadapt.train_data import Batch
-from fastadapt.train_options import SCHEDULES
+from fastadapt.training.recipes import adamw
 
 # Any release will do: the file in it is the same in all.
 PACKAGE, MEMBER = "scikit-learn", "sklearn/datasets/data/digits.csv.gz"

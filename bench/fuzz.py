@@ -52,11 +52,11 @@ from fastadapt import (
     VeRAConfig,
     save_adapter,
 )
-from fastadapt.checkpoint import CONFIG_FILE, TENSOR_FILE
-from fastadapt.inject import adapter_layers
+from fastadapt.commands.report import write_json
 from fastadapt.methods import METHODS
+from fastadapt.model.inject import adapter_layers
+from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
 from fastadapt.progress import progress_bars
-from fastadapt.report import write_json
 from fastadapt.serving import AdapterError, Limits, LoadedAdapter, adapter_directory, read_adapter
 
 # Expressions that take too long end after a tenth of a second here.

@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import measure, report, traffic
 from bench.cases import chosen
+from fastadapt.commands.report import write_json
 from fastadapt.functional import hadamard_linear
-from fastadapt.report import write_json
 
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

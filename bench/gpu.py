@@ -36,11 +36,12 @@ from bench.operators import (
     runnable_strategies,
     tuner_key,
 )
-from fastadapt.doctor import describe
+from fastadapt.commands.doctor import describe
+from fastadapt.commands.report import write_json
+from fastadapt.environment import versions
 from fastadapt.operators.adapter_linear import tuner
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 from fastadapt.progress import progress_bars
-from fastadapt.report import versions, write_json
 
 ADAPTERS = tuple(SAVED_CASES.values())
 OURS = (*STRATEGIES, "ours", "ungrouped")

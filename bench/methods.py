@@ -21,15 +21,15 @@ from bench import measure, report
 from bench.cases import chosen
 from bench.plots import draw_methods, read
 from bench.sentiment import Split, load_minilm, load_sentences
-from fastadapt.demo_compare import saved_bytes, training_step
-from fastadapt.demo_training import losses_of_steps, seeded_batches, skeleton
-from fastadapt.inject import control, inject, saved_modules, trainable_parameters
+from fastadapt.commands.batches import Batch, Row, collate
+from fastadapt.commands.demo.compare import saved_bytes, training_step
+from fastadapt.commands.demo.training import losses_of_steps, seeded_batches, skeleton
+from fastadapt.commands.report import write_json
+from fastadapt.commands.train.loop import evaluate
+from fastadapt.commands.train.options import SCHEDULES
+from fastadapt.model.inject import control, inject, saved_modules, trainable_parameters
 from fastadapt.progress import progress_bar
-from fastadapt.recipes import RECIPES, Recipe
-from fastadapt.report import write_json
-from fastadapt.train_data import Batch, Row, collate
-from fastadapt.train_loop import evaluate
-from fastadapt.train_options import SCHEDULES
+from fastadapt.training.recipes import RECIPES, Recipe
 
 BATCH_ROWS = 16
 MAX_TOKENS = 48

@@ -13,7 +13,7 @@ import typer
 
 from bench import report
 from bench.plots import draw_microbench, read
-from fastadapt.report import write_json
+from fastadapt.commands.report import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "microbench.json"

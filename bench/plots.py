@@ -10,8 +10,8 @@ from typing import Any
 
 from bench.operators import OTHERS
 from bench.report import Row
+from fastadapt.commands.report import new_figure, save_figure
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
-from fastadapt.report import new_figure, save_figure
 
 Document = dict[str, Any]
 
@@ -38,7 +38,7 @@ LABELS = {
 
 
 def read(path: Path) -> Document:
-    """A document that fastadapt.report.write_json wrote."""
+    """A document that fastadapt.commands.report.write_json wrote."""
     document: Document = json.loads(path.read_text(encoding="utf-8"))
     return document
 

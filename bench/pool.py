@@ -26,8 +26,8 @@ from bench.cases import chosen
 from bench.serve import PROMPT, adapter_bytes, random_adapter
 from bench.step import LAYERS, VOCAB, Shape, base_model
 from fastadapt import LoRAConfig, inject, save_adapter
-from fastadapt.demo_training import skeleton
-from fastadapt.report import write_json
+from fastadapt.commands.demo.training import skeleton
+from fastadapt.commands.report import write_json
 from fastadapt.serving import MultiAdapterModel
 
 CASES = {name: name for name in ("scale", "memory", "churn")}

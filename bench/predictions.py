@@ -15,6 +15,7 @@ import typer
 
 from bench import l2, report
 from bench.peers import PEERS, frozen, moved_mib
+from fastadapt.commands.report import write_json
 from fastadapt.files import written_whole
 from fastadapt.operators.adapter_linear.cost import (
     Work,
@@ -27,7 +28,6 @@ from fastadapt.operators.adapter_linear.cost import (
 )
 from fastadapt.operators.adapter_linear.devices import DEVICES, Device
 from fastadapt.operators.adapter_linear.workload import Workload
-from fastadapt.report import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GPUS = [device for name, device in DEVICES.items() if name != "CPU"]

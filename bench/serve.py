@@ -21,10 +21,10 @@ from bench import measure, report
 from bench.cases import chosen
 from bench.plots import draw_serve, read
 from bench.step import FROZEN, HIDDEN, LAYERS, LINEARS, VOCAB, Shape, base_model
-from fastadapt.demo_training import skeleton
+from fastadapt.commands.demo.training import skeleton
+from fastadapt.commands.report import write_json
 from fastadapt.methods import LoRAConfig
 from fastadapt.reference import AdapterForm
-from fastadapt.report import write_json
 from fastadapt.serving.loader import LoadedAdapter
 from fastadapt.serving.model import MultiAdapterModel
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from bench import measure, report
 from bench.cases import STEP_CASES, AdapterCase, chosen
-from fastadapt.report import write_json
+from fastadapt.commands.report import write_json
 
 Side = Literal["frozen", "ours", "peft"]
 

@@ -47,10 +47,10 @@ from torch import Tensor
 
 from bench import l2, report
 from bench.peers import PEERS, moved_mib
+from fastadapt.commands.report import write_json
 from fastadapt.operators.adapter_linear.cost import works
 from fastadapt.operators.adapter_linear.devices import DEVICES
 from fastadapt.operators.adapter_linear.workload import Workload
-from fastadapt.report import write_json
 
 MIB = 2**20
 

@@ -40,8 +40,10 @@ from bench.digits import (
 )
 from bench.plots import draw_vision, read
 from bench.vision_search import search
-from fastadapt.demo_training import losses_of_steps, skeleton
-from fastadapt.inject import adapter_configs, control, inject, merge, trainable_parameters, unload
+from fastadapt.commands.batches import Batch
+from fastadapt.commands.demo.training import losses_of_steps, skeleton
+from fastadapt.commands.report import write_json
+from fastadapt.commands.train.options import SCHEDULES
 from fastadapt.methods import (
     AdapterConfig,
     AdaptFormerConfig,
@@ -53,11 +55,9 @@ from fastadapt.methods import (
     SSFConfig,
     VPTConfig,
 )
+from fastadapt.model.inject import adapter_configs, control, inject, merge, trainable_parameters, unload
 from fastadapt.progress import progress_bar
-from fastadapt.recipes import RECIPES, adamw, nothing
-from fastadapt.report import write_json
-from fastadapt.train_data import Batch
-from fastadapt.train_options import SCHEDULES
+from fastadapt.training.recipes import RECIPES, adamw, nothing
 
 SHOTS = (1, 2, 4, 8, 16)
 CHOICE_SHOTS, CHOICE_SEED = 8, 1000

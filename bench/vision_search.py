@@ -19,11 +19,11 @@ import torch
 from bench import report
 from bench.digits import Digits, Images, accuracy, batches, draw_shots, fresh_head
 from fastadapt import GLoRAConfig, GLoRASpace, NOAHConfig, NOAHSpace, evolve, inject, load_adapter
-from fastadapt.checkpoint import export_glora
-from fastadapt.demo_training import losses_of_steps
-from fastadapt.inject import control
-from fastadapt.recipes import adamw
-from fastadapt.train_options import SCHEDULES
+from fastadapt.commands.demo.training import losses_of_steps
+from fastadapt.commands.train.options import SCHEDULES
+from fastadapt.model.checkpoint import export_glora
+from fastadapt.model.inject import control
+from fastadapt.training.recipes import adamw
 
 BATCH_ROWS = 16
 # A supernet shares its steps among many subnets.

@@ -1,11 +1,7 @@
 """fastadapt: one fused engine for low-rank adapters."""
 
 from . import functional, optim
-from .checkpoint import export_glora, export_lora, load_adapter, save_adapter
-from .combine import add_weighted_adapter
-from .eva import initialize_eva
-from .inject import control, disable_adapter, forget, inject, merge, set_adapter, trainable_parameters, unload, unmerge
-from .layers import AdapterLinear
+from .layers.linear import AdapterLinear
 from .methods import (
     AdaLoRAConfig,
     AdaptFormerConfig,
@@ -22,10 +18,24 @@ from .methods import (
     VeRAConfig,
     VPTConfig,
 )
+from .model.checkpoint import export_glora, export_lora, load_adapter, save_adapter
+from .model.combine import add_weighted_adapter
+from .model.inject import (
+    control,
+    disable_adapter,
+    forget,
+    inject,
+    merge,
+    set_adapter,
+    trainable_parameters,
+    unload,
+    unmerge,
+)
 from .reference import AdapterForm
-from .search import evolve
-from .search_spaces import GLoRASpace, NOAHSpace
-from .selection import select_layers
+from .training.eva import initialize_eva
+from .training.search import evolve
+from .training.search_spaces import GLoRASpace, NOAHSpace
+from .training.selection import select_layers
 
 __all__ = [
     "AdaLoRAConfig",

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastadapt import AdaLoRAConfig, inject, load_adapter, merge, save_adapter
-from fastadapt.inject import adapter_configs, adapter_layers, control
 from fastadapt.methods.adalora import AdaLoRAAdapter, BudgetAllocator, Orthogonality
+from fastadapt.model.inject import adapter_configs, adapter_layers, control
 
 LAYERS = ["conv", "up", "across", "down"]
 STEPS = 50

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from bench import digits, glora, measure, saved, step, vision, vision_search
 from bench.__main__ import main
 from bench.cases import STEP_CASES, chosen
-from fastadapt.demo_assets import AssetError
-from fastadapt.layers import AdapterLayer
+from fastadapt.commands.demo.assets import AssetError
+from fastadapt.commands.report import write_json
+from fastadapt.layers.layer import AdapterLayer
 from fastadapt.operators.hadamard_linear import eager as eager_hadamard
-from fastadapt.report import write_json
 
 
 @pytest.fixture(autouse=True)

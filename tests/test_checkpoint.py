@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, checkpoint, inject, load_adapter, save_adapter
-from fastadapt.checkpoint import CONFIG_FILE, TENSOR_FILE
+from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
+from fastadapt.model import checkpoint
+from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
 
 A = "base_model.model.q.lora_A.weight"
 

@@ -24,10 +24,11 @@ from tiny_models import headed, llama, mixed, output, randomise, tokens, vit
 from typer.testing import CliRunner
 
 import fastadapt
-from fastadapt import doctor
-from fastadapt.cli import app, describe_adapter, method_name, require_writable
-from fastadapt.inject import present
+from fastadapt.commands import doctor
+from fastadapt.commands.cli import app, require_writable
+from fastadapt.commands.info import describe_adapter, method_name
 from fastadapt.methods import METHODS, AdapterConfig
+from fastadapt.model.inject import present
 
 TARGETS = ["q_proj", "down_proj"]
 CONFIGS = {
@@ -457,7 +458,7 @@ def test_a_missing_extra_is_one_line_that_says_the_cure() -> None:
         "import sys\n"
         "sys.modules[{package!r}] = None  # an import of it now fails as if it were not installed\n"
         "sys.argv = ['fastadapt', 'merge', 'a', 'b', 'c']\n"
-        "from fastadapt.cli import main\n"
+        "from fastadapt.commands.cli import main\n"
         "main()\n"
     )
     for package in ("typer", "rich", "transformers"):

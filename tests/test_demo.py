@@ -15,9 +15,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fastadapt
-from fastadapt import demo, demo_assets, demo_compare, demo_training, train_data
-from fastadapt.cli import app
-from fastadapt.demo import PLANS
+from fastadapt.commands.cli import app
+from fastadapt.commands.demo import assets as demo_assets
+from fastadapt.commands.demo import command as demo
+from fastadapt.commands.demo import compare as demo_compare
+from fastadapt.commands.demo import training as demo_training
+from fastadapt.commands.demo.command import PLANS
+from fastadapt.commands.train import data as train_data
 from fastadapt.files import cache_directory
 
 TEMPLATE = (

@@ -15,8 +15,8 @@ from test_cli import run, unwrapped
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadapt import doctor
-from fastadapt.doctor import Case, Normal, Sizes, Values
+from fastadapt.commands import doctor
+from fastadapt.commands.doctor import Case, Normal, Sizes, Values
 from fastadapt.operators import registry
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 from fastadapt.operators.multi_adapter_linear import op as multi

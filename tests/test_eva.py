@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import fastadapt
 from fastadapt import DoRAConfig, EVAConfig, LoRAConfig, VeRAConfig
-from fastadapt.eva import eva_factors, initialize_eva
-from fastadapt.inject import adapter_configs, adapter_layers
+from fastadapt.model.inject import adapter_configs, adapter_layers
+from fastadapt.training.eva import eva_factors, initialize_eva
 
 PREFIX = "base_model.model."
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -254,7 +254,7 @@ def test_rows_of_a_are_orthonormal_and_layers_fed_alike_share_them() -> None:
 
 
 def test_layers_fed_alike_have_one_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastadapt.incremental_pca import IncrementalPCA
+    from fastadapt.training.incremental_pca import IncrementalPCA
 
     made = []
     build = IncrementalPCA.__init__
@@ -469,7 +469,7 @@ def test_neither_batches_nor_activations_are_kept() -> None:
 
 
 def test_converged_layers_are_not_observed_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastadapt.incremental_pca import IncrementalPCA
+    from fastadapt.training.incremental_pca import IncrementalPCA
 
     model, stream = in_ours(llama(), r=4, target_modules="all-linear"), Stream(4)
     fits = []

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastadapt import files, inject, save_adapter, train_state
+from fastadapt import files, inject, save_adapter
+from fastadapt.commands.train import state as train_state
 from fastadapt.files import cache_directory, sha256_of, written_together, written_whole
 from fastadapt.methods import LoRAConfig
 
@@ -300,7 +301,9 @@ def test_without_a_home_the_cure_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_tuner_and_the_demo_keep_their_files_in_one_place(tmp_path: Path) -> None:
-    program = "from fastadapt import demo_assets; from fastadapt.operators.adapter_linear import tuner; print(tuner.kept_in(), demo_assets.cache_directory())"
+    tuner = "from fastadapt.operators.adapter_linear.tuner import kept_in"
+    assets = "from fastadapt.files import cache_directory"
+    program = f"{tuner}; {assets}; print(kept_in(), cache_directory())"
     environment = {**os.environ, "FASTADAPT_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(tmp_path)] * 2

@@ -15,9 +15,9 @@ from tiny_models import llama, randomise
 from typer.testing import CliRunner
 
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
-from fastadapt.cli import app
-from fastadapt.serving import generate
-from fastadapt.serving.generate import Options
+from fastadapt.commands import generate
+from fastadapt.commands.cli import app
+from fastadapt.commands.generate import Options
 
 CONFIGS: dict[str, Any] = {
     "sql": LoRAConfig(r=3, target_modules="all-linear"),
@@ -100,7 +100,7 @@ def test_mixed_ranks_share_a_full_pool(root: Path, model: Any, monkeypatch: pyte
         randomise([parameter for parameter in adapted.parameters() if parameter.requires_grad])
         save_adapter(adapted, root / "adapters" / f"r{r}")
     # A flag of whole MiB would hold them all.
-    monkeypatch.setattr("fastadapt.serving.generate._budget", lambda options: 160_000)
+    monkeypatch.setattr("fastadapt.commands.generate._budget", lambda options: 160_000)
     chosen = random.Random(0)
     rows = [{"prompt": f"word{i}", "adapter": f"r{chosen.choice(ranks)}"} for i in range(30)]
     found, _ = run(root, [json.dumps(row) for row in rows], "--batch-size", "3")

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastadapt
 from fastadapt import GLoRAConfig, LoRAConfig, inject, merge
-from fastadapt.layers import AdapterLinear
+from fastadapt.layers.linear import AdapterLinear
 from fastadapt.methods.glora import GLoRAAdapter, Supports
 
 A_B = ("lora", "vector", "constant", "none")

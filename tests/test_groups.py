@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastadapt
-from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, groups
-from fastadapt.layers import AdapterLinear
+from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig
+from fastadapt.layers import linear
+from fastadapt.layers.linear import AdapterLinear
+from fastadapt.model.targets import shared_inputs
 from fastadapt.operators.adapter_linear import function
-from fastadapt.targets import shared_inputs
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -86,7 +87,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return run(x, weights, forms, **named)
 
     monkeypatch.setattr(function, "adapter_linear_group", counted)
-    monkeypatch.setattr(groups, "adapter_linear_group", counted)
+    monkeypatch.setattr(linear, "adapter_linear_group", counted)
     return found
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import fastadapt
 from fastadapt import AdapterForm, DoRAConfig, HiRAConfig, LoRAConfig, forms, functional
 from fastadapt.functional import adapter_linear, adapter_linear_group, hadamard_linear
-from fastadapt.layers import Adapter, adapter_layer
+from fastadapt.layers.layer import Adapter
+from fastadapt.layers.wrap import adapter_layer
 from fastadapt.operators.hadamard_linear import eager as eager_hadamard
 from fastadapt.operators.hadamard_linear import op
 from fastadapt.operators.hadamard_linear.parameters import HadamardLayer, Wants

@@ -10,7 +10,7 @@ import torch
 from peft.utils.incremental_pca import IncrementalPCA as PeftPCA
 from torch import Tensor
 
-from fastadapt.incremental_pca import IncrementalPCA
+from fastadapt.training.incremental_pca import IncrementalPCA
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

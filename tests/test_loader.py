@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 import fastadapt
 from bench import fuzz
-from fastadapt import LoRAConfig, VeRAConfig, checkpoint, inject, load_adapter, patterns, save_adapter
-from fastadapt.checkpoint import CONFIG_FILE, TENSOR_FILE
-from fastadapt.inject import adapter_layers
+from fastadapt import LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
+from fastadapt.methods import patterns
+from fastadapt.model import peft_files
+from fastadapt.model.inject import adapter_layers
+from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
+from fastadapt.model.targets import base_modules
 from fastadapt.serving import AdapterError, Limits, LoadedAdapter, adapter_directory, read_adapter
-from fastadapt.targets import base_modules
 
 A = "base_model.model.q.lora_A.weight"
 B = "base_model.model.q.lora_B.weight"
@@ -493,7 +495,7 @@ def test_accidents_are_not_taken_for_bad_adapters(saved: Path, monkeypatch: pyte
     def broken(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(checkpoint, "load", broken)
+    monkeypatch.setattr(peft_files, "load", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         read_adapter(Model(), saved)
 
@@ -629,6 +631,6 @@ def test_the_fuzz_run_tells_findings(harness: fuzz.Harness, monkeypatch: pytest.
 
 def test_the_header_is_checked_as_safetensors_writes_it() -> None:
     content = save({"a": torch.zeros(2, 3), "b": torch.zeros(0, dtype=torch.bfloat16)}, {"format": "pt"})
-    header = checkpoint.parse_header(content, Path("x"))
+    header = peft_files.parse_header(content, Path("x"))
     assert {name: said["shape"] for name, said in header.items()} == {"a": [2, 3], "b": [0]}
-    assert checkpoint.parse_tensors(content, Path("x"))["b"].dtype == torch.bfloat16
+    assert peft_files.parse_tensors(content, Path("x"))["b"].dtype == torch.bfloat16

@@ -34,11 +34,11 @@ from fastadapt import (
     trainable_parameters,
     unmerge,
 )
-from fastadapt.inject import control, prepare, rebuild
 from fastadapt.methods import METHODS, AdapterConfig
 from fastadapt.methods.adalora import BudgetAllocator
+from fastadapt.model.inject import control, prepare, rebuild
 from fastadapt.serving import read_adapter
-from fastadapt.versions import Kept
+from fastadapt.staleness import Kept
 
 TARGETS = ["first", "second"]
 PARTS = ["weight", "bias"]

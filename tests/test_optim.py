@@ -18,8 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastadapt
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig
-from fastadapt.layers import AdapterLayer
-from fastadapt.optim import LoRAFAAdamW, parameter_groups
+from fastadapt.layers.layer import AdapterLayer
+from fastadapt.training.optim import LoRAFAAdamW, parameter_groups
 
 
 def names_by_rate(groups: list[dict[str, Any]], names: dict[int, str]) -> set[tuple[str, float, float]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fastadapt
 from fastadapt import GLoRAConfig, GLoRASpace, LoRAConfig, NOAHSpace, evolve, inject
-from fastadapt.search import Result
+from fastadapt.training.search import Result
 
 SMALL: dict[str, Any] = {"population": 12, "generations": 4, "archive": 4, "mutants": 5, "crossovers": 5}
 SMALL |= {"parameter_limit": (10, 40), "progress": False}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastadapt
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig
-from fastadapt.inject import adapter_configs, exchange
+from fastadapt.model.inject import adapter_configs, exchange
 
 CONFIGS: dict[str, Callable[..., Any]] = {
     "lora": lambda **fields: LoRAConfig(r=4, lora_alpha=6, **fields),

@@ -24,10 +24,13 @@ from test_cli import is_one_line_error, run
 from tiny_models import llama
 
 import fastadapt
-from fastadapt import train, train_data, train_loop, train_state
-from fastadapt.demo_assets import quiet_transformers
-from fastadapt.recipes import RECIPES
-from fastadapt.train_options import Options, differences
+from fastadapt.commands.quiet import quiet_transformers
+from fastadapt.commands.train import command as train
+from fastadapt.commands.train import data as train_data
+from fastadapt.commands.train import loop as train_loop
+from fastadapt.commands.train import state as train_state
+from fastadapt.commands.train.options import Options, differences
+from fastadapt.training.recipes import RECIPES
 
 WORDS = [f"word{index}" for index in range(50)]
 TEMPLATE = (
@@ -461,8 +464,8 @@ import json, os, sys, time, torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from fastadapt import train, train_loop
-from fastadapt.cli import main
+from fastadapt.commands.train import command as train, loop as train_loop
+from fastadapt.commands.cli import main
 sync, take_step = os.fsync, train_loop.Training.take_step
 def slowly(handle):
     time.sleep(0.05)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastadapt
 from fastadapt import DoRAConfig, LoRAConfig, RepAdapterConfig, VeRAConfig, inject
-from fastadapt.versions import Kept
+from fastadapt.staleness import Kept
 
 
 class Counted:

@@ -31,9 +31,9 @@ from fastadapt import (
     unload,
     unmerge,
 )
-from fastadapt.inject import adapter_layers, control, present
 from fastadapt.methods import AdapterConfig
 from fastadapt.methods.noah import NOAHControl, parameters_of, sizes_of
+from fastadapt.model.inject import adapter_layers, control, present
 from fastadapt.serving import AdapterError, read_adapter
 from tests.tiny_models import images, randomise, vit
 

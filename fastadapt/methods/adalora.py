@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
-from ..layers import Adapter, AdapterConv2d, AdapterLayer, AdapterLinear
+from ..layers.kinds import AdapterConv2d
+from ..layers.layer import Adapter, AdapterLayer
+from ..layers.linear import AdapterLinear
 from ..reference import AdapterForm
 from .config import AdapterConfig, Control
 from .lora import LoRAConfig

@@ -14,18 +14,12 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 import torch
 from torch import Tensor, nn
 
-from .. import patterns
 from ..checks import shown
-from ..layers import (
-    Adapter,
-    AdapterConv2d,
-    AdapterEmbedding,
-    AdapterLayer,
-    AdapterLinear,
-    AdapterModule,
-    AdapterNorm,
-    adapter_layer,
-)
+from ..layers.kinds import AdapterConv2d, AdapterEmbedding, AdapterModule, AdapterNorm
+from ..layers.layer import Adapter, AdapterLayer
+from ..layers.linear import AdapterLinear
+from ..layers.wrap import adapter_layer
+from . import patterns
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..layers import Adapter, AdapterLayer
+from ..layers.layer import Adapter, AdapterLayer
 from ..reference import AdapterForm
 from .config import Control
 from .lora import LoRAAdapter, LoRAConfig

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ..checks import check_probability
 from ..forms import PlainLoRA
-from ..layers import Adapter, AdapterConv2d, AdapterEmbedding, AdapterLayer, AdapterLinear
+from ..layers.kinds import AdapterConv2d, AdapterEmbedding
+from ..layers.layer import Adapter, AdapterLayer
+from ..layers.linear import AdapterLinear
 from ..reference import AdapterForm
 from .config import AdapterConfig, pattern_of, pattern_value
 from .row_norm import row_norm

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..layers import Adapter, AdapterLayer, AdapterLinear
+from ..layers.layer import Adapter, AdapterLayer
+from ..layers.linear import AdapterLinear
 from ..operators.calls import without_autocast
 from .config import AdapterConfig
 from .lora import LoRAAdapter, LoRAConfig

@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..layers import Adapter, AdapterLayer, AdapterLinear, AdapterModule, AdapterNorm, StreamAdapter
+from ..layers.kinds import AdapterModule, AdapterNorm
+from ..layers.layer import Adapter, AdapterLayer, StreamAdapter
+from ..layers.linear import AdapterLinear
 from ..operators.bottleneck.function import bottleneck
 from ..reference import AdapterForm
+from .blocks import block_of, norm_of, width
 from .config import AdapterConfig, Control
-from .places import block_of, norm_of, width
 from .vpt import MOST, Prefix, Prompts
 
 MODULES = ("prompts", "lora", "adapter")

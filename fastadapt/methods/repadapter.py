@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
-from ..groups import MadeOf, circumstances, siblings
-from ..layers import Adapter, AdapterLayer, AdapterLinear
+from ..layers.layer import Adapter, AdapterLayer
+from ..layers.linear import AdapterLinear
+from ..layers.sharing import MadeOf, circumstances
+from ..layers.siblings import siblings
 from ..operators.bottleneck.function import bottleneck
 from ..reference import AdapterForm
-from ..versions import Kept
+from ..staleness import Kept
 from .config import AdapterConfig
 
 

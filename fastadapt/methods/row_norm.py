@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..operators.weight_norm.function import row_squares, weight_norm
-from ..versions import Kept
+from ..staleness import Kept
 
 
 def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *, changing: bool) -> Tensor:

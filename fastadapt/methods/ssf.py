@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..layers import Adapter, AdapterConv2d, AdapterLayer, AdapterLinear, AdapterNorm
+from ..layers.kinds import AdapterConv2d, AdapterNorm
+from ..layers.layer import Adapter, AdapterLayer
+from ..layers.linear import AdapterLinear
 from ..reference import AdapterForm
 from .config import AdapterConfig
 

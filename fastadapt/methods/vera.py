@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
-from ..layers import Adapter, AdapterLayer, AdapterLinear
+from ..layers.layer import Adapter, AdapterLayer
+from ..layers.linear import AdapterLinear
 from ..reference import AdapterForm
 from .config import AdapterConfig, SharedTensors
 from .row_norm import row_norm

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
-from ..layers import Adapter, AdapterLayer, AdapterLinear, AdapterModule, AdapterNorm, StreamAdapter
+from ..layers.kinds import AdapterModule, AdapterNorm
+from ..layers.layer import Adapter, AdapterLayer, StreamAdapter
+from ..layers.linear import AdapterLinear
+from .blocks import norm_of, width
 from .config import AdapterConfig
-from .places import norm_of, width
 
 
 class Prompts(StreamAdapter):

@@ -1,8 +1,9 @@
 """Many adapters in one batch: a pool of them, and models that serve from it."""
 
+from .entries import AdapterInfo
 from .loader import AdapterError, Limits, LoadedAdapter, adapter_directory, read_adapter
 from .model import MultiAdapterModel
-from .pool import AdapterInfo, AdapterPool, PoolFullError
+from .pool import AdapterPool, PoolFullError
 
 __all__ = [
     "AdapterError",

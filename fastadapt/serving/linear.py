@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import BaseLayerWrapper
+from ..layers.layer import BaseLayerWrapper
 from ..operators.backends import resolve_backend
 from ..operators.multi_adapter_linear import eager, plan
 from ..operators.multi_adapter_linear.batch import AdapterBatch

@@ -20,22 +20,15 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import (
-    CONFIG_FILE,
-    TENSOR_FILE,
-    check_present,
-    check_tensors,
-    fill,
-    parse_config,
-    parse_fields,
-    parse_tensors,
-)
-from ..inject import Injection, adapter_dtype, adapter_layers, check_unmerged, layers_at
-from ..layers import Adapter, AdapterLayer, AdapterLinear
+from ..layers.layer import Adapter, AdapterLayer
+from ..layers.linear import AdapterLinear
 from ..methods import AdapterConfig, DeltaLoRAConfig
-from ..patterns import time_limit
+from ..methods.patterns import time_limit
+from ..model.checkpoint import check_tensors, fill
+from ..model.inject import Injection, adapter_dtype, adapter_layers, check_unmerged, layers_at
+from ..model.peft_files import CONFIG_FILE, TENSOR_FILE, check_present, parse_config, parse_fields, parse_tensors
+from ..model.targets import base_modules, found_names, target_paths
 from ..reference import AdapterForm
-from ..targets import base_modules, found_names, target_paths
 
 T = TypeVar("T")
 

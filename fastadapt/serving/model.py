@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inject import adapter_configs, replace_module
+from ..model.inject import adapter_configs, replace_module
+from ..model.targets import base_modules
 from ..operators.backends import check_backend
-from ..targets import base_modules
 from .linear import MultiAdapterLinear, Running, running, runs_directly
 from .pool import AdapterPool
 

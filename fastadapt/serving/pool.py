@@ -7,7 +7,6 @@ import threading
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..model.targets import is_linear
 from ..operators.multi_adapter_linear.batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm
 from ..operators.multi_adapter_linear.plan import part_cuts, rank_rows
 from ..reference import AdapterForm
-from ..targets import is_linear
 from .arena import Arena, ArenaFullError
+from .entries import AdapterInfo, Arrival, Content, Entry, Factors, Taken
 from .loader import AdapterError, LoadedAdapter, read_adapter
 from .tables import PoolTables
 
@@ -31,81 +31,6 @@ _VECTOR_BYTES = 4  # scales and biases are fp32, whatever the factors are: in bf
 
 class PoolFullError(MemoryError):
     """The pool's budget has no room for an adapter beside those that are pinned or in use."""
-
-
-# The offsets in the arena of pages that were taken, by their size: thousands of adapters have hundreds each.
-_Taken = dict[int, "array[int]"]
-
-
-@dataclass
-class _Factors:
-    """A pair (A, B) that several adapters share, each layer taking its own slice."""
-
-    group: int
-    pair: FormEntry
-    taken: _Taken
-    users: int = 0
-
-
-class _Content(NamedTuple):
-    """What one layer of an adapter puts into the arena, in the arena's dtypes.
-
-    Shapes: factors A [R, K] and Bᵀ [R, N], or none where they are shared; vectors d [R], h, g and β − b0 [N], None for
-    what it has not, and for an h that is g (`tied`).
-    """
-
-    factors: Sequence[Tensor]
-    vectors: Sequence[Tensor | None]
-    scaling: float
-    tied: bool
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.factors, *self.vectors) if tensor is not None)
-
-
-class _Arrival(NamedTuple):
-    """What an adapter puts into the arena. Shapes: the pair that it shares, if it does, A [R, K] and Bᵀ [R, N]."""
-
-    layers: dict[str, _Content]
-    pair: Sequence[Tensor]
-    key: tuple[object, ...] | None  # of its pair
-
-
-@dataclass
-class _Entry:
-    """A registered adapter, and where it lies while it is resident."""
-
-    name: str
-    identity: str
-    source: Path | None
-    root: Path | None  # where the source must lie, then and now
-    loaded: LoadedAdapter | None  # kept where there is no directory to read it from again
-    true_bytes: int = 0
-    slot: int = -1
-    group: int = -1
-    shared_key: tuple[object, ...] | None = None
-    taken: _Taken = field(default_factory=dict)
-    paths: tuple[str, ...] = ()  # of the layers that it adapts; the same object for all that adapt the same
-    holders: int = 0
-    pinned: bool = False
-    retired: bool = False
-    used_at: int = 0
-
-    @property
-    def resident(self) -> bool:
-        return self.slot >= 0
-
-
-class AdapterInfo(NamedTuple):
-    """What the pool knows of an adapter. bytes: of its tensors in the pool's dtypes, without what others share."""
-
-    name: str
-    identity: str
-    bytes: int
-    resident: bool
-    pinned: bool
-    in_use: bool
 
 
 class AdapterPool:
@@ -145,13 +70,13 @@ class AdapterPool:
         self._pages = self.arena.memory.view(self.dtype)
         self._vectors = self.arena.memory.view(torch.float32)
         self._forms: dict[str, dict[int, SlotForm]] = {path: {} for path in self.layers}
-        self._warm: dict[int, _Entry] = {}  # by slot, the least recently held first
+        self._warm: dict[int, Entry] = {}  # by slot, the least recently held first
         self._path_sets: dict[tuple[str, ...], tuple[str, ...]] = {}
         shapes = {path: (weight.shape[0], weight.shape[1]) for path, weight in weights.items()}
         self._tables = PoolTables(shapes, self._pages, self._vectors)
-        self._entries: dict[str, _Entry] = {}
-        self._leaving: list[_Entry] = []  # replaced or removed while in use
-        self._shared: dict[tuple[object, ...], _Factors] = {}
+        self._entries: dict[str, Entry] = {}
+        self._leaving: list[Entry] = []  # replaced or removed while in use
+        self._shared: dict[tuple[object, ...], Factors] = {}
         self._free_slots: list[int] = []
         self._slots = 0
         self._free_groups: list[int] = []
@@ -191,7 +116,7 @@ class AdapterPool:
                 old.loaded = None if source is not None else loaded
                 return old.identity
             kept = None if source is not None else loaded
-            entry = _Entry(name, loaded.identity, source, None if root is None else Path(root), kept)
+            entry = Entry(name, loaded.identity, source, None if root is None else Path(root), kept)
             entry.used_at = self._tick()
             self._settle(entry, loaded)
             if old is not None:
@@ -262,7 +187,7 @@ class AdapterPool:
         Raises KeyError for an unknown name, AdapterError for one that cannot be read again, PoolFullError where they
         do not fit together.
         """
-        held: list[_Entry] = []
+        held: list[Entry] = []
         try:
             by_name = self._held(dict.fromkeys(name for name in names if name is not None), held)
             entries = [None if name is None else by_name[name] for name in names]
@@ -292,9 +217,9 @@ class AdapterPool:
 
     # Making room
 
-    def _held(self, names: Mapping[str, None], held: list[_Entry]) -> dict[str, _Entry]:
+    def _held(self, names: Mapping[str, None], held: list[Entry]) -> dict[str, Entry]:
         """Resident entries of these names, each counted in as held and appended to `held`."""
-        found: dict[str, _Entry] = {}
+        found: dict[str, Entry] = {}
         with self._lock:
             for name in names:  # those that are here already first, so that none makes room for another
                 if self._entry(name).resident:
@@ -320,7 +245,7 @@ class AdapterPool:
                     self._settle(entry, loaded)
         return found
 
-    def _take_hold(self, entry: _Entry, held: list[_Entry]) -> _Entry:
+    def _take_hold(self, entry: Entry, held: list[Entry]) -> Entry:
         entry.holders += 1
         entry.used_at = self._tick()
         held.append(entry)
@@ -335,13 +260,13 @@ class AdapterPool:
                 self._cool(idle)
         return entry
 
-    def _cool(self, entry: _Entry) -> None:
+    def _cool(self, entry: Entry) -> None:
         """Forgets the views of an adapter that nobody uses: the tables say where it lies."""
         if self._warm.pop(entry.slot, None) is not None:
             for path in entry.paths:
                 self._forms[path].pop(entry.slot, None)
 
-    def _settle(self, entry: _Entry, loaded: LoadedAdapter) -> None:
+    def _settle(self, entry: Entry, loaded: LoadedAdapter) -> None:
         """Makes an adapter resident, evicting others where there is no room. On any error the pool is as it was."""
         with torch.no_grad():
             arrival = self._arrival(entry.name, loaded)
@@ -352,7 +277,7 @@ class AdapterPool:
                     self._vacate(other)
                 self._enter(entry, arrival)
 
-    def _in_the_way(self, entry: _Entry, arrival: _Arrival, error: ArenaFullError) -> list[_Entry]:
+    def _in_the_way(self, entry: Entry, arrival: Arrival, error: ArenaFullError) -> list[Entry]:
         """Whom to evict so that an adapter fits, the least recently used first; nobody is evicted yet.
 
         Raises PoolFullError where it does not fit beside those that are pinned or in use.
@@ -379,7 +304,7 @@ class AdapterPool:
             "budget, or have fewer adapters in a batch"
         ) from None
 
-    def _retire(self, entry: _Entry) -> None:
+    def _retire(self, entry: Entry) -> None:
         """Gives back an entry's memory, at once or when its last user is done."""
         entry.retired = True
         if entry.holders:
@@ -387,7 +312,7 @@ class AdapterPool:
         else:
             self._vacate(entry)
 
-    def _vacate(self, entry: _Entry) -> None:
+    def _vacate(self, entry: Entry) -> None:
         if not entry.resident:
             return
         self._cool(entry)
@@ -396,7 +321,7 @@ class AdapterPool:
         self._give_back(entry)
         entry.slot = entry.group = -1
 
-    def _give_back(self, entry: _Entry) -> None:
+    def _give_back(self, entry: Entry) -> None:
         self._give_pages_back(entry.taken)
         if entry.shared_key is None:
             if entry.group >= 0:
@@ -410,7 +335,7 @@ class AdapterPool:
             self._free_group(factors.group)
         entry.shared_key = None
 
-    def _give_pages_back(self, taken: _Taken) -> None:
+    def _give_pages_back(self, taken: Taken) -> None:
         for size, offsets in taken.items():
             self.arena.give_back(size, offsets)
         taken.clear()
@@ -421,7 +346,7 @@ class AdapterPool:
 
     # Writing an adapter's form into the arena
 
-    def _enter(self, entry: _Entry, arrival: _Arrival) -> None:
+    def _enter(self, entry: Entry, arrival: Arrival) -> None:
         while self._released:
             self._released.pop().wait()
         slot = self._free_slots.pop() if self._free_slots else self._new_slot()
@@ -452,22 +377,22 @@ class AdapterPool:
         self._groups += 1
         return self._groups - 1
 
-    def _share(self, pair: Sequence[Tensor], key: tuple[object, ...]) -> _Factors:
+    def _share(self, pair: Sequence[Tensor], key: tuple[object, ...]) -> Factors:
         """A shared pair, which comes into the arena with its first user."""
         factors = self._shared.get(key)
         if factors is None:
-            taken: _Taken = {}
+            taken: Taken = {}
             try:
                 placed = self._put_pair(pair, taken)
             except BaseException:
                 self._give_pages_back(taken)
                 raise
             group = self._free_groups.pop() if self._free_groups else self._new_group()
-            factors = self._shared[key] = _Factors(group, placed, taken)
+            factors = self._shared[key] = Factors(group, placed, taken)
         factors.users += 1
         return factors
 
-    def _arrival(self, name: str, loaded: LoadedAdapter) -> _Arrival:
+    def _arrival(self, name: str, loaded: LoadedAdapter) -> Arrival:
         """What an adapter puts into the arena. Raises AdapterError for what the pool's dtypes cannot hold."""
         pair, key = list[Tensor](), None
         if loaded.shared is not None:
@@ -475,9 +400,9 @@ class AdapterPool:
             key = (*A.shape, B.shape[0], _digest(A), _digest(B))
             pair = [self._cast(rows, self.dtype, name) for rows in (A, B.T)]
         layers = {path: self._content(name, path, form, shared=key is not None) for path, form in loaded.forms.items()}
-        return _Arrival(layers, pair, key)
+        return Arrival(layers, pair, key)
 
-    def _content(self, name: str, path: str, form: AdapterForm, *, shared: bool) -> _Content:
+    def _content(self, name: str, path: str, form: AdapterForm, *, shared: bool) -> Content:
         """What an adapter's form for one layer puts into the arena. Raises AdapterError for what it cannot hold."""
         mid, factors = form.mid_scale, list[Tensor]()
         if not shared:
@@ -499,9 +424,9 @@ class AdapterPool:
         tied = h is not None and h is form.base_scale
         vectors = (mid, None if tied else h, form.base_scale, added)
         cast = (None if vector is None else self._cast(vector, torch.float32, name) for vector in vectors)
-        return _Content(factors, list(cast), scaling, tied)
+        return Content(factors, list(cast), scaling, tied)
 
-    def _place(self, content: _Content, pair: FormEntry | None, taken: _Taken) -> FormEntry:
+    def _place(self, content: Content, pair: FormEntry | None, taken: Taken) -> FormEntry:
         """One layer's content in the arena, where its pair is if it shares one."""
         if pair is None:
             pair = self._put_pair(content.factors, taken)
@@ -514,12 +439,12 @@ class AdapterPool:
             added_bias=added,
         )
 
-    def _put_pair(self, pair: Sequence[Tensor], taken: _Taken) -> FormEntry:
+    def _put_pair(self, pair: Sequence[Tensor], taken: Taken) -> FormEntry:
         """Factors A [R, K] and Bᵀ [R, N] in the arena, without scales."""
         A, B = pair
         return FormEntry(A.shape[0], self._put_rows(A, taken), self._put_rows(B, taken), A.shape[1], B.shape[1])
 
-    def _put_rows(self, rows: Tensor, taken: _Taken) -> array[int]:
+    def _put_rows(self, rows: Tensor, taken: Taken) -> array[int]:
         """The first element of every page of rank rows [R, width]."""
         rank, width = rows.shape
         itemsize = self.dtype.itemsize
@@ -530,14 +455,14 @@ class AdapterPool:
             part.copy_(rows[first:last])
         return pages
 
-    def _put_vector(self, vector: Tensor, taken: _Taken) -> int:
+    def _put_vector(self, vector: Tensor, taken: Taken) -> int:
         """The first element of a vector."""
         (offset,) = self._take(vector.nbytes, 1, taken)
         start = offset // _VECTOR_BYTES
         self._vectors[start : start + vector.numel()].copy_(vector)
         return start
 
-    def _take(self, size: int, count: int, taken: _Taken) -> list[int]:
+    def _take(self, size: int, count: int, taken: Taken) -> list[int]:
         offsets = self.arena.take(size, count)
         taken.setdefault(size, array("q")).extend(offsets)
         return offsets
@@ -555,7 +480,7 @@ class AdapterPool:
             raise AdapterError(name, f"it has values that {dtype} cannot hold: give the pool a wider dtype")
         return result
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         entry = self._entries.get(name)
         if entry is None:
             known = ", ".join(map(repr, list(self._entries)[:20])) or "none"

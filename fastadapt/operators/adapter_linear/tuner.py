@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...environment import processor, versions
 from ...files import cache_directory, written_whole
 from ...reference import AdapterForm
-from ...report import processor, versions
 from .strategies import STRATEGIES
 
 FORMAT = 1

@@ -1,0 +1,85 @@
+"""The base model that `fastadapt train` begins with: its dtype, its head, what is new in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+MAX_LENGTH = 1024
+
+
+class Base(NamedTuple):
+    """The model to adapt, its tokenizer, and the modules that must be trained whole because they start at random."""
+
+    model: Any
+    tokenizer: Any
+    new_modules: list[str]
+
+    @property
+    def padding(self) -> int:
+        """The token that fills rows up; the attention mask hides it."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def max_length(self, wanted: int | None) -> int:
+        """The longest row in tokens. Raises ValueError where the model has fewer positions than are wanted."""
+        limits = (getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        limit = min((value for value in limits if isinstance(value, int) and value > 0), default=MAX_LENGTH)
+        if wanted is not None and wanted > limit:
+            raise ValueError(f"--max-length must be at most {limit}, the model's positions, got {wanted}")
+        return wanted or min(limit, MAX_LENGTH)
+
+
+def load_base(name: str, dtype: str, labels: Sequence[str]) -> Base:
+    """A causal language model, or with labels a classifier of these classes, and its tokenizer.
+
+    Raises ValueError where it cannot be loaded, or lacks weights that nothing would train.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name} must be the directory of a transformers model, but it has no config.json")
+    kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    classes: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+        "ignore_mismatched_sizes": True,  # a head for other classes gives way to a new one
+    }
+    try:
+        model, found = kind.from_pretrained(
+            name, dtype=DTYPES[dtype], output_loading_info=True, **(classes if labels else {})
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model {name}: {str(error).strip().splitlines()[0]}") from error
+    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if missing and not labels:
+        raise ValueError(
+            f"{name} has no weights for {missing[0]} of {type(model).__name__}: choose a model for text generation, or "
+            "give DATA the columns text and label to train a classifier"
+        )
+    model.config.use_cache = False  # it would copy keys and values for tokens that are never generated
+    base = Base(model, tokenizer, _new_modules(model, missing) if labels else [])
+    if labels:
+        model.config.pad_token_id = base.padding  # decoders read the class at the last token before the padding
+    return base
+
+
+def _new_modules(model: Any, missing: list[str]) -> list[str]:
+    """The classifier's own modules beside the base model, and whatever else the checkpoint has no weights for."""
+    heads = [
+        name
+        for name, child in model.named_children()
+        if model.base_model is not model and child is not model.base_model and any(True for _ in child.parameters())
+    ]
+    others = {key.rpartition(".")[0] for key in missing if key.split(".", 1)[0] not in heads}
+    return sorted({*heads, *others})
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

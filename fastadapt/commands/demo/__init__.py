@@ -1,0 +1,1 @@
+"""`fastadapt demo`: adapters trained, compared, asked and served on a small real model."""

@@ -1,0 +1,131 @@
+"""What `fastadapt info` tells of an adapter directory."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+
+def describe_adapter(directory: Path) -> dict[str, str]:
+    """What `info` shows, in order.
+
+    Raises FileNotFoundError or ValueError where there is no adapter to describe.
+    """
+    import math
+
+    from safetensors import safe_open
+
+    from ..model.peft_files import CONFIG_FILE, TENSOR_FILE, read_config, read_fields, read_tensors
+
+    tensor_file = directory / TENSOR_FILE
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is not a directory: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}"
+        )
+    fields = read_fields(directory)
+    if not tensor_file.is_file():
+        read_tensors(directory)  # it knows the other forms of a checkpoint, and says why each is refused
+    shapes: dict[str, list[int]] = {}
+    dtypes: dict[str, int] = {}
+    with safe_open(tensor_file, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            part = file.get_slice(name)
+            shapes[name] = part.get_shape()
+            dtypes[part.get_dtype()] = dtypes.get(part.get_dtype(), 0) + 1
+    reason = ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            read_config(directory)
+        except ValueError as error:
+            reason = str(error)
+    facts = {
+        "method": method_name(fields),
+        "r": _ranks(fields),
+        "alpha": str(fields.get("lora_alpha", "-")),
+        "dropout": str(next((value for name, value in fields.items() if name.endswith("_dropout")), "-")),
+        "targets": _listed(fields.get("target_modules")),
+        "modules_to_save": _saved(fields.get("modules_to_save"), shapes),
+        "base model": str(fields.get("base_model_name_or_path") or "-"),
+        **_tensor_facts(fields, {name: math.prod(shape) for name, shape in shapes.items()}),
+        "dtype": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in sorted(dtypes.items())),
+        "size": f"{tensor_file.stat().st_size:,} bytes",
+        "fastadapt": f"cannot load it: {reason}" if reason else "can load it",
+    }
+    if caught:
+        facts["note"] = "; ".join(str(warning.message) for warning in caught)
+    return facts
+
+
+def _tensor_facts(fields: dict[str, Any], numbers: dict[str, int]) -> dict[str, str]:
+    """How many layers and parameters a file holds, by what they belong to. numbers: the elements of each tensor."""
+    from ..model.checkpoint import contents
+
+    try:
+        found = contents(fields, numbers)
+    except ValueError:
+        unknown = "unknown: fastadapt does not know how this method names its tensors"
+        return {"layers": unknown, "parameters": f"{sum(numbers.values()):,}"}
+    parts = {
+        " of the frozen shared projection": found.shared,
+        " of modules_to_save": found.saved,
+        " in other tensors": found.others,
+    }
+    counts = [f"{sum(numbers[name] for names in found.layers.values() for name in names):,}"]
+    counts += [f"{sum(numbers[name] for name in names):,}{what}" for what, names in parts.items() if names]
+    facts = {"layers": f"{len(found.layers)}", "parameters": ", and ".join(counts)}
+    if found.others:
+        more = f" (and {len(found.others) - 1} more)" if len(found.others) > 1 else ""
+        facts["other tensors"] = f"{found.others[0]}{more}"
+    return facts
+
+
+def method_name(fields: dict[str, Any]) -> str:
+    """The method that adapter_config.json describes, by its usual name, or the file's own where it is none of ours."""
+    from ..model.peft_files import method_of
+
+    try:
+        return method_of(fields).named(fields)
+    except ValueError:
+        return str(fields.get("peft_type"))
+
+
+def _ranks(fields: dict[str, Any]) -> str:
+    """The rank, or the ranks of the layers where they differ; "-" where the method has none."""
+    from ..model.peft_files import method_of
+
+    with contextlib.suppress(ValueError):
+        if not method_of(fields).uses_r:
+            return "-"
+    pattern = fields.get("rank_pattern")
+    values = [
+        sum(value) if isinstance(value, list) else value
+        for value in (pattern.values() if isinstance(pattern, dict) else ())
+    ]
+    r = fields.get("init_r", fields.get("r", "-"))
+    if not all(isinstance(value, int) for value in values) or not values:
+        return str(r)
+    return f"{r}, and {min(values)} to {max(values)} in {len(values)} layers of their own (rank_pattern)"
+
+
+def _saved(names: Any, tensors: Iterable[str]) -> str:
+    """modules_to_save: the names of what the file has tensors of, then those that only other models have."""
+    if not isinstance(names, list):
+        return _listed(names)
+    paths = {path for name in tensors for path in accumulate(name.split(".")[:-1], "{}.{}".format)}
+    unique = sorted({str(name) for name in names})
+    there = [name for name in unique if any(path.endswith(name) for path in paths)]
+    absent = [name for name in unique if name not in there]
+    return ", ".join(there or ["-"]) + (f" (no tensors of {', '.join(absent)})" if absent else "")
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, list):
+        # Whole module paths, as they are saved for "all-linear", say more by their last parts.
+        names = sorted({str(item).rsplit(".", 1)[-1] for item in value})
+        return ", ".join(names) + (f" ({len(value)} modules by path)" if len(names) < len(value) else "")
+    return "-" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""`fastadapt train`: an adapter from a file of data, with exact resume."""

@@ -1,0 +1,159 @@
+"""Linear layers with adapters, and the groups of them that read the same x: q, k and v; gate and up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..operators.adapter_linear.function import adapter_linear, adapter_linear_group
+from .layer import AdapterLayer
+from .sharing import MadeOf, circumstances
+
+
+class AdapterLinear(AdapterLayer):
+    """An adapter over nn.Linear, or over a layer that stores its weight as [in, out] (transformers' Conv1D).
+
+    y = g ⊙ (W0 x) + h ⊙ (B (d ⊙ (A x̃))) + β with the active adapters' form; the base layer's result without any.
+    `group` holds the layers that are expected to read the same x: they run as one.
+    Shapes: x [..., in]; y [..., out].
+    """
+
+    def __init__(self, base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> None:
+        super().__init__(base_layer, backend, strategy)
+        self.fan_in_fan_out = not isinstance(base_layer, nn.Linear)
+        self.group: ProjectionGroup | None = None
+
+    @property
+    def weight_matrix(self) -> Tensor:
+        weight: Tensor = self.base_layer.weight
+        return weight.T if self.fan_in_fan_out else weight
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous() if self.fan_in_fan_out else matrix
+
+    def adapted(self, x: Tensor) -> Tensor:
+        if self.group is not None and not self.on_stream:
+            y = self.group.output(self, x)
+            if y is not None:
+                return y
+        return adapter_linear(
+            x,
+            self.weight_matrix,
+            self.form(),
+            dropout=self.dropout,
+            training=self.training,
+            backend=self.backend,
+            strategy=self.strategy,
+        )
+
+    def apart(self, x: Tensor) -> Tensor:
+        """y for an x that no other layer reads."""
+        group, self.group = self.group, None
+        try:
+            y: Tensor = self(x)
+            return y
+        finally:
+            self.group = group
+
+
+# After so many rounds in which a layer did not come for its output, the guess that the layers share x was wrong.
+_MISSES = 2
+
+
+class ProjectionGroup:
+    """Linear layers that are expected to read the same x, run as one when the first of them is called.
+
+    That one computes the outputs of all (`adapter_linear_group`); the others find theirs when they are called with the
+    very same tensor, unwritten since, in the same grad and autocast mode and with the same parameters. Otherwise a
+    layer runs by itself, and after two rounds with outputs that nobody fetched so does every layer from then on.
+    Layers without an active adapter, merged, in another mode, of another dtype or on another device stay out. Under
+    dropout the layers of a group share one mask.
+    """
+
+    def __init__(self, layers: Sequence[AdapterLinear]) -> None:
+        self.layers = list(layers)
+        self._round: MadeOf | None = None  # of the outputs that were not fetched yet, by id of their layer
+        self._misses = 0
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles start empty
+        return {"layers": self.layers, "_round": None, "_misses": 0}
+
+    def output(self, layer: AdapterLinear, x: Tensor) -> Tensor | None:
+        """y of `layer` for x, or None where it has to run by itself."""
+        if self._misses >= _MISSES or torch.compiler.is_compiling() or x.is_inference():
+            return None
+        current = self._round
+        if current is not None:
+            if current.of(x):
+                y, state = current.made.pop(id(layer), (None, None))
+                if not current.made:
+                    self._round = None
+                if y is not None and state == _state(x, layer):
+                    fetched: Tensor = y
+                    return fetched
+            else:
+                self.drop(current)
+        return self._lead(layer, x) if self._misses < _MISSES else None
+
+    def forget(self) -> None:
+        """Drops outputs that were not fetched."""
+        self._round = None
+
+    def drop(self, old: MadeOf) -> None:
+        """Forgets a round; outputs that were not fetched count as a miss.
+
+        Not in a backward pass: there a checkpointed forward runs again, and stops as soon as it has what it needs.
+        """
+        if old is self._round:
+            self._round = None
+            if torch._C._current_graph_task_id() == -1:
+                self._misses += 1
+
+    def _lead(self, layer: AdapterLinear, x: Tensor) -> Tensor | None:
+        members = [other for other in self.layers if other is layer or _joins(other, layer, x)]
+        if len(members) < 2 or not any(member is layer for member in members):
+            return None
+        weights = [member.weight_matrix for member in members]
+        forms = [member.form() for member in members]
+        ys = adapter_linear_group(
+            x,
+            weights,
+            forms,
+            dropout=layer.dropout,
+            training=layer.training,
+            backend=layer.backend,
+            strategy=layer.strategy,
+        )
+        found = dict(zip(members, ys, strict=True))
+        y = found.pop(layer)
+        waiting = {id(member): (other, _state(x, member)) for member, other in found.items()}
+        self._round = MadeOf(x, waiting, self.drop)
+        return y
+
+
+def _joins(other: AdapterLinear, leader: AdapterLinear, x: Tensor) -> bool:
+    """Whether a layer can run together with the one that was called."""
+    if not other.active or other.merged or other.on_stream or other.dropout != leader.dropout:
+        return False
+    weight, own = other.weight_matrix, leader.weight_matrix
+    return (
+        # A sharded or offloaded weight is not what it seems to be until its own layer is called.
+        type(weight) is type(own)
+        and weight.dim() == 2
+        and weight.shape[1] == x.shape[-1]
+        and weight.dtype == own.dtype
+        and weight.device == x.device
+        and not weight.requires_grad
+        and (other.training, other.backend, other.strategy) == (leader.training, leader.backend, leader.strategy)
+    )
+
+
+def _state(x: Tensor, layer: AdapterLinear) -> tuple[Any, ...]:
+    base: Any = layer._modules["base_layer"]
+    own = base._parameters
+    # A weight that is made anew at each access is never the same: its layer runs by itself.
+    tensors = own.values() if "weight" in own else (base.weight, base.bias)
+    return layer.training, *circumstances(x, layer.active_adapters, *tensors)

@@ -1,0 +1,43 @@
+"""What is made of one x for several layers, and when it may be used again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operators.calls import compute_dtype
+from ..staleness import optimizer_steps, version
+from .layer import Adapter
+
+
+def circumstances(x: Tensor, adapters: Sequence[Adapter], *tensors: Tensor | None) -> tuple[Any, ...]:
+    """What a result for x depends on beside x itself: equal as long as the result would come out the same.
+
+    adapters: those that it is made by; tensors: what else, a base weight and its bias.
+    """
+    if torch.compiler.is_compiling():  # tensors have no versions while they are traced
+        return ()
+    found: list[Any] = [version(x), torch.is_grad_enabled(), compute_dtype(x), optimizer_steps()]
+    for adapter in adapters:
+        found += (id(adapter), adapter.training, adapter.scaling, adapter.variant)
+        tensors = (*tensors, *adapter._parameters.values(), *adapter._buffers.values())
+    for tensor in tensors:
+        if tensor is not None:
+            found += (id(tensor), version(tensor))
+    return tuple(found)
+
+
+class MadeOf:
+    """What was made of one x for several layers. It does not keep x alive, and `forget` is called when x is gone."""
+
+    def __init__(self, x: Tensor, made: Any, forget: Callable[[MadeOf], None]) -> None:
+        # While x is traced it outlives what is made of it.
+        self._x = (lambda: x) if torch.compiler.is_compiling() else weakref.ref(x, lambda _: forget(self))
+        self.made = made
+
+    def of(self, x: Tensor) -> bool:
+        return self._x() is x

@@ -1,0 +1,35 @@
+"""Names of projections that read the same input."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+# Names of sibling projections that read the same input.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
+
+# In modules of these names the queries read another input than keys and values.
+CROSS_ATTENTION = re.compile(r"cross|encoder_?attn|encdec|attn2", re.IGNORECASE)
+
+
+def readers_of_one_input(parent: str) -> Iterator[tuple[str, ...]]:
+    """The names of layers that read one and the same input in the module at the path `parent`, set by set."""
+    cross = CROSS_ATTENTION.search(parent)
+    for names in SIBLINGS:
+        yield names[1:] if cross and len(names) == 3 else names
+
+
+def siblings(path: str) -> tuple[str, ...]:
+    """The names, the last parts of their paths, of the layers that read what the layer at `path` reads, its own too."""
+    parent, _, name = path.rpartition(".")
+    return next((names for names in readers_of_one_input(parent) if name in names), (name,))

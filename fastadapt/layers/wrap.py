@@ -1,0 +1,26 @@
+"""The adapter layer that goes over a base layer."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .kinds import AdapterConv2d, AdapterEmbedding, AdapterModule, AdapterNorm
+from .layer import AdapterLayer
+from .linear import AdapterLinear
+
+
+def adapter_layer(base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> AdapterLayer:
+    """The adapter layer for a base layer. Raises ValueError for a Conv2d of several groups."""
+    if isinstance(base_layer, nn.Linear) or type(base_layer).__name__ == "Conv1D":
+        return AdapterLinear(base_layer, backend, strategy)
+    if isinstance(base_layer, nn.Embedding):
+        return AdapterEmbedding(base_layer, backend, strategy)
+    if isinstance(base_layer, nn.Conv2d):
+        if base_layer.groups != 1:
+            raise ValueError(f"a Conv2d of {base_layer.groups} groups cannot take an adapter: only groups=1 can")
+        return AdapterConv2d(base_layer, backend, strategy)
+    # A subclass may compute something else.
+    is_norm = isinstance(base_layer, nn.LayerNorm) and type(base_layer).forward is nn.LayerNorm.forward
+    if is_norm and getattr(base_layer.weight, "ndim", 0) == 1:
+        return AdapterNorm(base_layer, backend, strategy)
+    return AdapterModule(base_layer, backend, strategy)

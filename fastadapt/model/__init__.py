@@ -1,0 +1,1 @@
+"""Adapters in a model: put in, switched, merged, saved, loaded."""

@@ -1,0 +1,499 @@
+"""Model surgery: put adapters into a model, switch between them, merge them, take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.kinds import AdapterModule
+from ..layers.layer import Adapter, AdapterLayer
+from ..layers.linear import AdapterLinear, ProjectionGroup
+from ..layers.saved import ModuleToSave
+from ..layers.wrap import adapter_layer
+from ..methods import AdapterConfig, Control
+from ..operators.adapter_linear.strategies import check_strategy
+from ..operators.backends import check_backend
+from .targets import saved_paths, shared_inputs, target_paths
+
+ModelType = TypeVar("ModelType", bound=nn.Module)
+PartType = TypeVar("PartType", bound=nn.Module)
+
+
+class ParameterCount(NamedTuple):
+    """Trainable and total parameters of a model. Prints as a sentence."""
+
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.trainable / max(1, self.total)
+
+    def __str__(self) -> str:
+        return f"trainable parameters: {self.trainable:,} of {self.total:,} ({100 * self.share:.4f}%)"
+
+
+def adapter_configs(model: nn.Module) -> dict[str, AdapterConfig]:
+    """The configs of the adapters in `model`, by name; empty for a model without."""
+    configs: dict[str, AdapterConfig] = model.__dict__.get("adapter_configs", {})
+    return configs
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `model` by path, those inside of an AdapterModule by the path that they had before it came."""
+    modules = dict(model.named_modules())
+    around = [f"{path}.base_layer." for path, module in modules.items() if isinstance(module, AdapterModule)]
+    if not around:
+        return modules
+    found: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        for prefix in reversed(around):  # the inner ones first
+            if path.startswith(prefix):
+                path = prefix.removesuffix("base_layer.") + path.removeprefix(prefix)
+        found[path] = module
+    return found
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """The adapter layers of `model` by module path."""
+    return {path: module for path, module in named_modules(model).items() if isinstance(module, AdapterLayer)}
+
+
+def saved_modules(model: nn.Module) -> dict[str, ModuleToSave]:
+    """The modules of modules_to_save of `model` by module path."""
+    return {path: module for path, module in named_modules(model).items() if isinstance(module, ModuleToSave)}
+
+
+def trainable_parameters(model: nn.Module) -> ParameterCount:
+    """How many parameters of `model` require grad, and how many there are; shared ones count once."""
+    parameters = list(model.parameters())
+    return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+
+
+def check_new(model: nn.Module, name: str) -> None:
+    """Raises ValueError for a name that an adapter of `model` has or none can have, and for a merged model."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"adapter_name must be a non-empty name without dots that is no attribute of a module, got {name!r}"
+        )
+    if name in adapter_configs(model):
+        raise ValueError(f"adapter {name!r} is in the model already: take another name, or unload(model) first")
+    check_unmerged(adapter_layers(model).values(), "adding another")
+
+
+def check_unmerged(layers: Iterable[AdapterLayer], before: str) -> None:
+    """Raises ValueError where one of the layers is merged; `before` says what unmerge has to come before."""
+    if any(layer.merged for layer in layers):
+        raise ValueError(f"the model has a merged adapter: call unmerge(model) before {before}")
+
+
+def check_known(model: nn.Module, name: str) -> None:
+    """Raises ValueError for a name that no adapter in `model` has."""
+    configs = adapter_configs(model)
+    if name not in configs:
+        raise ValueError(f"adapter {name!r} is not in the model: it has {', '.join(map(repr, configs)) or 'none'}")
+
+
+def adapter_dtype(weight: Tensor, autocast_adapter_dtype: bool) -> torch.dtype:
+    """The dtype of an adapter's parameters beside that base weight."""
+    sixteen_bit = weight.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if sixteen_bit and autocast_adapter_dtype else weight.dtype
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module in the place that `path` names."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    while isinstance(parent, AdapterLayer):
+        parent = parent.base_layer
+    setattr(parent, name, module)
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module as it was before any injection."""
+    copied = deepcopy(module.original if isinstance(module, ModuleToSave) else module)
+    while isinstance(copied, AdapterLayer):
+        copied = copied.base_layer
+    for path, layer in adapter_layers(copied).items():
+        replace_module(copied, path, layer.base_layer)
+    for path, saved in saved_modules(copied).items():
+        replace_module(copied, path, saved.original)
+    return copied
+
+
+def _by_base_path(model: nn.Module, parts: Mapping[str, PartType]) -> dict[str, PartType]:
+    """Adapter layers or saved modules by the path that they had before others came to be saved whole around them."""
+    found = {}
+    around = list(saved_modules(model))
+    for path, part in parts.items():
+        for outer in reversed(around):  # the inner ones first
+            original = f"{outer}.original"
+            if path == original or path.startswith(f"{original}."):
+                path = outer + path.removeprefix(original)
+        found[path] = part
+    return found
+
+
+class Injection(NamedTuple):
+    """An adapter that is built but not yet in the model: what `attach` puts in."""
+
+    name: str
+    config: AdapterConfig
+    layers: dict[str, AdapterLayer]
+    adapters: dict[str, Adapter]
+    copies: dict[str, nn.Module]
+
+
+def layers_at(
+    paths: Iterable[str],
+    modules: Mapping[str, nn.Module],
+    config: AdapterConfig,
+    *,
+    backend: str = "auto",
+    strategy: str = "auto",
+) -> dict[str, AdapterLayer]:
+    """The adapter layers of the modules at these paths, which are not put in their places yet.
+
+    Raises ValueError for a module of a kind that the method cannot adapt.
+    """
+    layers: dict[str, AdapterLayer] = {}
+    for path in paths:
+        module = modules[path]
+        if isinstance(module, AdapterLayer):
+            layers[path] = module
+        else:
+            try:
+                # Wrapping a module gives its mode to all that is inside.
+                with in_mode(module, training=module.training):
+                    layers[path] = adapter_layer(module, backend, strategy)
+            except ValueError as error:
+                raise ValueError(f"target_modules: {path}: {error}") from None
+        config.check_kind(path, layers[path], modules.values())
+    return layers
+
+
+def prepare(
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str,
+    *,
+    backend: str,
+    autocast_adapter_dtype: bool,
+    strategy: str = "auto",
+    from_file: bool = False,
+) -> Injection:
+    """Builds the adapter for `model` and changes nothing.
+
+    from_file: whether a file says the config. It may name modules that only other models have, as long as one name in
+    target_modules matches, and its modules_to_save are complete. Raises ValueError as `inject` does.
+    """
+    check_new(model, adapter_name)
+    if not from_file:
+        config = config.with_task_heads()
+    check_backend(backend)
+    check_strategy(strategy, backend)
+    modules = named_modules(model)
+    paths = target_paths(model, config, every_name=not from_file)
+    layers = layers_at(paths, modules, config, backend=backend, strategy=strategy)
+    adapters = config.build(layers, lambda weight: adapter_dtype(weight, autocast_adapter_dtype))
+    for path, adapter in adapters.items():
+        adapter.train(layers[path].training)
+    copies: dict[str, nn.Module] = {}
+    for path in saved_paths(model, config, needs_head=not from_file):
+        copies[path] = _bare_copy(modules[path])
+    config = replace(
+        config,
+        fan_in_fan_out=any(isinstance(layer, AdapterLinear) and layer.fan_in_fan_out for layer in layers.values()),
+    )
+    return Injection(adapter_name, config, layers, adapters, copies)
+
+
+def present(model: nn.Module, adapter_name: str) -> Injection:
+    """An adapter that is in the model, as an Injection. Raises ValueError for an unknown name."""
+    check_known(model, adapter_name)
+    layers = {path: layer for path, layer in adapter_layers(model).items() if adapter_name in layer.adapters}
+    layers = _by_base_path(model, layers)
+    adapters: dict[str, Adapter] = {path: layer.adapters[adapter_name] for path, layer in layers.items()}  # type: ignore[misc]
+    saved = {path: module for path, module in saved_modules(model).items() if adapter_name in module.copies}
+    copies = {path: module.copies[adapter_name] for path, module in _by_base_path(model, saved).items()}
+    return Injection(adapter_name, adapter_configs(model)[adapter_name], layers, adapters, copies)
+
+
+def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
+    """Puts a built adapter into the model, freezes the base and activates the adapter."""
+    configs = adapter_configs(model)
+    if not configs:
+        model.requires_grad_(False)
+        model.__dict__["adapter_configs"] = configs
+    modules = named_modules(model)
+    there = {id(layer) for layer in adapter_layers(model).values()}
+    for path, layer in injection.layers.items():
+        if id(layer) not in there:
+            replace_module(model, path, layer)
+        layer.adapters[injection.name] = injection.adapters[path]
+    _group(model)
+    for path, copy in injection.copies.items():
+        module = modules[path]
+        if not isinstance(module, ModuleToSave):
+            module = ModuleToSave(module)
+            module.train(module.original.training)
+            replace_module(model, path, module)
+        module.copies[injection.name] = copy
+    configs[injection.name] = replace(injection.config, inference_mode=not trainable)
+    set_adapter(model, injection.name)
+
+
+def _group(model: nn.Module) -> None:
+    """Groups the linear adapter layers that read the same input, from scratch."""
+    for layer in adapter_layers(model).values():
+        if isinstance(layer, AdapterLinear):
+            layer.group = None
+    for layers in shared_inputs(model):
+        group = ProjectionGroup(layers)
+        for member in layers:
+            member.group = group
+
+
+def exchange(
+    model: nn.Module, adapter_name: str, config: AdapterConfig, adapters: Mapping[str, Adapter | None]
+) -> None:
+    """Puts other adapters of that name into the layers at these paths, and their config into the model.
+
+    None takes the adapter out of the layer, and a layer without another one gives its place back to its base layer.
+    What is active stays active.
+    """
+    layers = present(model, adapter_name).layers
+    places = {id(layer): path for path, layer in adapter_layers(model).items()}
+    for path, adapter in adapters.items():
+        layer = layers[path]
+        if adapter is not None:
+            layer.adapters[adapter_name] = adapter
+            continue
+        del layer.adapters[adapter_name]
+        layer.active = tuple([name for name in layer.active if name != adapter_name])
+        if not layer.adapters:
+            replace_module(model, places[id(layer)], layer.base_layer)
+    adapter_configs(model)[adapter_name] = config
+    _group(model)
+
+
+def rebuild(model: nn.Module, adapter_name: str, config: AdapterConfig) -> dict[str, Adapter]:
+    """Puts new adapters, made by `config`, in the place of those of that name. Returns them by module path.
+
+    Their dtype, mode and requires_grad are those of the old ones. Raises what config.check_kind and config.build raise;
+    the model is then as it was.
+    """
+    old = present(model, adapter_name)
+    for path, layer in old.layers.items():
+        config.check_kind(path, layer, model.modules())
+    dtypes = {id(layer.like): _dtype(old.adapters[path]) for path, layer in old.layers.items()}
+    adapters = config.build(old.layers, lambda weight: dtypes[id(weight)])
+    for path, layer in old.layers.items():
+        adapters[path].train(old.adapters[path].training)
+        adapters[path].requires_grad_(adapter_name in layer.active and not config.inference_mode)
+    exchange(model, adapter_name, config, adapters)
+    return adapters
+
+
+def _dtype(adapter: Adapter) -> torch.dtype:
+    return next(tensor.dtype for tensor in adapter.checkpoint_tensors().values())
+
+
+def inject(
+    model: ModelType,
+    config: AdapterConfig,
+    adapter_name: str = "default",
+    *,
+    backend: str = "auto",
+    strategy: str = "auto",
+    autocast_adapter_dtype: bool = True,
+) -> ModelType:
+    """Puts a new adapter into `model` in place, activates it and freezes everything else.
+
+    The layers that config.target_modules selects become adapter layers; layers that are ones already get one adapter
+    more. Layers that read the same input (q, k, v; gate, up) run as a group. backend: "auto", "triton" or "eager", and
+    strategy: "auto" or one of strategies.STRATEGIES, for all new layers. autocast_adapter_dtype: adapter parameters are
+    fp32 on a 16-bit base, as in PEFT; otherwise they have the base weight's dtype. What config.modules_to_save and
+    config.task_type name is trained whole, in a copy, and takes no adapter, nor does what is inside.
+    Returns the model. Raises ValueError for a name that matches nothing, a target that cannot be adapted, a task type
+    whose head the model does not have, a name that is taken or a merged model; the model is then as it was.
+    """
+    injection = prepare(
+        model,
+        config,
+        adapter_name,
+        backend=backend,
+        strategy=strategy,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
+    attach(model, injection, trainable=True)
+    return model
+
+
+def _switch(model: nn.Module, names: Sequence[str]) -> None:
+    for layer in adapter_layers(model).values():
+        layer.active = tuple([name for name in names if name in layer.adapters])
+    for module in saved_modules(model).values():
+        module.active = next((name for name in names if name in module.copies), None)
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the active adapters, in the order in which they were added to the model."""
+    parts = [*(layer.active for layer in adapter_layers(model).values())]
+    parts += [(module.active,) for module in saved_modules(model).values() if module.active is not None]
+    active = {name for names in parts for name in names}
+    return [name for name in adapter_configs(model) if name in active]
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str] | None) -> None:
+    """Activates one adapter, several at once, or none for None.
+
+    Adapters that are active together add up: their forms are stacked along r and run in one pass, under one dropout
+    mask. Only active adapters' parameters require grad, and not of those that were loaded with trainable=False. Raises
+    ValueError for an unknown name or one named twice, for two adapters that both replace a module (modules_to_save),
+    and for a merged model.
+    """
+    names = [] if adapter_name is None else [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    for name in names:
+        check_known(model, name)
+        if names.count(name) > 1:
+            raise ValueError(f"adapter {name!r} is named twice: each can be active once")
+    layers, modules = adapter_layers(model).values(), saved_modules(model)
+    check_unmerged(layers, "switching adapters")
+    for path, module in modules.items():
+        owners = [name for name in names if name in module.copies]
+        if len(owners) > 1:
+            raise ValueError(
+                f"adapters {', '.join(map(repr, owners))} both replace {path} (modules_to_save): only one of them can "
+                "be active"
+            )
+    _switch(model, names)
+    configs = adapter_configs(model)
+    for parts in (*(layer.adapters for layer in layers), *(module.copies for module in modules.values())):
+        for name, part in parts.items():
+            part.requires_grad_(name in names and not configs[name].inference_mode)
+
+
+def control(model: nn.Module, adapter_name: str = "default") -> Control:
+    """What the adapter's method does between the steps of training: see methods.Control.
+
+    Its `step` follows the optimizer's, before gradients are zeroed, and `regularizer` is added to the loss; for most
+    methods both do nothing, so that one training loop serves all. Raises ValueError for an unknown name.
+    """
+    found = present(model, adapter_name)
+    return found.config.control(found.layers, found.adapters)
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """The base model alone inside the `with` block; then the adapters that were active are active again.
+
+    Raises ValueError for a merged model: its base weights hold the adapter.
+    """
+    layers, modules = adapter_layers(model), saved_modules(model)
+    check_unmerged(layers.values(), "disabling it")
+    parts = [*layers.values(), *modules.values()]
+    active = [part.active for part in parts]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    _switch(model, ())
+    try:
+        yield
+    finally:
+        for part, names in zip(parts, active, strict=True):
+            part.active = names
+        for parameter, requires_grad in trained:  # set_adapter may have been called inside
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in training or eval mode inside the `with` block; then each module is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def forget(model: nn.Module) -> None:
+    """Drops what the adapters of `model` keep between calls; the next forward makes it anew.
+
+    DoRA's row norms, RepAdapter's folded factors, deep prompts as keys and values, LoRA-FA's inverses: all are made
+    again when a tensor that they depend on is replaced, moved, loaded or written, when an optimizer steps, and at each
+    train() and eval(). The one change that cannot be seen is a write past autograd, through `.data` or a NumPy view,
+    between two forwards in the same mode: call this after it.
+    """
+    for layer in adapter_layers(model).values():
+        adapters: Iterable[Adapter] = layer.adapters.values()  # type: ignore[assignment]
+        for adapter in adapters:
+            adapter.forget()
+        if isinstance(layer, AdapterLinear) and layer.group is not None:
+            layer.group.forget()
+
+
+def merge(model: nn.Module) -> None:
+    """Writes the active adapters into the base weights: W' = diag(g) W0 + diag(h) B diag(d) A, b' = β.
+
+    Exact up to the rounding of the base dtype. The base weights are set aside for `unmerge`. Raises ValueError when no
+    adapter is active, or when a merged weight would have NaN or infinite values; the model is then as it was.
+    """
+    layers = adapter_layers(model)
+    if any(layer.merged for layer in layers.values()):
+        return
+    if not any(part.active for part in (*layers.values(), *saved_modules(model).values())):
+        raise ValueError("no adapter is active, so there is nothing to merge: call set_adapter(model, name) first")
+    done: list[AdapterLayer] = []
+    try:
+        for path, layer in layers.items():
+            try:
+                layer.merge()
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+
+
+def unmerge(model: nn.Module) -> None:
+    """Puts the base weights back, bit for bit; the adapters that were merged are active again."""
+    for layer in adapter_layers(model).values():
+        layer.unmerge()
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Takes all adapters out of `model` in place and returns it.
+
+    A merged model keeps the merged weights, and the active copies of modules_to_save; otherwise the base comes back as
+    it was before `inject`, frozen.
+    """
+    layers, modules = adapter_layers(model), saved_modules(model)
+    merged = any(layer.merged for layer in layers.values())
+    for path, layer in layers.items():
+        replace_module(model, path, layer.base_layer)
+    for path, module in reversed(modules.items()):  # the inner ones first
+        replace_module(model, path, module.current if merged else module.original)
+    model.__dict__.pop("adapter_configs", None)
+    if merged:
+        _untie(model)
+    return model
+
+
+def _untie(model: nn.Module) -> None:
+    """Tells a transformers config when merging has given input and output embeddings different weights."""
+    get_input, get_output = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
+    config = getattr(model, "config", None)
+    if config is None or not getattr(config, "tie_word_embeddings", False) or get_input is None or get_output is None:
+        return
+    head = get_output()
+    if head is not None and head.weight is not get_input().weight:
+        config.tie_word_embeddings = False

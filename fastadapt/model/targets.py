@@ -1,0 +1,250 @@
+"""Which modules of a model an adapter goes into: PEFT's rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from itertools import accumulate
+from typing import Any
+
+from torch import nn
+
+from ..layers.kinds import AdapterModule
+from ..layers.layer import AdapterLayer
+from ..layers.linear import AdapterLinear
+from ..layers.saved import ModuleToSave
+from ..layers.siblings import readers_of_one_input
+from ..methods import AdapterConfig, patterns
+from ..methods.config import path_suffixes
+
+# The usual attention projections, by transformers' model_type.
+DEFAULT_TARGETS: dict[str, list[str] | str] = {
+    "bert": ["query", "value"],
+    "bloom": ["query_key_value"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "distilbert": ["q_lin", "v_lin"],
+    "falcon": ["query_key_value"],
+    "gemma": ["q_proj", "v_proj"],
+    "gemma2": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "gpt_neox": ["query_key_value"],
+    "llama": ["q_proj", "v_proj"],
+    "mistral": ["q_proj", "v_proj"],
+    "mixtral": ["q_proj", "v_proj"],
+    "opt": ["q_proj", "v_proj"],
+    "phi3": ["qkv_proj"],
+    "qwen2": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "v_proj"],
+    "roberta": ["query", "value"],
+    "t5": ["q", "v"],
+    "vit": r".*\.(query|value|q_proj|v_proj)",  # before transformers 5 and from it on
+}
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules by path as they were before any injection: an adapter layer stands for its base layer.
+
+    A module that is registered at several paths has the first of them, as in named_modules().
+    """
+    modules: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(path: str, module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if path:
+            modules[path] = module
+        if isinstance(module, AdapterModule):  # what is inside has its own path still
+            module = module.base_layer
+        if isinstance(module, (AdapterLayer, ModuleToSave)):
+            return
+        for name, child in module.named_children():
+            visit(f"{path}.{name}" if path else name, child)
+
+    visit("", model)
+    return modules
+
+
+def selection_of(model: nn.Module, paths: list[str]) -> dict[str, Any]:
+    """The fields of a config that selects just the modules at these paths."""
+    chosen = set(paths)
+    if not any(path not in chosen and chosen.intersection(path_suffixes(path)) for path in base_modules(model)):
+        return {"target_modules": paths}
+    # A name in a list also matches every path that ends in it; a regular expression must match the whole.
+    pattern = "|".join(map(re.escape, paths))
+    return {"target_modules": pattern, "layers_to_transform": None, "layers_pattern": None}
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, AdapterLayer) else module
+
+
+def is_linear(module: nn.Module) -> bool:
+    base = _base(module)
+    return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
+
+
+def _ends(path: str) -> list[str]:
+    """What a list of names may hold to mean this path."""
+    return [path, *path_suffixes(path)]
+
+
+def _suffix_match(path: str, names: Collection[str]) -> bool:
+    return any(end in names for end in _ends(path))
+
+
+def _excluded(path: str, exclude: Collection[str]) -> bool:
+    if not exclude:
+        return False
+    if isinstance(exclude, str):
+        return patterns.fullmatch("exclude_modules", exclude, path) is not None
+    return _suffix_match(path, exclude)
+
+
+def _in_layers(path: str, config: AdapterConfig, indices: Collection[int]) -> bool:
+    """Whether the path's layer index is among `indices`, those of layers_to_transform; none of them means all."""
+    if not indices:
+        return True
+    names = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    # The lazy match finds the first index: an expert's own comes later.
+    template = r"(?:^|.*?\.){}\.(?P<index>\d+)\." if names else r".*?\.{}\.(?P<index>\d+)\."
+    for name in names or [r"[^.]*"]:
+        found = patterns.match("layers_pattern", name, path, template)
+        if found is not None and found["index"] is not None:  # a pattern may have a | of its own
+            return int(found["index"]) in indices
+    return False
+
+
+def found_names(paths: Iterable[str], config: AdapterConfig) -> list[str]:
+    """The names in modules_to_save that one of the module paths ends in, which is how PEFT finds them; each once."""
+    names = dict.fromkeys(config.modules_to_save or [])
+    lengths = {len(name) for name in names}  # a file may hold very many names
+    ends = {path[len(path) - length :] for path in paths for length in lengths if length <= len(path)}
+    return [name for name in names if name in ends]
+
+
+def _saved_whole(paths: Collection[str], config: AdapterConfig) -> set[str]:
+    """Those of the paths that are modules_to_save or inside one: by their end, or by PEFT's rule for targets.
+
+    The rules differ where a path ends in a name without a dot before it, as DistilBERT's pre_classifier does: PEFT
+    trains it whole, and fails where it is a target too.
+    """
+    names = config.modules_to_save or []
+    ends = tuple(found_names(paths, config))
+    tops = {path for path in paths if path.endswith(ends)}
+
+    def whole(path: str) -> bool:
+        if tops and not tops.isdisjoint(accumulate(path.split("."), "{}.{}".format)):
+            return True
+        return any(patterns.match("modules_to_save", name, path, r"(^|.*\.){}($|\..*)") for name in names)
+
+    return {path for path in paths if whole(path)}
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return getattr(head, "base_layer", head)  # it may be wrapped
+
+
+def target_paths(
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    every_name: bool = True,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> list[str]:
+    """The paths of the modules that `config` adapts, in the model's order.
+
+    A list of names matches whole paths or their last parts; a string is a regular expression for the whole path;
+    "all-linear" takes every Linear and Conv1D but the output head; None takes the architecture's usual projections.
+    modules: the model's modules by path as they were before any of them was wrapped; by default `base_modules`.
+    Raises ValueError when the whole selection matches nothing or, with `every_name`, one name of the list, and for a
+    regular expression that is none or takes too long.
+    """
+    modules = base_modules(model) if modules is None else modules
+    targets = config.target_modules
+    if targets is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        usual = config.usual_targets()
+        defaults = usual or DEFAULT_TARGETS
+        if model_type not in defaults:
+            raise ValueError(
+                f"target_modules must be given for architecture {model_type!r}: name the layers"
+                + ("" if usual else ", or take 'all-linear'")
+            )
+        targets = defaults[model_type]
+    exclude = config.exclude_modules if isinstance(config.exclude_modules, str) else set(config.exclude_modules or [])
+    whole = _saved_whole(modules, config)
+    paths = [path for path in modules if path not in whole and not _excluded(path, exclude)]
+    if not targets:
+        raise ValueError("target_modules is empty: name the layers, or take 'all-linear'")
+    if isinstance(targets, str):
+        if targets.lower() == "all-linear":
+            head = _output_head(model)
+            chosen = [path for path in paths if is_linear(modules[path]) and _base(modules[path]) is not head]
+        else:
+            chosen = [path for path in paths if patterns.fullmatch("target_modules", targets, path)]
+        missing = [] if chosen else [targets]
+    else:
+        # Sets: a file may hold very many names.
+        known = {end for path in modules for end in _ends(path)}
+        missing = [name for name in targets if name not in known]
+        if not every_name and len(missing) < len(targets):
+            missing = []
+        wanted, layers = set(targets), config.layers_to_transform
+        indices = {layers} if isinstance(layers, int) else set(layers or [])
+        chosen = [
+            path
+            for path in paths
+            if path in wanted or (_suffix_match(path, wanted) and _in_layers(path, config, indices))
+        ]
+        if not chosen and not missing:
+            missing = list(targets)
+    if missing:
+        kinds = sorted({path.rsplit(".", 1)[-1] for path in modules if is_linear(modules[path])})
+        raise ValueError(
+            f"target_modules: nothing in {type(model).__name__} matches {', '.join(map(repr, missing))}"
+            " (after exclude_modules, layers_to_transform and modules_to_save); its linear layers are called "
+            f"{', '.join(kinds)}"
+        )
+    return chosen
+
+
+def saved_paths(model: nn.Module, config: AdapterConfig, *, needs_head: bool = True) -> list[str]:
+    """The paths of modules_to_save: those that end in one of its names and are not inside another of them.
+
+    Of the names that the task type brings the model need have only one, and none beside the user's own or without
+    needs_head. Raises ValueError for any other name that matches nothing.
+    """
+    modules = base_modules(model)
+    names, found = config.modules_to_save or [], set(found_names(modules, config))
+    for name in names:
+        if name not in found and name not in config.task_heads:
+            raise ValueError(f"modules_to_save: no module of {type(model).__name__} is called {name!r}")
+    if names and not found and needs_head:
+        raise ValueError(
+            f"task_type {config.task_type} trains the model's head, and no module of {type(model).__name__} is called "
+            f"{' or '.join(map(repr, names))}: name its head in modules_to_save, or leave task_type out to train none"
+        )
+    chosen: list[str] = []
+    for path in modules:  # parents come first
+        if path.endswith(tuple(found)) and not any(path.startswith(f"{parent}.") for parent in chosen):
+            chosen.append(path)
+    return chosen
+
+
+def shared_inputs(model: nn.Module) -> list[list[AdapterLinear]]:
+    """The adapter layers of `model` in groups that read the same input, as the names of siblings tell; groups of two
+    and more. A group checks that at run time."""
+    found = []
+    for path, parent in model.named_modules():
+        if isinstance(parent, AdapterModule):  # it answers with its base layer's children, which come next
+            continue
+        for names in readers_of_one_input(path):
+            children = [getattr(parent, name, None) for name in names]
+            layers = [child for child in children if isinstance(child, AdapterLinear)]
+            if len(layers) > 1:
+                found.append(layers)
+    return found

@@ -1,0 +1,1 @@
+"""What happens around training: initialisation, optimizers, selection, search."""

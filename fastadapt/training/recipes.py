@@ -1,0 +1,150 @@
+"""How each method is trained: its config, its optimizer and what comes before the first step.
+
+The methods differ in these three and in nothing else, so one training loop serves all of them: `fastadapt train`, the
+demo and `bench methods` run the same recipes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..methods import (
+    AdaLoRAConfig,
+    AdapterConfig,
+    DeltaLoRAConfig,
+    DoRAConfig,
+    GLoRAConfig,
+    LoRAConfig,
+    LoRADropConfig,
+    VeRAConfig,
+)
+from ..model.inject import in_mode
+from .eva import initialize_eva
+from .optim import LoRAFAAdamW, parameter_groups
+from .selection import select_layers
+
+Batch = Mapping[str, Any]
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW on what requires grad."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+
+
+def loraplus(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW on LoRA+'s groups, with the rate of B; A's is a sixteenth of it."""
+    return torch.optim.AdamW(parameter_groups(model, lr / 16, 16, weight_decay=weight_decay))
+
+
+def lora_fa(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW with LoRA-FA's corrected gradient."""
+    return LoRAFAAdamW(model, lr, weight_decay=weight_decay)
+
+
+# The paper takes a tenth of the data: the probe has to find an order, not to learn the task.
+_PROBE_BATCHES = 16
+
+
+def probe(model: nn.Module, batches: Iterable[Batch], adapter_name: str) -> None:
+    """LoRA-drop's first half: plain LoRA trained on a few batches, then the selection on the same."""
+    some = list(itertools.islice(batches, _PROBE_BATCHES))
+    optimizer = adamw(model, 5e-4, 0.0)
+    with in_mode(model, training=True):
+        for batch in some:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    select_layers(model, some, adapter_name)
+
+
+def eva(model: nn.Module, batches: Iterable[Batch], adapter_name: str) -> None:
+    """A and the ranks from the activations of the data."""
+    initialize_eva(model, batches, adapter_name)
+
+
+def nothing(model: nn.Module, batches: Iterable[Batch], adapter_name: str) -> None:
+    """Most methods start as they were drawn."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method: `config` makes its config, `optimizer(model, lr, weight_decay)` its optimizer.
+
+    prepare(model, batches, adapter_name) runs once, after `inject` and before the optimizer is made; `batches` gives
+    the same batches (keyword arguments of the model, labels among them) each time it is iterated. rank, learning_rate:
+    where to start, relative to each other as the papers have them.
+    """
+
+    title: str
+    config: Callable[..., AdapterConfig]
+    learning_rate: float
+    rank: int = 16
+    optimizer: Callable[[nn.Module, float, float], torch.optim.Optimizer] = adamw
+    prepare: Callable[[nn.Module, Iterable[Batch], str], None] = nothing
+
+
+def _lora(kind: type[LoRAConfig] = LoRAConfig, **fixed: Any) -> Callable[..., AdapterConfig]:
+    """LoRA's config, or that of a method that has its fields, with some of them fixed."""
+
+    def config(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+        return kind(r=r, lora_alpha=alpha, lora_dropout=dropout, **fixed, **common)
+
+    return config
+
+
+def _vera(**fixed: Any) -> Callable[..., AdapterConfig]:
+    def config(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+        return VeRAConfig(r=r, vera_dropout=dropout, **fixed, **common)
+
+    return config
+
+
+def _glora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    if dropout:
+        raise ValueError(f"GLoRA has no dropout, got {dropout}: leave it 0")
+    return GLoRAConfig(r=r, config_D_E="vector", **common)
+
+
+def _delta_lora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    # The weight moves once a tenth of the steps has settled A and B. Dropout is refused.
+    config = _lora(DeltaLoRAConfig, delta_lambda=0.5, start_step=steps // 10)
+    return config(r, alpha, dropout, steps, **common)
+
+
+def _adalora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
+    # The paper's proportions: half as much again to start with, a tenth of the steps before and a fifth after pruning.
+    return AdaLoRAConfig(
+        target_r=r,
+        init_r=r + r // 2,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        total_step=steps,
+        tinit=steps // 10,
+        tfinal=steps // 5,
+        orth_reg_weight=0.1,
+        **common,
+    )
+
+
+# The name on the command line -> the recipe. A config takes (r, alpha, dropout, steps, **fields of all methods).
+RECIPES: dict[str, Recipe] = {
+    "lora": Recipe("LoRA", _lora(), 5e-4),
+    "lora+": Recipe("LoRA+", _lora(), 5e-3, optimizer=loraplus),
+    "lora-fa": Recipe("LoRA-FA", _lora(freeze_A=True), 5e-4, optimizer=lora_fa),
+    "lora-drop": Recipe("LoRA-drop", _lora(LoRADropConfig), 5e-4, prepare=probe),
+    "adalora": Recipe("AdaLoRA", _adalora, 2e-3),
+    "delta-lora": Recipe("Delta-LoRA", _delta_lora, 5e-4),
+    "eva": Recipe("EVA", _lora(init_lora_weights="eva"), 5e-4, prepare=eva),
+    "rslora": Recipe("rsLoRA", _lora(use_rslora=True), 2e-4),
+    "dora": Recipe("DoRA", _lora(DoRAConfig), 5e-4),
+    "vera": Recipe("VeRA", _vera(), 1e-2, rank=256),
+    "dvora": Recipe("DVoRA", _vera(use_dora=True), 1e-2, rank=256),
+    "glora": Recipe("GLoRA", _glora, 5e-4, rank=8),
+}
