@@ -15,13 +15,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fastadapt
+from fastadapt.commands import batches as rows_of
 from fastadapt.commands.cli import app
 from fastadapt.commands.demo import assets as demo_assets
 from fastadapt.commands.demo import command as demo
 from fastadapt.commands.demo import compare as demo_compare
 from fastadapt.commands.demo import training as demo_training
 from fastadapt.commands.demo.command import PLANS
-from fastadapt.commands.train import data as train_data
 from fastadapt.files import cache_directory
 
 TEMPLATE = (
@@ -233,13 +233,13 @@ def test_the_loss_counts_the_answer_alone(model_directory: Path) -> None:
     model, tokenizer = demo_assets.load_model(str(model_directory), lambda text: None)
     pair = demo_assets.Pair("What is AI?", "A field of science.")
     row, longer = demo_training.encode(tokenizer, [pair, demo_assets.Pair("Hi", "What is AI? " * 4)])
-    batch = train_data.collate([row, longer], 0, torch.device("cpu"))
-    counted = batch["labels"][0] != train_data.IGNORED
+    batch = rows_of.collate([row, longer], 0, torch.device("cpu"))
+    counted = batch["labels"][0] != rows_of.IGNORED
     answer = batch["input_ids"][0][counted]
     assert tokenizer.decode(answer) == tokenizer.decode(tokenizer(pair.answer)["input_ids"]) + " <eos>"
-    assert int(batch["attention_mask"][0].sum()) == train_data.length(row)
+    assert int(batch["attention_mask"][0].sum()) == rows_of.length(row)
     # Evaluation in batches gives the mean over all answer tokens, row by row.
-    singles = [float(model(**train_data.collate([one], 0, torch.device("cpu"))).loss) for one in (row, longer)]
+    singles = [float(model(**rows_of.collate([one], 0, torch.device("cpu"))).loss) for one in (row, longer)]
     weights = [one.targets for one in (row, longer)]
     expected = sum(loss * weight for loss, weight in zip(singles, weights, strict=True)) / sum(weights)
     assert demo_training.heldout_loss(model, [row, longer], 0) == pytest.approx(expected, rel=1e-5)
@@ -274,13 +274,13 @@ def test_training_lowers_the_heldout_loss(model_directory: Path) -> None:
 
 
 def test_batches_see_every_row_once_an_epoch_with_rows_of_like_length() -> None:
-    rows = [train_data.Row([index] * (1 + index % 40), [index]) for index in range(50)]
+    rows = [rows_of.Row([index] * (1 + index % 40), [index]) for index in range(50)]
     batches = list(demo_training.seeded_batches(rows, 18, seed=1))
     for epoch in (batches[:9], batches[9:]):
         assert sorted(row for batch in epoch for row in batch) == sorted(rows)
     assert batches[:9] != batches[9:]
     assert batches == list(demo_training.seeded_batches(rows, 18, seed=1))
-    spread = [max(map(train_data.length, batch)) - min(map(train_data.length, batch)) for batch in batches]
+    spread = [max(map(rows_of.length, batch)) - min(map(rows_of.length, batch)) for batch in batches]
     assert sum(spread) / len(spread) < 20
     assert [len(batch) for batch in demo_training.seeded_batches(rows[:3], 2, seed=0)] == [3, 3]
 

@@ -24,6 +24,7 @@ from test_cli import is_one_line_error, run
 from tiny_models import llama
 
 import fastadapt
+from fastadapt.commands import batches
 from fastadapt.commands.quiet import quiet_transformers
 from fastadapt.commands.train import command as train
 from fastadapt.commands.train import data as train_data
@@ -152,7 +153,7 @@ def encoded(path: Path, **changes: Any) -> train_data.Encoded:
 def counted(row: train_data.Row) -> str:
     """The text that the loss counts."""
     assert isinstance(row.labels, list)
-    return str(tokenizer().decode([label for label in row.labels if label != train_data.IGNORED]))
+    return str(tokenizer().decode([label for label in row.labels if label != batches.IGNORED]))
 
 
 def test_completions_are_learned_with_their_end(tmp_path: Path) -> None:
@@ -270,11 +271,11 @@ def test_data_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_epochs_have_every_row_once_and_an_order_of_their_own() -> None:
     lengths = [index % 7 for index in range(30)]
-    first, second = (train_data.epoch_batches(lengths, 4, 0, epoch) for epoch in (0, 1))
+    first, second = (batches.epoch_batches(lengths, 4, 0, epoch) for epoch in (0, 1))
     assert sorted(index for batch in first for index in batch) == list(range(30))
     assert first != second
-    assert second == train_data.epoch_batches(lengths, 4, 0, 1)
-    assert first != train_data.epoch_batches(lengths, 4, 1, 0)
+    assert second == batches.epoch_batches(lengths, 4, 0, 1)
+    assert first != batches.epoch_batches(lengths, 4, 1, 0)
 
 
 def test_the_split_goes_by_the_seed() -> None:
