@@ -22,6 +22,7 @@ BENCHES = {
     "serve": "bench.serve",
     "pool": "bench.pool",
     "fuzz": "bench.fuzz",
+    "road": "bench.road",
 }
 
 

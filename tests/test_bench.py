@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 import typer
+from test_architecture import FLOORS
 from torch import Tensor, nn
 
-from bench import digits, glora, measure, saved, step, vision, vision_search
+import fastadapt
+from bench import digits, glora, measure, road, saved, step, vision, vision_search
 from bench.__main__ import main
 from bench.cases import STEP_CASES, chosen
 from fastadapt.commands.demo.assets import AssetError
@@ -374,3 +376,33 @@ def test_vision_measures_and_draws(
     for wrong in ("1,two", "0", "1,41", ""):
         with pytest.raises(typer.BadParameter, match="numbers from 1 to 40 with commas"):
             main(["vision", "--shots", wrong])
+
+
+def test_the_road_of_x_is_short() -> None:
+    """At most eight rooms from an adapter layer to its product and back, and two calls that lead up."""
+    for name, run in road.cases().items():
+        run()
+        rooms, up, calls = road.walked(run)
+        assert {"layers", "methods", "operators", "operators/adapter_linear"} <= set(rooms), name
+        assert len(rooms) <= 8, rooms
+        assert up <= 2, name
+        assert calls > len(rooms)
+
+
+def test_the_road_counts_a_call_that_leads_up() -> None:
+    def below() -> object:
+        return fastadapt.LoRAConfig(r=2)
+
+    rooms, up, _ = road.walked(below)
+    assert rooms[0] == "methods"
+    assert up == 0
+    layer = fastadapt.inject(
+        torch.nn.Sequential(torch.nn.Linear(4, 4)), fastadapt.LoRAConfig(r=2, target_modules=["0"])
+    )
+    _, up, _ = road.walked(lambda: layer(torch.randn(1, 4)))
+    assert up == 1  # the layer asks the method for its form
+
+
+def test_the_roads_floors_are_the_houses() -> None:
+    houses = [rooms - {"integrations", "optim", "__init__"} for rooms in FLOORS]
+    assert [set(rooms) for rooms in road.FLOORS] == [rooms for rooms in houses if rooms]

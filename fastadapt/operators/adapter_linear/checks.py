@@ -26,7 +26,8 @@ def check_adapter_linear(x: Tensor, weight: Tensor, form: AdapterForm, dropout: 
         check_device(name, value, device)
         check_floating(name, value)
     check_floating("x", x)
-    check_hadamard_factors("form.", form.U, form.V, weight)
+    if form.U is not None or form.V is not None:
+        check_hadamard_factors("form.", form.U, form.V, weight)
     check_vector("form.mid_scale", form.mid_scale, r, device)
     if isinstance(form.out_scale, Tensor) and form.out_scale.dim() > 0:
         check_vector("form.out_scale", form.out_scale, n, device)
