@@ -19,7 +19,7 @@ from ..masks import Dropout, dropout_mask
 from . import op, tuner
 from .checks import check_adapter_linear
 from .cost import keeps_recomposed
-from .member import Group, Keep, Member, Saved, Wants
+from .member import Group, Keep, Member, MemberGrads, Saved, Wants
 from .strategies import STRATEGIES, candidates, cheapest, check_explicit, check_strategy
 from .workload import Workload, workload_of
 
@@ -194,21 +194,10 @@ class AdapterLinearFunction(torch.autograd.Function):
             found = op.adapter_linear_backward(
                 [rows_of(dy) for dy in dys], group, saved, Wants(needs.x, needs.bias), call.strategy
             )
-            grads: list[Tensor | None] = []
-            for index, (member, needed) in enumerate(
-                zip(group.members, call.by_member(ctx.needs_input_grad[-count:]), strict=True)
-            ):
-                dB = dmid = dout = None
-                if found.P:
-                    P = found.P[index]
-                    dB = _up_grad(P, member) if needed.B else None
-                    dmid = _mid_scale_grad(P, member) if needed.mid_scale else None
-                    dout = op.out_scale_grad(P, member) if needed.out_scale else None
-                # What one member needs is made for all.
-                dA = found.A[index] if found.A and needed.A else None
-                dbase = found.base_scale[index] if found.base_scale and needed.base_scale else None
-                dbias = found.bias[index] if found.bias and needed.bias else None
-                grads += [None, dA, dB, dmid, dout, dbase, dbias]
+            # What one member needs is made for all: each gets what it needs itself.
+            needed = call.by_member(ctx.needs_input_grad[-count:])
+            members = enumerate(zip(group.members, needed, strict=True))
+            grads = [grad for index, (member, own) in members for grad in _member_grads(member, found.of(index), own)]
         dx = None if found.x is None else found.x.view(ctx.x_shape)
         # In other dtypes than their tensors' the gradients are sums in fp32: autograd casts them.
         return dx, None, None, *grads
@@ -231,6 +220,20 @@ def _needs(needed: Sequence[bool]) -> _Needs:
     x, _, _, *tensors = needed
     # Of each member the first is its weight, which is frozen.
     return _Needs(x, *[True in tensors[kind::_TENSORS] for kind in range(1, _TENSORS)])
+
+
+def _member_grads(member: Member, found: MemberGrads, needed: Member) -> tuple[Tensor | None, ...]:
+    """The gradients of a member's tensors, in their order, of those that are needed; the weight is frozen."""
+    P = found.P
+    return (
+        None,
+        found.A if needed.A else None,
+        _up_grad(P, member) if P is not None and needed.B else None,
+        _mid_scale_grad(P, member) if P is not None and needed.mid_scale else None,
+        op.out_scale_grad(P, member) if P is not None and needed.out_scale else None,
+        found.base_scale if needed.base_scale else None,
+        found.bias if needed.bias else None,
+    )
 
 
 def _up_grad(P: Tensor, member: Member) -> Tensor:

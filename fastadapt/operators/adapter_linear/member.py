@@ -82,6 +82,15 @@ class Wants(NamedTuple):
     bias: bool
 
 
+class MemberGrads(NamedTuple):
+    """dA, P, dβ and dg of one member, None where they are not wanted."""
+
+    A: Tensor | None
+    P: Tensor | None
+    bias: Tensor | None
+    base_scale: Tensor | None
+
+
 class Grads(NamedTuple):
     """dx, and of each member dA [R, K], P [N, R] = scaling · dyᵀ u, dβ [N] = Σ dy and dg [N] in fp32.
 
@@ -93,3 +102,7 @@ class Grads(NamedTuple):
     P: list[Tensor]
     bias: list[Tensor]
     base_scale: list[Tensor | None]
+
+    def of(self, index: int) -> MemberGrads:
+        """What there is for one member."""
+        return MemberGrads(*[kind[index] if kind else None for kind in (self.A, self.P, self.bias, self.base_scale)])
