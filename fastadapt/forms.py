@@ -42,14 +42,13 @@ def plain_lora(form: AdapterForm) -> PlainLoRA:
         raise ValueError("it scales the base weight, which no low-rank addition can do")
     if form.U is not None:
         raise ValueError("it scales every weight by itself, which adds a matrix of full rank: merge it instead")
-    A, B, scaling = form.A, form.B, form.scaling
+    scaling, vector = form.settled(form.B.shape[0])
+    A, B = form.A, form.B
     if form.mid_scale is not None:
         used = form.mid_scale != 0
         A, B = A[used] * form.mid_scale[used, None], B[:, used]
-    if isinstance(form.out_scale, Tensor):
-        B = B * (form.out_scale[:, None] if form.out_scale.dim() else form.out_scale)
-    else:
-        scaling *= form.out_scale
+    if vector is not None:
+        B = B * vector[:, None]
     return PlainLoRA(A, B, scaling)
 
 
@@ -67,13 +66,7 @@ def stacked(forms: Sequence[AdapterForm], bias: Tensor | None) -> AdapterForm:
     scaling = [form for form in forms if form.base_scale is not None]
     if len({form.dropout_on_base for form in scaling}) > 1:
         raise ValueError("adapters that are active together must agree on dropout_on_base")
-    ups = []
-    for form in forms:
-        B = form.B if form.mid_scale is None else form.B * form.mid_scale
-        out_scale = form.out_scale
-        if isinstance(out_scale, Tensor) and out_scale.dim():
-            out_scale = out_scale[:, None]
-        ups.append(B * (form.scaling * out_scale))
+    ups = [form.whole_up() for form in forms]
     dtype = reduce(torch.promote_types, [up.dtype for up in ups])
     base_scale: Tensor | None = None
     for form in scaling:

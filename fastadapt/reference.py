@@ -48,6 +48,12 @@ class AdapterForm(NamedTuple):
             return self.scaling * self.out_scale, None
         return self.scaling, self.out_scale if self.out_scale.dim() else self.out_scale.expand(n)
 
+    def whole_up(self) -> Tensor:
+        """h ⊙ B ⊙ d [out, r], so that the low-rank path is whole_up() (A x̃)."""
+        scaling, vector = self.settled(self.B.shape[0])
+        B = self.B if self.mid_scale is None else self.B * self.mid_scale
+        return scaling * (B if vector is None else B * vector[:, None])
+
 
 def dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """x̃ = mask ⊙ x / (1 − p). Shapes: x and mask [..., K]; mask is true where an element is kept."""
@@ -82,14 +88,10 @@ def merged_weight_reference(weight: Tensor, form: AdapterForm) -> Tensor:
 
     Shapes: weight and W' [N, K].
     """
-    up = form.B if form.mid_scale is None else form.B * form.mid_scale
-    out_scale = (
-        form.out_scale if isinstance(form.out_scale, float) or form.out_scale.dim() == 0 else form.out_scale[:, None]
-    )
     base = weight if form.base_scale is None else form.base_scale[:, None] * weight
     if form.U is not None and form.V is not None:
         base = base + weight * (form.U @ form.V)
-    return base + form.scaling * out_scale * (up @ form.A)
+    return base + form.whole_up() @ form.A
 
 
 def hadamard_linear_reference(

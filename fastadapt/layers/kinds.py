@@ -33,7 +33,7 @@ class AdapterEmbedding(AdapterLayer):
             x, form.A.T, base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse
         )
         y: Tensor = base(x)
-        return y + (form.scaling * form.out_scale * (u @ form.B.T)).to(y.dtype)
+        return y + (u @ form.whole_up().T).to(y.dtype)
 
 
 class AdapterConv2d(AdapterLayer):
@@ -62,8 +62,7 @@ class AdapterConv2d(AdapterLayer):
         if form.A.shape[0]:  # torch has no convolution to zero channels
             kernel = form.A.unflatten(1, base.weight.shape[1:])
             u = base._conv_forward(F.dropout(x, self.dropout, self.training).to(kernel.dtype), kernel, None)
-            B = form.B if form.mid_scale is None else form.B * form.mid_scale
-            low_rank = form.scaling * form.out_scale * F.conv2d(u, B[:, :, None, None])
+            low_rank = F.conv2d(u, form.whole_up()[:, :, None, None])
             y = y + low_rank.to(y.dtype)
         has_bias = form.bias is base.bias and form.base_scale is None
         return y if has_bias or form.bias is None else y + form.bias.to(y.dtype)[:, None, None]

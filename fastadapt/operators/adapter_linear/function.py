@@ -279,9 +279,7 @@ def _recomposed(x: Tensor, x_dropped: Tensor, weight: Tensor, form: AdapterForm,
     assert form.V is not None
     A, B, g = (form.A, form.B, form.base_scale) if form.A.shape[0] else (None, None, form.base_scale)
     if B is not None:
-        scaling, vector = form.settled(weight.shape[0])
-        B = B if form.mid_scale is None else B * form.mid_scale
-        B = scaling * (B if vector is None else B * vector[:, None])
+        B = form.whole_up()
     options: dict[str, Any] = {"A": A, "B": B, "backend": backend}
     if x_dropped is x and g is None:
         return hadamard_linear(x, weight, form.U, form.V, bias=form.bias, **options)
