@@ -29,7 +29,7 @@ from fastadapt.commands.train.loop import evaluate
 from fastadapt.commands.train.options import SCHEDULES
 from fastadapt.model.inject import control, inject, saved_modules, trainable_parameters
 from fastadapt.progress import progress_bar
-from fastadapt.training.recipes import RECIPES, Recipe
+from fastadapt.training.recipes import Recipe, recipes
 
 BATCH_ROWS = 16
 MAX_TOKENS = 48
@@ -94,7 +94,7 @@ def run(
     found: list[report.Row] = []
     with progress_bar("", len(names) * (seeds + (len(rates) if len(rates) > 1 else 0))) as update:
         for name in names:
-            recipe = RECIPES[name]
+            recipe = recipes()[name]
 
             def result(
                 factor: float, seed: int, part: list[Row], name: str = name, recipe: Recipe = recipe
@@ -131,7 +131,7 @@ def run(
     frozen = ("frozen", "frozen, second")
     variants = {name: training_step(skeleton(base).train(), batch) for name in frozen}
     for row in found:
-        recipe = RECIPES[row["case"]]
+        recipe = recipes()[row["case"]]
         # As trained from the first step on: with the weak layers sharing, the ranks redistributed.
         model = adapted(base, row["case"], recipe, rows, steps, 0)
         row["saved_mb"] = saved_bytes(model, batch) / 1e6
@@ -152,14 +152,15 @@ def run(
 
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there, a PNG beside it.")] = None,
-    cases: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(RECIPES)}; all by default.")] = "",
+    cases: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(recipes())}; all by default.")] = "",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 80,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
     tune: Annotated[bool, typer.Option(help="Choose each method's rate on validation sentences first.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the timing.")] = 8,
 ) -> None:
     """Accuracy, parameters, step time and memory of every method on movie-review sentences."""
-    names = [recipe for recipe in RECIPES if RECIPES[recipe] in chosen(RECIPES, cases)]
+    known = recipes()
+    names = [name for name, recipe in known.items() if recipe in chosen(known, cases)]
     rows = run(names, load_sentences(), steps, seeds, RATES if tune else (1.0,), rounds)
     columns = {
         "method": "method",

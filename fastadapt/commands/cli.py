@@ -20,9 +20,10 @@ except ModuleNotFoundError as missing:
     print(f'fastadapt: the command line needs {missing.name}: pip install "fastadapt[demo]"', file=sys.stderr)
     raise SystemExit(2) from None
 
-from ..training.recipes import RECIPES
+from ..training.recipes import recipes
 from .info import describe_adapter
 from .merge import merge_to
+from .plugins import load_methods
 
 app = typer.Typer(
     help="One fused engine for low-rank adapters: LoRA, DoRA, VeRA and their family.",
@@ -40,10 +41,15 @@ def console() -> Console:
     return output if output.is_terminal else Console(width=150)
 
 
+def say_on_stderr(what: str, color: str, message: str) -> None:
+    """Prints one line there, whatever the message has."""
+    text = Text(f"{what}: ", style=f"bold {color}") + Text(" ".join(message.split()), style="not bold")
+    Console(stderr=True).print(text, soft_wrap=True)
+
+
 def fail(message: str) -> typer.Exit:
     """Prints one line on stderr; raise the result to leave with exit code 2."""
-    text = Text("error: ", style="bold red") + Text(" ".join(message.split()), style="not bold")
-    Console(stderr=True).print(text, soft_wrap=True)
+    say_on_stderr("error", "red", message)
     return typer.Exit(2)
 
 
@@ -200,7 +206,7 @@ def train(
     model: Annotated[str, typer.Argument(help="Base model: local directory or hub name.")],
     data: Annotated[Path, typer.Argument(help="A .jsonl or .csv file.")],
     output: Annotated[Path, typer.Argument(help="Where the adapter and its checkpoints go.")],
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "lora",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(recipes())}.")] = "lora",
     r: Annotated[int | None, typer.Option("--r", help="Rank; by default the method's.")] = None,
     alpha: Annotated[float | None, typer.Option(help="lora_alpha; 2r by default.")] = None,
     dropout: Annotated[float, typer.Option(help="Drop probability of the adapters' input.")] = 0.0,
@@ -355,5 +361,8 @@ def generate(
 
 
 def main() -> None:
-    """The console script."""
+    """The console script: every command knows the methods of other packages too."""
+    for warning in load_methods():
+        say_on_stderr("warning", "yellow", warning)
+    # What is made here of the functions above, such as the help of --method, comes after them.
     app()

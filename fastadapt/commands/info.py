@@ -46,8 +46,8 @@ def describe_adapter(directory: Path) -> dict[str, str]:
     facts = {
         "method": method_name(fields),
         "r": _ranks(fields),
-        "alpha": str(fields.get("lora_alpha", "-")),
-        "dropout": str(next((value for name, value in fields.items() if name.endswith("_dropout")), "-")),
+        "alpha": _ending_in("alpha", fields),
+        "dropout": _ending_in("dropout", fields),
         "targets": _listed(fields.get("target_modules")),
         "modules_to_save": _saved(fields.get("modules_to_save"), shapes),
         "base model": str(fields.get("base_model_name_or_path") or "-"),
@@ -92,6 +92,11 @@ def method_name(fields: dict[str, Any]) -> str:
         return method_of(fields).named(fields)
     except ValueError:
         return str(fields.get("peft_type"))
+
+
+def _ending_in(word: str, fields: dict[str, Any]) -> str:
+    """The value of the field that a method calls lora_alpha, vera_dropout or the like; "-" where it has none."""
+    return str(next((value for name, value in fields.items() if f"_{name}".endswith(f"_{word}")), "-"))
 
 
 def _ranks(fields: dict[str, Any]) -> str:

@@ -1,13 +1,14 @@
-"""The table of methods: every config by the `peft_type` that its files carry.
+"""The methods: METHODS has every config by the `peft_type` that its files carry.
 
-A new linear method is one file beside these (its config, its parameters and their start, its `form`) and one line here.
+A new linear method is one file (its config, its parameters and their start, its `form`), and is in the table as soon as
+its config is defined. Those that lie beside this file are imported here; one of another package may lie anywhere.
 """
 
 from __future__ import annotations
 
 from .adalora import AdaLoRAConfig
 from .adaptformer import AdaptFormerConfig
-from .config import AdapterConfig, Control
+from .config import METHODS, PEFT_TYPES, AdapterConfig, Control
 from .delta_lora import DeltaLoRAConfig
 from .glora import GLoRAConfig
 from .hira import HiRAConfig
@@ -18,26 +19,6 @@ from .repadapter import RepAdapterConfig
 from .ssf import SSFConfig
 from .vera import VeRAConfig
 from .vpt import VPTConfig
-
-METHODS: dict[str, type[AdapterConfig]] = {
-    "LORA": LoRAConfig,
-    "LORA_DROP": LoRADropConfig,
-    "DELTA_LORA": DeltaLoRAConfig,
-    "VERA": VeRAConfig,
-    "DVORA": VeRAConfig,
-    "ADALORA": AdaLoRAConfig,
-    "GLORA": GLoRAConfig,
-    "GLORA_MIXED": GLoRAConfig,
-    "HIRA": HiRAConfig,
-    "SSF": SSFConfig,
-    "REPADAPTER": RepAdapterConfig,
-    "ADAPTFORMER": AdaptFormerConfig,
-    "VPT": VPTConfig,
-    "NOAH": NOAHConfig,
-}
-
-# Those that PEFT has too: it reads their directories.
-PEFT_TYPES = ("LORA", "VERA", "ADALORA", "GLORA", "HIRA")
 
 __all__ = [
     "METHODS",

@@ -103,6 +103,7 @@ class AdaLoRAConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
+    in_peft: ClassVar[bool] = True
     title: ClassVar[str] = "AdaLoRA"
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (AdaLoRAAdapter,)
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear, AdapterConv2d)

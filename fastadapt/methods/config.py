@@ -23,6 +23,12 @@ from . import patterns
 
 T = TypeVar("T")
 
+# Every method's config by the peft_type that its files carry. A config class enters it by being defined.
+METHODS: dict[str, type[AdapterConfig]] = {}
+
+# Those that PEFT has too: it reads their directories.
+PEFT_TYPES: set[str] = set()
+
 # The heads that a task type has `inject` train whole, by the names that PEFT looks for. A model need have only one.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
@@ -104,6 +110,46 @@ def _names(kinds: tuple[type[AdapterLayer], ...], modules: Iterable[nn.Module]) 
     return names + list(KINDS[AdapterModule] if AdapterModule in kinds else ())
 
 
+def _register(config: type[AdapterConfig]) -> None:
+    """Enters a class whose own body sets peft_type into METHODS.
+
+    One that inherits it (DoRAConfig) is a variant of the same method. A class of the same qualified name, from a module
+    that is loaded again or a notebook's cell that is run again, takes the place of the former. Raises ValueError, and
+    enters nothing, for a peft_type, an alias or a title that is no text or another class's.
+    """
+    own = vars(config)
+    if "peft_type" not in own:
+        return
+    who, title, aliases = _qualified(config), getattr(config, "title", None), own.get("aliases", ())
+    if not isinstance(aliases, tuple):
+        raise ValueError(f"{who}: aliases must be a tuple of names, got {shown(aliases)}")
+    types = (config.peft_type, *aliases)
+    for name in (*types, title):
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"{who}: peft_type, aliases and title must be text and not empty, got {shown(name)}: set them in the "
+                "class's body"
+            )
+    others = {name: other for name, other in METHODS.items() if _qualified(other) != who}
+    for name in types:
+        if name in others:
+            raise ValueError(
+                f"{who}: peft_type {name!r} is taken by {_qualified(others[name])}: give the class another one, or "
+                "leave it out of its body where it is a variant of that method"
+            )
+    for other in others.values():
+        if other.title.lower() == str(title).lower():
+            raise ValueError(f"{who}: title {title!r} is taken by {_qualified(other)}: give the class another one")
+    METHODS.update(dict.fromkeys(types, config))
+    PEFT_TYPES.discard(config.peft_type)
+    if own.get("in_peft", False):
+        PEFT_TYPES.add(config.peft_type)
+
+
+def _qualified(config: type) -> str:
+    return f"{config.__module__}.{config.__qualname__}"
+
+
 class SharedTensors(nn.Module):
     """Tensors that the layers of one adapter share: buffers, in the state_dict as far as a checkpoint holds them."""
 
@@ -150,7 +196,12 @@ class AdapterConfig:
     fan_in_fan_out: whether the base weight is stored as [in, out]; found out by itself, kept for the file.
     """
 
+    # What the method's files carry; a class that sets it in its own body is a method of its own, found in METHODS.
     peft_type: ClassVar[str]
+    # More types that its files may carry, in the same body.
+    aliases: ClassVar[tuple[str, ...]] = ()
+    # Whether PEFT has the peft_type too, in the same body.
+    in_peft: ClassVar[bool] = False
     # What the method is called.
     title: ClassVar[str]
     # The adapters whose tensors a file of the method holds, by layer.
@@ -182,6 +233,10 @@ class AdapterConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _register(cls)
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))  # type: ignore[arg-type]  # a class has a hash, though its instances have none

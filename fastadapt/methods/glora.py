@@ -251,6 +251,8 @@ class GLoRAConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "GLORA"
+    aliases: ClassVar[tuple[str, ...]] = ("GLORA_MIXED",)
+    in_peft: ClassVar[bool] = True
     title: ClassVar[str] = "GLoRA"
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (GLoRAAdapter,)
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)

@@ -63,6 +63,7 @@ class HiRAConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "HIRA"
+    in_peft: ClassVar[bool] = True
     title: ClassVar[str] = "HiRA"
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (HiRAAdapter,)
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)

@@ -164,6 +164,7 @@ class LoRAConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    in_peft: ClassVar[bool] = True
     title: ClassVar[str] = "LoRA"
     adapter_classes: ClassVar[tuple[type[LoRAAdapter]]] = (LoRAAdapter,)
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "lora_only")

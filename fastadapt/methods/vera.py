@@ -107,6 +107,8 @@ class VeRAConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "VERA"
+    aliases: ClassVar[tuple[str, ...]] = ("DVORA",)
+    in_peft: ClassVar[bool] = True
     title: ClassVar[str] = "VeRA"
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (VeRAAdapter,)
     shared_names: ClassVar[tuple[str, ...]] = ("vera_A", "vera_B")

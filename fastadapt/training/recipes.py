@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..methods import (
+    METHODS,
     AdaLoRAConfig,
     AdapterConfig,
     DeltaLoRAConfig,
@@ -99,17 +100,24 @@ def _lora(kind: type[LoRAConfig] = LoRAConfig, **fixed: Any) -> Callable[..., Ad
     return config
 
 
-def _vera(**fixed: Any) -> Callable[..., AdapterConfig]:
+def _plain(kind: type[AdapterConfig], **fixed: Any) -> Callable[..., AdapterConfig]:
+    """The config of a method that has alpha and dropout where it has fields whose names end so, some fields fixed."""
+    endings = ("alpha", "dropout")
+    names = {end: next((f.name for f in fields(kind) if f"_{f.name}".endswith(f"_{end}")), None) for end in endings}
+
     def config(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
-        return VeRAConfig(r=r, vera_dropout=dropout, **fixed, **common)
+        if not kind.uses_r and r != kind.r:
+            raise ValueError(f"{kind.title} has no r, got {r}: leave it {kind.r}")
+        chosen: dict[str, Any] = {}
+        for end, value, neutral in (("alpha", alpha, 2 * r), ("dropout", dropout, 0.0)):
+            name = names[end]
+            if name is not None:
+                chosen[name] = value
+            elif value != neutral:
+                raise ValueError(f"{kind.title} has no {end}, got {value:g}: leave it {neutral:g}")
+        return kind(r=r, **chosen, **fixed, **common)
 
     return config
-
-
-def _glora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
-    if dropout:
-        raise ValueError(f"GLoRA has no dropout, got {dropout}: leave it 0")
-    return GLoRAConfig(r=r, config_D_E="vector", **common)
 
 
 def _delta_lora(r: int, alpha: float, dropout: float, steps: int, **common: Any) -> AdapterConfig:
@@ -134,6 +142,7 @@ def _adalora(r: int, alpha: float, dropout: float, steps: int, **common: Any) ->
 
 
 # The name on the command line -> the recipe. A config takes (r, alpha, dropout, steps, **fields of all methods).
+# Another package's method that is trained in a way of its own puts its recipe here too, where its config is defined.
 RECIPES: dict[str, Recipe] = {
     "lora": Recipe("LoRA", _lora(), 5e-4),
     "lora+": Recipe("LoRA+", _lora(), 5e-3, optimizer=loraplus),
@@ -144,7 +153,22 @@ RECIPES: dict[str, Recipe] = {
     "eva": Recipe("EVA", _lora(init_lora_weights="eva"), 5e-4, prepare=eva),
     "rslora": Recipe("rsLoRA", _lora(use_rslora=True), 2e-4),
     "dora": Recipe("DoRA", _lora(DoRAConfig), 5e-4),
-    "vera": Recipe("VeRA", _vera(), 1e-2, rank=256),
-    "dvora": Recipe("DVoRA", _vera(use_dora=True), 1e-2, rank=256),
-    "glora": Recipe("GLoRA", _glora, 5e-4, rank=8),
+    "vera": Recipe("VeRA", _plain(VeRAConfig), 1e-2, rank=256),
+    "dvora": Recipe("DVoRA", _plain(VeRAConfig, use_dora=True), 1e-2, rank=256),
+    "glora": Recipe("GLoRA", _plain(GLoRAConfig, config_D_E="vector"), 5e-4, rank=8),
 }
+
+
+def recipes() -> dict[str, Recipe]:
+    """Every method that can be trained by name, as of now: RECIPES, and a plain recipe of each other form in METHODS.
+
+    Such a one is called by its title in lower case, "-" for spaces, and has the method's own default rank and LoRA's
+    optimizer and rate. Its config takes alpha and dropout where the method has a field that ends so; where it has none,
+    an alpha other than 2r or a dropout other than 0 raises ValueError, and so does an r that would mean nothing.
+    """
+    found = dict(RECIPES)
+    for method in METHODS.values():
+        name = method.title.lower().replace(" ", "-")
+        if method.has_forms and name not in found:
+            found[name] = Recipe(method.title, _plain(method), RECIPES["lora"].learning_rate, rank=method.r)
+    return found

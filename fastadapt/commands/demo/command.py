@@ -21,7 +21,7 @@ from ...model.checkpoint import export_lora, load_adapter, save_adapter
 from ...model.inject import control, inject, set_adapter, trainable_parameters
 from ...model.peft_files import read_fields
 from ...progress import progress_bars
-from ...training.recipes import RECIPES, Recipe
+from ...training.recipes import Recipe, recipes
 from ..batches import Row, collate, length
 from ..quiet import quiet_transformers
 from ..report import new_figure, save_figure, write_json
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
     @property
     def recipe(self) -> Recipe:
-        return RECIPES[self.name]
+        return recipes()[self.name]
 
     @property
     def method(self) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from ...checks import check_probability
 from ...files import sha256_of
-from ...training.recipes import RECIPES, Recipe
+from ...training.recipes import Recipe, recipes
 from ..base_model import DTYPES
 
 # The share of the learning rate that is left when a share of the steps behind the warmup is done.
@@ -78,7 +78,7 @@ class Options:
     json: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("method", RECIPES), ("schedule", SCHEDULES), ("dtype", DTYPES)):
+        for name, known in (("method", recipes()), ("schedule", SCHEDULES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{flag(name)} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("r", "steps", "batch_size", "accumulate", "eval_every", "save_every", "keep"):
@@ -100,7 +100,7 @@ class Options:
 
     @property
     def recipe(self) -> Recipe:
-        return RECIPES[self.method]
+        return recipes()[self.method]
 
     @property
     def rank(self) -> int:
