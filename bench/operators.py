@@ -24,7 +24,8 @@ from bench.cases import AdapterCase
 from fastadapt.functional import adapter_linear, adapter_linear_group, row_squares, weight_norm
 from fastadapt.operators import masks
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
-from fastadapt.operators.adapter_linear.tuner import Key, key_of
+from fastadapt.operators.adapter_linear.tuner import Key
+from fastadapt.operators.adapter_linear.workload import workload_of
 from fastadapt.operators.backends import HAS_TRITON
 from fastadapt.operators.dropout import draw_dropout, keep_probability
 from fastadapt.reference import AdapterForm, adapter_linear_reference, weight_norm_reference
@@ -479,11 +480,11 @@ def _mask(x: Tensor, p: float, backend: str) -> tuple[Tensor, float]:
 
 def tuner_key(case: OperatorCase, operands: Operands) -> Key:
     """Where the tuner keeps what is measured for this case."""
-    trained = TRAINED[case.adapter.method] if case.operator == "step" else ()
+    step = case.operator == "step"
+    trained = TRAINED[case.adapter.method] if step else ()
+    x = operands.x.detach().requires_grad_(step)
     forms = []
     for weight, values in zip(operands.weights, operands.adapters, strict=True):
         leaves = {name: v.detach().requires_grad_() if name in trained else v for name, v in values.items()}
         forms.append(make_form(case.adapter, weight, leaves, _reference_norm))
-    backward = case.operator == "step"
-    dtype = str(operands.x.dtype).removeprefix("torch.")
-    return key_of(operands.x, operands.weights, forms, dtype=dtype, dropout=case.dropout, backward=backward)
+    return Key.of(workload_of(x, operands.weights, forms, x.dtype, case.dropout > 0.0), x.device)

@@ -20,11 +20,11 @@ import typer
 
 from bench import gpu, operators
 from bench.__main__ import main
-from bench.cases import SAVED_CASES
+from bench.cases import SAVED_CASES, AdapterCase
 from bench.microbench import compact
 from bench.operators import LLAMA_8B, SMALL, OperatorCase, check, judge, make_operands, prepare, providers
 from bench.plots import draw_gpu, draw_microbench, read
-from fastadapt.operators.adapter_linear import tuner
+from fastadapt.operators.adapter_linear import function, tuner
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
@@ -219,7 +219,27 @@ def test_tune_gives_the_tuner_its_times(tmp_path: Path) -> None:
     rows = [row for row in document["rows"] if (row["operator"], row["case"]) == ("step", "vera")]
     times = {row["provider"]: row["ms"] for row in rows if row["provider"] in ("library", "recompose")}
     assert tuner.lookup(key) == min(times, key=lambda name: times[name])
-    assert {"shared_A", "mid_scale", "out_scale"} == set(key.features)
+    assert {"shared_A", "mid_scale", "out_scale", "trains_up", "backward", "wants_dx"} == set(key.features)
+
+
+@pytest.mark.parametrize("adapter", SAVED_CASES.values(), ids=lambda adapter: adapter.name)
+@pytest.mark.parametrize("operator", ["forward", "step"])
+def test_the_tuner_is_given_times_under_the_key_that_the_operator_looks_up(
+    operator: Any, adapter: AdapterCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = OperatorCase(operator, dataclasses.replace(adapter, r=min(adapter.r, 24)), SMALL[0], 37, "fp32")
+    operands = make_operands(case, CPU)
+    asked: list[tuner.Key] = []
+    monkeypatch.setattr(tuner, "lookup", asked.append)
+    monkeypatch.setattr(tuner, "best", lambda *_: None)
+    # So that there is a choice to look up, on a CPU and under dropout as well.
+    monkeypatch.setattr(function, "candidates", lambda *_: ("library", "recompose"))
+    grouped = function.adapter_linear_group
+    monkeypatch.setattr(
+        operators, "adapter_linear_group", lambda *args, **more: grouped(*args, **{**more, "strategy": "tune"})
+    )
+    prepare(case, "ours", operands)()
+    assert asked == [operators.tuner_key(case, operands)]
 
 
 @pytest.mark.usefixtures("tiny")
