@@ -7,6 +7,8 @@ returns everything that it computed. What differs between providers is only how:
     step          forward and backward with gradients to x and all that the method trains, dropout and DoRA's norm
                   included, as in each training step
     weight_norm   DoRA's row norms alone
+
+The operators beside the adapter form run on the arguments of doctor's cases, forward and backward: `prepare_plain`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.cases import AdapterCase
+from bench.coverage import LEFT_OUT
+from fastadapt.commands import doctor
 from fastadapt.functional import adapter_linear, adapter_linear_group, row_squares, weight_norm
 from fastadapt.operators import masks
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
@@ -42,6 +46,19 @@ OTHERS = {
     "peft": "PEFT",
     "linear": "F.linear alone",
 }
+
+# The operators of the registry that each operator of a case runs and times.
+COVERS = {
+    "forward": ("adapter_linear",),
+    "step": ("adapter_linear", "adapter_linear_backward"),
+    "weight_norm": ("weight_norm",),
+}
+_COVERED = {name for names in COVERS.values() for name in names}
+PLAIN_CASES = [
+    case
+    for case in doctor.CASES
+    if not _COVERED & set(case.covers) and case.operator not in LEFT_OUT["microbench"] and not case.dropout
+]
 
 SCALING = 2.0
 
@@ -398,6 +415,23 @@ def prepare(case: OperatorCase, provider: str, operands: Operands) -> Run:
         # Its cache is by function: other cases' would count as recompilations of this one.
         torch.compiler.reset()
     return _reference(case, same_dtype, compiled=provider == "compile")
+
+
+def prepare_plain(case: doctor.Case, provider: str, values: Outputs) -> Run:
+    """A case of doctor's on a backend or as "reference": y, and the gradients of all that trains in it."""
+    if provider == "reference":  # the formula does not mix dtypes
+        dtype = next(values[name].dtype for name in case.in_dtype if name in values)
+        values = {name: value.to(dtype) for name, value in values.items()}
+    values = {name: value.detach().requires_grad_(case.trains(name)) for name, value in values.items()}
+    leaves = {name: value for name, value in values.items() if value.requires_grad}
+
+    def forward() -> Sequence[Tensor]:
+        return [case.reference(values, None, 0.0) if provider == "reference" else case.ours(values, provider)]
+
+    if not leaves:
+        return lambda: {"y0": forward()[0]}
+    (y,) = forward()
+    return _step(leaves, [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)], forward)
 
 
 def runnable_strategies(device: torch.device) -> list[str]:

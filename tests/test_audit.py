@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import typer
 from fastadapt_kernels import configs
 
 from bench import audit
+from fastadapt.commands import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -195,26 +197,32 @@ def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
         for _ in range(80)
     ]
 
-    def found(
-        dtype: torch.dtype,
-        shared_limit: int,
-        cases: list[audit.Case],
-        batches: list[audit.Batch],
-        layers: list[audit.Recomposed],
-        bottlenecks: list[audit.Bottleneck],
-    ) -> set[tuple[str, str]]:
+    def found(dtype: torch.dtype, shared_limit: int, cases: dict[Callable[..., None], Any]) -> set[tuple[str, str]]:
         with configs.recorded_launches(shared_limit) as launches:
-            for case in cases:
-                audit.launch_group(dtype, *case)
-            for batch in batches:
-                audit.launch_batch(dtype, batch)
-            for layer in layers:
-                audit.launch_recomposed(dtype, layer)
-            for bottleneck in bottlenecks:
-                audit.launch_bottleneck(dtype, bottleneck)
+            for launch, own in cases.items():
+                for case in own:
+                    launch(dtype, case)
         return {audit.config_of(launch) for launch in launches}
 
+    drawn: dict[Callable[..., None], Any] = {
+        audit.launch_group: cases,
+        audit.launch_parameters: audit.ranks_of(cases),
+        audit.launch_batch: batches,
+        audit.launch_recomposed: layers,
+        audit.launch_bottleneck: bottlenecks,
+    }
+    full: dict[Callable[..., None], Any] = {suite.launch: suite.by_config for suite in audit.SUITES}
+    assert drawn.keys() == full.keys()
     for dtype in (torch.float16, torch.float32):
         for shared_limit in {target.shared_limit for target in audit.TARGETS.values()}:
-            compiled = found(dtype, shared_limit, *audit.CASES_BY_CONFIG)
-            assert found(dtype, shared_limit, cases, batches, layers, bottlenecks) - compiled == set()
+            assert found(dtype, shared_limit, drawn) - found(dtype, shared_limit, full) == set()
+
+
+@pytest.mark.parametrize("suite", audit.SUITES, ids=lambda suite: suite.covers[0])
+def test_a_suite_launches_the_kernels_of_the_operators_that_it_claims(suite: audit.Suite) -> None:
+    with configs.recorded_launches(audit.TARGETS["sm_80"].shared_limit) as launches:
+        for case in (*suite.quick, *suite.by_operands):
+            suite.launch(torch.bfloat16, case)
+    named = {kernel for case in doctor.CASES if set(case.covers) <= set(suite.covers) for kernel in case.kernels}
+    assert named
+    assert {f"_{kernel}_kernel" for kernel in named} <= {launch.kernel.fn.__name__ for launch in launches}
