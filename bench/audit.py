@@ -25,7 +25,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,7 +35,7 @@ import torch
 import typer
 from torch import Tensor
 
-from bench import report
+from bench import coverage, report
 from bench.cases import chosen
 from fastadapt.commands.report import write_json
 from fastadapt.progress import progress_bar
@@ -233,12 +233,8 @@ RECOMPOSED_BY_OPERANDS: list[Recomposed] = [
 ]
 QUICK_RECOMPOSED = [Recomposed(8192), Recomposed(16, Q=64, R=0, bias=False)]
 
-CASES_BY_CONFIG = BY_CONFIG, BATCHES_BY_CONFIG, RECOMPOSED_BY_CONFIG, BOTTLENECKS_BY_CONFIG
-CASES_BY_OPERANDS = BY_OPERANDS, BATCHES_BY_OPERANDS, RECOMPOSED_BY_OPERANDS, BOTTLENECKS_BY_OPERANDS
-QUICK_CASES = QUICK, QUICK_BATCHES, QUICK_RECOMPOSED, QUICK_BOTTLENECKS
 
-
-def launch_group(dtype: torch.dtype, M: int, group: Group, form: Form) -> None:
+def launch_group(dtype: torch.dtype, case: Case) -> None:
     """Forward by every strategy, and backward, of M tokens through a group."""
     from fastadapt_kernels import configs
     from fastadapt_kernels.adapter_linear import Member, adapter_linear, adapter_linear_backward
@@ -246,6 +242,7 @@ def launch_group(dtype: torch.dtype, M: int, group: Group, form: Form) -> None:
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
+    M, group, form = case
     own = form.parameters or dtype
     x = tensor(M, group.K)
     members = [
@@ -354,6 +351,42 @@ def launch_bottleneck(dtype: torch.dtype, case: Bottleneck) -> None:
     bottleneck_backward(out, v, layer, seed, p, case.stream is None, Wants())
 
 
+class Suite(NamedTuple):
+    """What launches a kind of cases, the operators of the registry that it stands for, and the cases."""
+
+    covers: tuple[str, ...]
+    launch: Callable[[torch.dtype, Any], None]
+    by_config: Sequence[Any]
+    by_operands: Sequence[Any]
+    quick: Sequence[Any]
+
+
+def ranks_of(cases: Sequence[Case]) -> list[int]:
+    """The largest rank of each group, once."""
+    return sorted({max(group.Rs) for _, group, _ in cases})
+
+
+SUITES = (
+    Suite(("adapter_linear", "adapter_linear_backward"), launch_group, BY_CONFIG, BY_OPERANDS, QUICK),
+    Suite(("weight_norm", "row_squares"), launch_parameters, *map(ranks_of, (BY_CONFIG, BY_OPERANDS, QUICK))),
+    Suite(("multi_adapter_linear",), launch_batch, BATCHES_BY_CONFIG, BATCHES_BY_OPERANDS, QUICK_BATCHES),
+    Suite(
+        ("hadamard_linear", "hadamard_linear_backward"),
+        launch_recomposed,
+        RECOMPOSED_BY_CONFIG,
+        RECOMPOSED_BY_OPERANDS,
+        QUICK_RECOMPOSED,
+    ),
+    Suite(
+        ("bottleneck", "bottleneck_backward"),
+        launch_bottleneck,
+        BOTTLENECKS_BY_CONFIG,
+        BOTTLENECKS_BY_OPERANDS,
+        QUICK_BOTTLENECKS,
+    ),
+)
+
+
 class Job(NamedTuple):
     """One kernel to compile for one target, in plain values that travel to another process."""
 
@@ -372,30 +405,17 @@ def jobs(pairs: Sequence[str], *, quick: bool) -> list[Job]:
 
     @functools.cache
     def recorded(dtype: str, shared_memory: int) -> list[Any]:
-        def launched(
-            cases: Sequence[Case],
-            batches: Sequence[Batch],
-            recomposed: Sequence[Recomposed],
-            bottlenecks: Sequence[Bottleneck],
-        ) -> list[Any]:
+        def launched(kind: str) -> list[Any]:
             with configs.recorded_launches(shared_memory) as launches:
-                for case in cases:
-                    launch_group(DTYPES[dtype], *case)
-                for R in sorted({max(group.Rs) for _, group, _ in cases}):
-                    launch_parameters(DTYPES[dtype], R)
-                for batch in batches:
-                    launch_batch(DTYPES[dtype], batch)
-                for layer in recomposed:
-                    launch_recomposed(DTYPES[dtype], layer)
-                for bottleneck in bottlenecks:
-                    launch_bottleneck(DTYPES[dtype], bottleneck)
+                for suite in SUITES:
+                    for case in getattr(suite, kind):
+                        suite.launch(DTYPES[dtype], case)
             return launches
 
         distinct: dict[tuple[Any, str], Any] = {}
-        by_config = QUICK_CASES if quick else CASES_BY_CONFIG
-        for launch in launched(*by_config):
+        for launch in launched("quick" if quick else "by_config"):
             distinct.setdefault((config_of(launch), shown_operands(launch, dtype) if quick else ""), launch)
-        for launch in launched(*CASES_BY_OPERANDS) if dtype == "bf16" and not quick else []:
+        for launch in launched("by_operands") if dtype == "bf16" and not quick else []:
             distinct.setdefault((config_of(launch), shown_operands(launch, dtype)), launch)
         return list({(config_of(launch), str(launch.source())): launch for launch in distinct.values()}.values())
 
@@ -622,7 +642,8 @@ def main(
             f"{row['kernel']} {row['target']} {row['dtype']} [{row['config']}] ({row['operands']}): {'; '.join(found)}"
         )
     print(f"{len(wrong)} of {len(rows)} kernels with something wrong")
+    missing = coverage.not_covered("audit", [name for suite in SUITES for name in suite.covers])
     if json is not None:
-        write_json(json, "audit", rows, seconds=seconds)
+        write_json(json, "audit", rows, seconds=seconds, not_covered=missing)
     if wrong:
         raise typer.Exit(1)

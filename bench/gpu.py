@@ -18,9 +18,10 @@ import torch
 import typer
 from rich.console import Console
 
-from bench import report
+from bench import coverage, report
 from bench.cases import SAVED_CASES
 from bench.operators import (
+    COVERS,
     DTYPES,
     LLAMA_8B,
     SMALL,
@@ -317,6 +318,8 @@ def main(
     left_out = ["compile"] if quick or not compiled else []
     to_check = [(case, name) for case in checked_cases(plan) for name in check_providers(case, device)]
     to_time = list(timed_cases(plan))
+    covers = [name for case in (*[case for case, _ in to_check], *to_time) for name in COVERS[case.operator]]
+    missing = coverage.not_covered("gpu", covers)
     checks: list[report.Row] = []
     rows: list[report.Row] = []
     found: dict[str, float] = {}
@@ -341,6 +344,7 @@ def main(
     finally:  # an interrupted run has results as well
         if json_file is not None:
             more = {"device": facts, "quick": quick, "lost": lost, "ceilings": found, "checks": checks}
+            more |= {"not_covered": missing}
             write_json(json_file, "gpu", rows, **more)
     if json_file is not None and rows:
         from bench.plots import draw_gpu, read

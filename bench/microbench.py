@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bench import report
+from bench import coverage, report
+from bench.operators import COVERS, PLAIN_CASES
 from bench.plots import draw_microbench, read
 from fastadapt.commands.report import write_json
 
@@ -42,5 +44,7 @@ def main(
                 raise typer.Exit(code)
         document = json.loads(raw.read_text(encoding="utf-8"))
     # The machine is the one that measured, whichever draws.
-    write_json(json_file, "microbench", compact(document), **document["fastadapt"])
+    covers = [*COVERS.values(), *(case.covers for case in PLAIN_CASES)]
+    missing = coverage.not_covered("microbench", itertools.chain(*covers))
+    write_json(json_file, "microbench", compact(document), **document["fastadapt"], not_covered=missing)
     draw_microbench(read(json_file), json_file.with_suffix(".png"))

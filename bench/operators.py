@@ -7,6 +7,8 @@ returns everything that it computed. What differs between providers is only how:
     step          forward and backward with gradients to x and all that the method trains, dropout and DoRA's norm
                   included, as in each training step
     weight_norm   DoRA's row norms alone
+
+The operators beside the adapter form run on the arguments of doctor's cases, forward and backward: `prepare_plain`.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.cases import AdapterCase
+from bench.coverage import LEFT_OUT
+from fastadapt.commands import doctor
 from fastadapt.functional import adapter_linear, adapter_linear_group, row_squares, weight_norm
 from fastadapt.operators import masks
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
-from fastadapt.operators.adapter_linear.tuner import Key, key_of
+from fastadapt.operators.adapter_linear.tuner import Key
+from fastadapt.operators.adapter_linear.workload import workload_of
 from fastadapt.operators.backends import HAS_TRITON
 from fastadapt.operators.dropout import draw_dropout, keep_probability
 from fastadapt.reference import AdapterForm, adapter_linear_reference, weight_norm_reference
@@ -41,6 +46,19 @@ OTHERS = {
     "peft": "PEFT",
     "linear": "F.linear alone",
 }
+
+# The operators of the registry that each operator of a case runs and times.
+COVERS = {
+    "forward": ("adapter_linear",),
+    "step": ("adapter_linear", "adapter_linear_backward"),
+    "weight_norm": ("weight_norm",),
+}
+_COVERED = {name for names in COVERS.values() for name in names}
+PLAIN_CASES = [
+    case
+    for case in doctor.CASES
+    if not _COVERED & set(case.covers) and case.operator not in LEFT_OUT["microbench"] and not case.dropout
+]
 
 SCALING = 2.0
 
@@ -399,6 +417,23 @@ def prepare(case: OperatorCase, provider: str, operands: Operands) -> Run:
     return _reference(case, same_dtype, compiled=provider == "compile")
 
 
+def prepare_plain(case: doctor.Case, provider: str, values: Outputs) -> Run:
+    """A case of doctor's on a backend or as "reference": y, and the gradients of all that trains in it."""
+    if provider == "reference":  # the formula does not mix dtypes
+        dtype = next(values[name].dtype for name in case.in_dtype if name in values)
+        values = {name: value.to(dtype) for name, value in values.items()}
+    values = {name: value.detach().requires_grad_(case.trains(name)) for name, value in values.items()}
+    leaves = {name: value for name, value in values.items() if value.requires_grad}
+
+    def forward() -> Sequence[Tensor]:
+        return [case.reference(values, None, 0.0) if provider == "reference" else case.ours(values, provider)]
+
+    if not leaves:
+        return lambda: {"y0": forward()[0]}
+    (y,) = forward()
+    return _step(leaves, [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)], forward)
+
+
 def runnable_strategies(device: torch.device) -> list[str]:
     """The strategies that a device can run. Interpreted kernels have no time worth knowing."""
     triton = HAS_TRITON and device.type == "cuda"
@@ -479,11 +514,11 @@ def _mask(x: Tensor, p: float, backend: str) -> tuple[Tensor, float]:
 
 def tuner_key(case: OperatorCase, operands: Operands) -> Key:
     """Where the tuner keeps what is measured for this case."""
-    trained = TRAINED[case.adapter.method] if case.operator == "step" else ()
+    step = case.operator == "step"
+    trained = TRAINED[case.adapter.method] if step else ()
+    x = operands.x.detach().requires_grad_(step)
     forms = []
     for weight, values in zip(operands.weights, operands.adapters, strict=True):
         leaves = {name: v.detach().requires_grad_() if name in trained else v for name, v in values.items()}
         forms.append(make_form(case.adapter, weight, leaves, _reference_norm))
-    backward = case.operator == "step"
-    dtype = str(operands.x.dtype).removeprefix("torch.")
-    return key_of(operands.x, operands.weights, forms, dtype=dtype, dropout=case.dropout, backward=backward)
+    return Key.of(workload_of(x, operands.weights, forms, x.dtype, case.dropout > 0.0), x.device)

@@ -21,6 +21,8 @@ COLORS = {
     "fused": "#173a70",
     "library": "#3c78c8",
     "recompose": "#2f9fb5",
+    "triton": "#1f4e9c",
+    "eager": "#3c78c8",
     "ours": "#6fa8dc",
     "ungrouped": "#b9cfe6",
     "peft": "#e07b39",
@@ -32,6 +34,8 @@ MARKERS = ("o", "s", "^", "D", "v")
 LABELS = {
     **OTHERS,
     **{name: f"ours: {name}" for name in STRATEGIES},
+    "triton": "ours: Triton",
+    "eager": "ours: eager",
     "ours": "ours: automatic choice",
     "fastest": "ours: fastest strategy",
 }
@@ -223,17 +227,24 @@ def _roofline(axes: Any, ceilings: Mapping[str, float], rows: Sequence[Row], dty
 
 def draw_microbench(document: Document, path: Path) -> None:
     """What the microbenchmarks found: each operator's providers as multiples of the frozen layers alone."""
-    rows = [row for row in document["rows"] if row["operator"] != "weight_norm"]
+    rows = [row for row in document["rows"] if row["operator"] in ("forward", "step")]
     panels = _cases(rows, "operator", "layers")
     norms = [row for row in document["rows"] if row["operator"] == "weight_norm"]
-    figure = new_figure(15, 3.7 * ((len(panels) + 1 + bool(norms)) // 2) + 0.8)
+    others = [row for row in document["rows"] if row not in rows and row not in norms]
+    in_ms = {
+        "DoRA's row norms": _cases(norms, "layers"),
+        "Operators beside the adapter form": _cases(others, "operator", "case"),
+    }
+    in_ms = {title: cases for title, cases in in_ms.items() if cases}
+    height = (len(panels) + len(in_ms) + 1) // 2
+    figure = new_figure(15, 3.7 * height + 0.8)
     first = document["rows"][0]
     machine = document["machine"]
     device = first["device"]
     where = f"{machine['cpu']}, {machine['threads']} threads" if device == "cpu" else machine["accelerators"][0]
     figure.suptitle(f"Microbenchmarks on {where}, {first['dtype']}, medians; {_provenance(document)}", fontsize=11)
-    grid = figure.add_gridspec((len(panels) + 1 + bool(norms)) // 2, 2)
-    order = [*STRATEGIES, "ours", "ungrouped", "peft", "reference"]
+    grid = figure.add_gridspec(height, 2)
+    order = [*STRATEGIES, "triton", "eager", "ours", "ungrouped", "peft", "reference"]
     for index, ((operator, layers), group) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[index // 2, index % 2])
         cases = _cases(group, "case")
@@ -245,18 +256,17 @@ def draw_microbench(document: Document, path: Path) -> None:
         shape = f"M {group[0]['M']}, K {group[0]['K']}, N {group[0]['N']}"
         axes.set_title(f"{title}, {layers} ({shape})", fontsize=10)
         axes.set_ylabel("time, x of F.linear on the same layers")
-    if norms:
-        axes = figure.add_subplot(grid[len(panels) // 2, len(panels) % 2])
-        cases = _cases(norms, "layers")
-        present = [name for name in order if any(row["provider"] == name for row in norms)]
+    for index, (title, cases) in enumerate(in_ms.items(), len(panels)):
+        axes = figure.add_subplot(grid[index // 2, index % 2])
+        present = [name for name in order if any(row["provider"] == name for rows in cases.values() for row in rows)]
         times = {
             name: [next((row["median_ms"] for row in rows if row["provider"] == name), None) for rows in cases.values()]
             for name in present
         }
-        _grouped_bars(axes, [layers for (layers,) in cases], times)
-        axes.set_title("DoRA's row norms", fontsize=10)
+        _grouped_bars(axes, ["\n".join(key).replace("_", "\n") for key in cases], times)
+        axes.set_title(title, fontsize=10)
         axes.set_ylabel("ms")
-    _legend(figure, [name for name in order if any(row["provider"] == name for row in rows)])
+    _legend(figure, [name for name in order if any(row["provider"] == name for row in document["rows"])])
     save_figure(figure, path, dpi=110)
 
 

@@ -8,14 +8,28 @@ interleave.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from bench.cases import SAVED_CASES
-from bench.operators import LLAMA_8B, SMOLLM2, OperatorCase, make_operands, prepare, providers, refusal
+from bench.operators import (
+    DTYPES,
+    LLAMA_8B,
+    PLAIN_CASES,
+    SMOLLM2,
+    OperatorCase,
+    Run,
+    make_operands,
+    prepare,
+    prepare_plain,
+    providers,
+    refusal,
+)
+from fastadapt.commands.doctor import Case, Sizes, values_of
+from fastadapt.operators.backends import HAS_TRITON
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS, TOKENS, DTYPE = (LLAMA_8B, 2048, "bf16") if DEVICE.type == "cuda" else (SMOLLM2, 512, "fp32")
@@ -54,10 +68,38 @@ def test_operator(benchmark: Any, case: OperatorCase, provider: str) -> None:
         if reason is None:
             raise
         pytest.skip(reason)
+    benchmark(finished(run))
 
-    def finished() -> None:
+
+# A square layer as wide as the model; the reference is the formula in PyTorch.
+SIZES = Sizes(TOKENS, LAYERS[1].in_features, LAYERS[1].out_features[0], 16)
+BACKENDS = ("triton", "eager", "reference") if DEVICE.type == "cuda" and HAS_TRITON else ("eager", "reference")
+PLAIN = [(case, name) for case in PLAIN_CASES for name in BACKENDS]
+
+
+@pytest.mark.parametrize(
+    ("case", "provider"), PLAIN, ids=[f"{case.operator} {case.name} {name}" for case, name in PLAIN]
+)
+def test_plain_operator(benchmark: Any, case: Case, provider: str) -> None:
+    benchmark.group, benchmark.name = f"{case.operator} {case.name} M{TOKENS} {DTYPE}", provider
+    benchmark.extra_info.update(
+        {"operator": case.operator, "case": case.name, "layers": LAYERS[1].name}
+        | dict(zip("MKNr", SIZES, strict=True))
+        | {"dtype": DTYPE, "provider": provider, "device": DEVICE.type}
+        | {"index": len(PAIRS) + PLAIN.index((case, provider))}
+    )
+    values = {name: value.to(DEVICE) for name, value in values_of(case, DTYPES[DTYPE], SIZES).items()}
+    run = prepare_plain(case, provider, values)
+    run()
+    benchmark(finished(run))
+
+
+def finished(run: Run) -> Callable[[], None]:
+    """The work to its end, also where a GPU does it."""
+
+    def call() -> None:
         run()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    benchmark(finished)
+    return call

@@ -45,7 +45,7 @@ import torch
 import typer
 from torch import Tensor
 
-from bench import l2, report
+from bench import coverage, l2, report
 from bench.peers import PEERS, moved_mib
 from fastadapt.commands.report import write_json
 from fastadapt.operators.adapter_linear.cost import works
@@ -162,7 +162,19 @@ BOTTLENECKS = {
 
 # Ranks of U V.
 HADAMARD = {"hadamard_8": 8, "hadamard_32": 32}
-_NAMES = [*CASES, *BATCHES, *BOTTLENECKS, *HADAMARD]
+
+# The cases of each operator of the registry; DoRA's have the row norm.
+COVERS: dict[str, Mapping[str, Any]] = {
+    "adapter_linear": CASES,
+    "adapter_linear_backward": CASES,
+    "weight_norm": CASES,
+    "multi_adapter_linear": BATCHES,
+    "bottleneck": BOTTLENECKS,
+    "bottleneck_backward": BOTTLENECKS,
+    "hadamard_linear": HADAMARD,
+    "hadamard_linear_backward": HADAMARD,
+}
+_NAMES = list(dict.fromkeys([name for cases in COVERS.values() for name in cases]))
 
 
 @dataclass
@@ -697,8 +709,9 @@ def main(
         report.print_table(f"Bottlenecks, MiB, M {tokens}, 16 bit, tiles of {device}", bottlenecks, _BOTTLENECK_COLUMNS)
     if hadamard:
         report.print_table(f"W0 ⊙ (1 + U V), MiB, M {tokens}, 16 bit, tiles of {device}", hadamard, _HADAMARD_COLUMNS)
+    missing = coverage.not_covered("traffic", COVERS)
     if json_file is not None:
-        write_json(json_file, "traffic", rows + batches + bottlenecks + hadamard)
+        write_json(json_file, "traffic", rows + batches + bottlenecks + hadamard, not_covered=missing)
 
 
 def operand_row(operand: Touched) -> report.Row:

@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import typer
 from fastadapt_kernels import configs
 
 from bench import audit
+from fastadapt.commands import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,15 +118,26 @@ def test_what_is_wrong_is_named_and_fails(
     audit.main()
 
 
-def test_every_kernel_compiles_for_real_gpus(tmp_path: Path) -> None:
+def test_a_quick_audit_has_the_pairs_that_are_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(audit, "compile_all", lambda pairs, quick: asked.extend(pairs) or [])
+    audit.main(quick=True)
+    assert asked == audit.QUICK_PAIRS
+
+
+@pytest.mark.parametrize("pair", audit.QUICK_PAIRS)
+def test_every_kernel_compiles_for_real_gpus(pair: str, tmp_path: Path) -> None:
     """The quick audit, in a process without the interpreter: no spills, fits, matrix units, wide accesses."""
+    target, dtype = pair.split(":")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "bench", "audit", "--quick", "--json", str(tmp_path / "audit.json")]
+    chosen = ["--targets", target, "--dtypes", dtype, "--json", str(tmp_path / "audit.json")]
+    command = [sys.executable, "-m", "bench", "audit", "--quick", *chosen]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "audit.json").read_text())["rows"]
-    assert {f"{row['target']}:{row['dtype']}" for row in rows} == set(audit.QUICK_PAIRS)
+    assert {f"{row['target']}:{row['dtype']}" for row in rows} == {pair}
     products = [row for row in rows if row["kernel"].startswith("_adapter_linear")]
     assert {row["kernel"] for row in products} == {"_adapter_linear_kernel", "_adapter_linear_dx_kernel"}
     for row in rows:
@@ -184,26 +197,32 @@ def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
         for _ in range(80)
     ]
 
-    def found(
-        dtype: torch.dtype,
-        shared_limit: int,
-        cases: list[audit.Case],
-        batches: list[audit.Batch],
-        layers: list[audit.Recomposed],
-        bottlenecks: list[audit.Bottleneck],
-    ) -> set[tuple[str, str]]:
+    def found(dtype: torch.dtype, shared_limit: int, cases: dict[Callable[..., None], Any]) -> set[tuple[str, str]]:
         with configs.recorded_launches(shared_limit) as launches:
-            for case in cases:
-                audit.launch_group(dtype, *case)
-            for batch in batches:
-                audit.launch_batch(dtype, batch)
-            for layer in layers:
-                audit.launch_recomposed(dtype, layer)
-            for bottleneck in bottlenecks:
-                audit.launch_bottleneck(dtype, bottleneck)
+            for launch, own in cases.items():
+                for case in own:
+                    launch(dtype, case)
         return {audit.config_of(launch) for launch in launches}
 
+    drawn: dict[Callable[..., None], Any] = {
+        audit.launch_group: cases,
+        audit.launch_parameters: audit.ranks_of(cases),
+        audit.launch_batch: batches,
+        audit.launch_recomposed: layers,
+        audit.launch_bottleneck: bottlenecks,
+    }
+    full: dict[Callable[..., None], Any] = {suite.launch: suite.by_config for suite in audit.SUITES}
+    assert drawn.keys() == full.keys()
     for dtype in (torch.float16, torch.float32):
         for shared_limit in {target.shared_limit for target in audit.TARGETS.values()}:
-            compiled = found(dtype, shared_limit, *audit.CASES_BY_CONFIG)
-            assert found(dtype, shared_limit, cases, batches, layers, bottlenecks) - compiled == set()
+            assert found(dtype, shared_limit, drawn) - found(dtype, shared_limit, full) == set()
+
+
+@pytest.mark.parametrize("suite", audit.SUITES, ids=lambda suite: suite.covers[0])
+def test_a_suite_launches_the_kernels_of_the_operators_that_it_claims(suite: audit.Suite) -> None:
+    with configs.recorded_launches(audit.TARGETS["sm_80"].shared_limit) as launches:
+        for case in (*suite.quick, *suite.by_operands):
+            suite.launch(torch.bfloat16, case)
+    named = {kernel for case in doctor.CASES if set(case.covers) <= set(suite.covers) for kernel in case.kernels}
+    assert named
+    assert {f"_{kernel}_kernel" for kernel in named} <= {launch.kernel.fn.__name__ for launch in launches}

@@ -55,7 +55,7 @@ def kernels_of_the_package() -> set[str]:
 
 def run_small(case: Case, backend: str, sizes: Sizes = SMALL) -> Values:
     """The results of a case, forward and backward."""
-    values = {name: value.to(DEVICE) for name, value in doctor._values(case, torch.float32, sizes).items()}
+    values = {name: value.to(DEVICE) for name, value in doctor.values_of(case, torch.float32, sizes).items()}
     return doctor._run(case, values, lambda leaves: doctor._ours(case, backend, leaves), torch.float32)
 
 
@@ -77,7 +77,8 @@ def test_a_case_runs_the_operators_that_it_claims(operator: str, monkeypatch: py
 
 
 def test_an_operator_without_a_case_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "REGISTERED", ["row_squares", "brand_new_linear", "brand_new_linear_backward"])
+    planted = ["row_squares", "brand_new_linear", "brand_new_linear_backward"]
+    monkeypatch.setattr(registry, "OPERATORS", dict.fromkeys(planted))
     monkeypatch.setattr(doctor, "CASES", BY_OPERATOR["row_squares"])
     result = run("doctor", "--json", tmp_path / "doctor.json")
     assert result.exit_code == 0, result.output

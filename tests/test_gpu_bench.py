@@ -20,11 +20,12 @@ import typer
 
 from bench import gpu, operators
 from bench.__main__ import main
-from bench.cases import SAVED_CASES
+from bench.cases import SAVED_CASES, AdapterCase
 from bench.microbench import compact
 from bench.operators import LLAMA_8B, SMALL, OperatorCase, check, judge, make_operands, prepare, providers
 from bench.plots import draw_gpu, draw_microbench, read
-from fastadapt.operators.adapter_linear import tuner
+from fastadapt.commands import doctor
+from fastadapt.operators.adapter_linear import function, tuner
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +116,18 @@ def test_a_step_returns_all_gradients_and_dropout_is_drawn_anew() -> None:
         assert set(first) == names, provider
         assert not torch.equal(first["y0"], second["y0"]), provider
     assert set(prepare(case, "linear", operands)()) == {"y0", "y1", "y2", "dx"}
+
+
+@pytest.mark.parametrize("case", operators.PLAIN_CASES, ids=lambda case: f"{case.operator} {case.name}")
+def test_a_plain_operator_computes_the_formula(case: doctor.Case) -> None:
+    values = {
+        name: value.to(CPU) for name, value in doctor.values_of(case, torch.float32, doctor.Sizes(7, 24, 20, 4)).items()
+    }
+    doubles = {name: value.double() for name, value in values.items()}
+    exact, plain = (operators.prepare_plain(case, "reference", own)() for own in (doubles, values))
+    found = operators.prepare_plain(case, "eager", values)()
+    assert found.keys() == exact.keys() == {"y0"} | {f"d{name}" for name in values if case.trains(name)}
+    assert not judge(found, exact, plain).failed
 
 
 def test_the_criterion() -> None:
@@ -219,7 +232,27 @@ def test_tune_gives_the_tuner_its_times(tmp_path: Path) -> None:
     rows = [row for row in document["rows"] if (row["operator"], row["case"]) == ("step", "vera")]
     times = {row["provider"]: row["ms"] for row in rows if row["provider"] in ("library", "recompose")}
     assert tuner.lookup(key) == min(times, key=lambda name: times[name])
-    assert {"shared_A", "mid_scale", "out_scale"} == set(key.features)
+    assert {"shared_A", "mid_scale", "out_scale", "trains_up", "backward", "wants_dx"} == set(key.features)
+
+
+@pytest.mark.parametrize("adapter", SAVED_CASES.values(), ids=lambda adapter: adapter.name)
+@pytest.mark.parametrize("operator", ["forward", "step"])
+def test_the_tuner_is_given_times_under_the_key_that_the_operator_looks_up(
+    operator: Any, adapter: AdapterCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = OperatorCase(operator, dataclasses.replace(adapter, r=min(adapter.r, 24)), SMALL[0], 37, "fp32")
+    operands = make_operands(case, CPU)
+    asked: list[tuner.Key] = []
+    monkeypatch.setattr(tuner, "lookup", asked.append)
+    monkeypatch.setattr(tuner, "best", lambda *_: None)
+    # So that there is a choice to look up, on a CPU and under dropout as well.
+    monkeypatch.setattr(function, "candidates", lambda *_: ("library", "recompose"))
+    grouped = function.adapter_linear_group
+    monkeypatch.setattr(
+        operators, "adapter_linear_group", lambda *args, **more: grouped(*args, **{**more, "strategy": "tune"})
+    )
+    prepare(case, "ours", operands)()
+    assert asked == [operators.tuner_key(case, operands)]
 
 
 @pytest.mark.usefixtures("tiny")
@@ -294,7 +327,7 @@ def test_a_gpu_that_is_not_there_is_said() -> None:
 def test_microbenchmarks_become_rows_and_a_picture(tmp_path: Path) -> None:
     raw = tmp_path / "raw.json"
     quick = ("--benchmark-max-time=0.001", "--benchmark-min-rounds=1")
-    chosen = ("-k", "forward and lora and qkv or norm and o")
+    chosen = ("-k", "forward and lora and qkv or norm and o or HiRA or NOAH")
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", f"--benchmark-json={raw}", *quick, *chosen]
     # Whatever runs this test: pytest-benchmark does not measure under xdist.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
@@ -307,8 +340,8 @@ def test_microbenchmarks_become_rows_and_a_picture(tmp_path: Path) -> None:
     assert document["name"] == "microbench"
     rows = document["rows"]
     assert rows == compact(json.loads(raw.read_text()))
-    assert {row["operator"] for row in rows} == {"forward", "weight_norm"}
-    assert {"ours", "ungrouped", "reference", "peft", "linear"} <= {row["provider"] for row in rows}
+    assert {"forward", "weight_norm", "hadamard_linear", "bottleneck"} == {row["operator"] for row in rows}
+    assert {"ours", "ungrouped", "reference", "peft", "linear", "eager"} <= {row["provider"] for row in rows}
     assert all(0 < row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] for row in rows)
     assert (tmp_path / "micro.png").read_bytes().startswith(b"\x89PNG")
     # The picture needs nothing but the document.

@@ -13,8 +13,9 @@ import triton.language as tl
 from conftest import interpreter_runs
 from fastadapt_kernels import configs
 
-from bench import l2, peers, predictions, traffic
+from bench import coverage, l2, peers, predictions, traffic
 from bench.__main__ import main
+from fastadapt.commands import doctor
 from fastadapt.operators.adapter_linear.cost import works
 from fastadapt.operators.adapter_linear.devices import DEVICES
 from fastadapt.operators.adapter_linear.workload import Workload
@@ -77,6 +78,23 @@ def test_the_command_writes_the_issues_columns(tmp_path: Path) -> None:
     assert row["minimum_mib"] < row["split_target_mib"] < row["lorafusion_mib"] < row["unsloth_mib"]
     columns = {"case", "mib", "minimum_mib", "partials_mib", "reread_mib", "launches_forward", "launches_backward"}
     assert columns <= row.keys()
+
+
+@needs_interpreter
+def test_the_cases_launch_the_kernels_of_the_operators_that_they_cover() -> None:
+    with configs.recorded_launches(traffic.SHARED_MEMORY["H100-SXM"]) as launches:
+        for case in traffic.CASES.values():
+            traffic.run_passes(case.workload(8192), "meta", launches)
+        for bottleneck in traffic.BOTTLENECKS.values():
+            traffic.run_bottleneck(bottleneck, 8192, bottleneck.K, "meta", launches)
+        for Q in traffic.HADAMARD.values():
+            traffic.run_hadamard(8192, 4096, 4096, Q, "meta", launches)
+    with traffic.metered() as counted:
+        traffic.count_batch(traffic.BATCHES["many_small_decode"], 72)
+    launched = {launch.kernel.fn.__name__ for launch in launches} | {launch.kernel for launch in counted}
+    named = {kernel for case in doctor.CASES if case.operator in traffic.COVERS for kernel in case.kernels}
+    left_out = {kernel for name in coverage.LEFT_OUT["traffic"] for kernel in doctor.OPERATORS[name].kernels}
+    assert {f"_{kernel}_kernel" for kernel in named - left_out} == launched
 
 
 @needs_interpreter

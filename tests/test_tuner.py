@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 
 from fastadapt.operators.adapter_linear import tuner
 from fastadapt.operators.adapter_linear.tuner import Key
+from fastadapt.operators.adapter_linear.workload import Workload, workload_of
 from fastadapt.reference import AdapterForm
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-KEY = Key(CPU, 512, 576, (576, 192), (16, 16), "float32", ("train_A",), True)
-OTHER = KEY._replace(rows=1024)
+KEY = Key(CPU, Workload(512, 576, (576, 192), (16, 16), "float32"))
+OTHER = Key(CPU, KEY.workload._replace(M=1024))
 TIMES = {"library": 2e-3, "recompose": 1e-3}
 
 
@@ -328,9 +329,10 @@ def test_no_home_means_memory_only(monkeypatch: pytest.MonkeyPatch) -> None:
 WRITER = """
 import sys, torch
 from fastadapt.operators.adapter_linear import tuner
-key = tuner.Key(torch.device("cpu"), 1, 2, (3,), (4,), "float32", (), False)
+from fastadapt.operators.adapter_linear.workload import Workload
 for index in range(25):
-    tuner.record(key._replace(rows=int(sys.argv[1]) + index), {"split": 1e-3})
+    key = tuner.Key(torch.device("cpu"), Workload(int(sys.argv[1]) + index, 2, (3,), (4,)))
+    tuner.record(key, {"split": 1e-3})
 """
 
 
@@ -376,11 +378,26 @@ def form(r: int, **parts: Any) -> AdapterForm:
     return AdapterForm(torch.ones(r, 6, requires_grad=True), torch.ones(5, r), **parts)
 
 
+def key_of(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    forms: list[AdapterForm],
+    dtype: torch.dtype = torch.float32,
+    *,
+    dropout: bool = False,
+    backward: bool = True,
+) -> Key:
+    """The key of a call, in no_grad where no backward follows."""
+    with torch.set_grad_enabled(backward):
+        return Key.of(workload_of(x, weights, forms, dtype, dropout), x.device)
+
+
 @pytest.mark.parametrize(("rows", "bucket"), [(0, 1), (1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)])
 def test_rows_are_rounded_up_to_a_power_of_two(rows: int, bucket: int) -> None:
-    key = tuner.key_of(torch.ones(rows, 6), [torch.ones(5, 6)], [form(3)], dtype="float32", dropout=0.0, backward=False)
-    assert key == Key(CPU, bucket, 6, (5,), (3,), "float32", (), False)
-    assert str(key) == f"m{bucket} k6 n5 r3 float32 plain forward"
+    key = key_of(torch.ones(rows, 6), [torch.ones(5, 6)], [form(3)], backward=False)
+    plain = dict.fromkeys(("trains_A", "trains_up", "backward", "wants_dx"), False)
+    assert key == Key(CPU, Workload(bucket, 6, (5,), (3,), "float32", **plain))
+    assert str(key) == f"m{bucket} k6 n5 r3 float32 plain"
 
 
 def test_the_key_tells_apart_what_costs_apart() -> None:
@@ -396,21 +413,51 @@ def test_the_key_tells_apart_what_costs_apart() -> None:
         form(3, mid_scale=torch.ones(3)),
     ]
     keys = {
-        tuner.key_of(x, [weight], [one], dtype=dtype, dropout=dropout, backward=backward)
+        key_of(x, [weight], [one], dtype, dropout=dropout, backward=backward)
         for one in forms
-        for dropout in (0.0, 0.1)
+        for dropout in (False, True)
         for backward in (False, True)
-        for dtype in ("float32", "bfloat16")
+        for dtype in (torch.float32, torch.bfloat16)
     }
     # dropout_on_base is no difference without dropout.
     assert len(keys) == len({str(key) for key in keys}) == 8 * len(forms) - 4
+    # Nor is what trains where nothing does.
+    trained = [
+        form(3, **{part: torch.ones(size, requires_grad=True)})
+        for part, size in (("bias", 5), ("out_scale", 5), ("base_scale", 5), ("mid_scale", 3))
+    ]
+    assert all(key_of(x, [weight], [one], backward=False) in keys for one in trained)
+    more = [key_of(x, [weight], [one]) for one in trained]
     frozen = form(3)._replace(A=torch.ones(3, 6))
-    assert tuner.key_of(x, [weight], [frozen], dtype="float32", dropout=0.0, backward=True) not in keys
-    shared = tuner.key_of(x, [weight] * 2, [frozen, frozen], dtype="float32", dropout=0.0, backward=True)
-    apart = tuner.key_of(x, [weight] * 2, [frozen, form(3)], dtype="float32", dropout=0.0, backward=True)
-    assert shared.features == ("shared_A",)
-    assert apart.out_features == (5, 5)
-    assert apart.features == ("train_A",)
+    wants_dx = x.clone().requires_grad_()
+    more += [
+        key_of(wants_dx, [weight], [form(3)]),
+        key_of(wants_dx, [weight], [frozen]),
+        key_of(x, [weight], [form(3)._replace(B=torch.ones(5, 3, requires_grad=True))]),
+    ]
+    assert not keys & set(more)
+    assert len({str(key) for key in more}) == len(more)
+    shared = key_of(wants_dx, [weight] * 2, [frozen, frozen])
+    apart = key_of(wants_dx, [weight] * 2, [frozen, form(3)])
+    assert shared.features == ("shared_A", "backward", "wants_dx")
+    assert apart.workload.outputs == (5, 5)
+    assert apart.features == ("trains_A", "backward", "wants_dx")
+
+
+@pytest.mark.parametrize("flag", [name for name, value in KEY.workload._asdict().items() if isinstance(value, bool)])
+def test_every_flag_of_a_workload_is_in_the_name_of_its_key(flag: str) -> None:
+    off, on = (Key.of(KEY.workload._replace(**{flag: value}), CPU) for value in (False, True))
+    assert flag in str(on).split()[-1].split("+")
+    assert str(on) != str(off)
+
+
+def test_a_file_of_older_keys_is_not_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "FORMAT", 1)
+    tuner.record(KEY, TIMES)
+    monkeypatch.undo()
+    monkeypatch.setenv("FASTADAPT_CACHE", str(directory))
+    tuner.forget()
+    assert tuner.lookup(KEY) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="events need a GPU")

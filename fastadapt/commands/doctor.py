@@ -19,7 +19,7 @@ from ..operators import masks
 from ..operators.backends import HAS_TRITON, resolve_backend
 from ..operators.bottleneck.function import bottleneck
 from ..operators.dropout import draw_dropout, keep_probability
-from ..operators.registry import OPERATORS as REGISTERED
+from ..operators.registry import not_covered
 from ..reference import (
     AdapterForm,
     adapter_linear_reference,
@@ -96,6 +96,10 @@ class Case:
     def values(self, normal: Normal, sizes: Sizes) -> Values:
         """The arguments. normal(*shape, std=1.0, mean=0.0) draws values that the tested dtype can hold."""
         raise NotImplementedError
+
+    def trains(self, name: str) -> bool:
+        """Whether an argument takes a gradient."""
+        return self.has_gradients and name != "weight" and name not in self.frozen
 
     def dropped(self, values: Values) -> Tensor:
         """A tensor of the shape that dropout acts on."""
@@ -369,8 +373,7 @@ OPERATORS: dict[str, type[Case]] = {case.operator: type(case) for case in CASES}
 
 def untested() -> list[str]:
     """The registered operators that run in no case."""
-    covered = {name for case in CASES for name in case.covers}
-    return [name for name in REGISTERED if name not in covered]
+    return not_covered([name for case in CASES for name in case.covers])
 
 
 def choices(device: torch.device) -> list[dict[str, Any]]:
@@ -421,7 +424,7 @@ class Verdict:
         return max(self.errors.values(), default=math.nan)
 
 
-def _values(case: Case, dtype: torch.dtype, sizes: Sizes) -> Values:
+def values_of(case: Case, dtype: torch.dtype, sizes: Sizes) -> Values:
     """Random arguments on the CPU: those of the case's `in_dtype` in `dtype`, the others in fp32, all exact in both."""
     generator = torch.Generator().manual_seed(0)
 
@@ -442,7 +445,7 @@ def _run(
     leaves = {}
     for name, value in values.items():
         leaves[name] = (value.abs() if absolute else value).detach().clone()
-        leaves[name].requires_grad_(case.has_gradients and name != "weight" and name not in case.frozen)
+        leaves[name].requires_grad_(case.trains(name))
     y = function(leaves)
     if y.requires_grad:
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -482,7 +485,7 @@ def check(case: Case, device: torch.device, backend: str, dtype: torch.dtype) ->
     small = backend == "triton" and device.type == "cpu"
     sizes = Sizes(37, 72, 56, 8) if small else Sizes(300, 576, 200, 16)
     try:
-        values = {name: value.to(device) for name, value in _values(case, dtype, sizes).items()}
+        values = {name: value.to(device) for name, value in values_of(case, dtype, sizes).items()}
         mask, p = _mask(case, values, backend)
         mine = _run(case, values, functools.partial(_ours, case, backend), dtype)
         rounded = {name: value.to(dtype) for name, value in values.items()}

@@ -9,7 +9,7 @@ place of each tensor, all of which are contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Any, Generic, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -170,6 +170,12 @@ class Operator(Generic[Results]):
             return self.run(*args)
         results: Results = _filled(self.outline(*args), iter(self.registered(*self.flat(*args))))
         return results
+
+
+def not_covered(covers: Iterable[str]) -> list[str]:
+    """The operators that are not among these names."""
+    covered = set(covers)
+    return [name for name in OPERATORS if name not in covered]
 
 
 def operator(outline: Callable[..., Any]) -> Callable[[Callable[..., Results]], Operator[Results]]:

@@ -84,8 +84,7 @@ def adapter_linear_group(
         return _reference(x, weights, forms, p)
     if any([form.U is not None for form in forms]):
         return _with_recomposed(x, weights, forms, p, backend, strategy)
-    shared_A = len(forms) > 1 and all(_same_tensor(form.A, forms[0].A) for form in forms[1:])
-    workload = workload_of(x, weights, forms, compute_dtype(x), p > 0.0, shared_A)
+    workload = workload_of(x, weights, forms, compute_dtype(x), p > 0.0)
     if strategy in STRATEGIES:
         check_explicit(strategy, workload, x, *weights)
     else:
@@ -98,7 +97,7 @@ def adapter_linear_group(
     call = _Call(
         tuple([member[_TENSORS:] for member in members]),
         p,
-        shared_A,
+        workload.shared_A,
         strategy,
         strategy == "recompose" and keeps_recomposed(workload),
         workload.backward,
@@ -304,7 +303,7 @@ def _choose(
     """The strategy that was measured to be the fastest here, or else the cost model's."""
     names = candidates(workload, backend, x, *weights)
     if len(names) > 1 and (tune or x.device.type == "cuda") and not torch.compiler.is_compiling():
-        key = tuner.key_of(x, weights, forms, dtype=workload.dtype, dropout=p, backward=workload.backward)
+        key = tuner.Key.of(workload, x.device)
         measured = tuner.lookup(key)
         if measured is None and tune:
             measured = tuner.best(key, lambda: {name: _trial(x, weights, forms, p, name) for name in names})
@@ -335,11 +334,3 @@ def _trial(
                 torch.autograd.grad(ys, trained, [torch.ones_like(y) for y in ys])
 
     return run
-
-
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same memory seen alike."""
-    return a is b or (
-        not torch.compiler.is_compiling()
-        and (a.shape, a.stride(), a.dtype, a.data_ptr()) == (b.shape, b.stride(), b.dtype, b.data_ptr())
-    )

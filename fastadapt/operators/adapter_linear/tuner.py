@@ -16,19 +16,19 @@ import re
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ...environment import processor, versions
 from ...files import cache_directory, written_whole
-from ...reference import AdapterForm
 from .strategies import STRATEGIES
+from .workload import Workload
 
-FORMAT = 1
+# Counted up where the text of a key, or what it stands for, changes.
+FORMAT = 2
 
 NVIDIA_RELEASE = Path("/proc/driver/nvidia/version")
 
@@ -44,69 +44,35 @@ Times = dict[str, float]
 
 
 class Key(NamedTuple):
-    """What a measurement holds for: the problem, with its rows rounded up to a power of two.
+    """What a measurement holds for: a device, and the workload with its rows rounded up to a power of two.
 
-    out_features and ranks name the members of a group in order; features what the forms have beyond A and B.
+    Every field of the workload is part of it, also those that the cost model leaves aside: a trained bias is one more
+    pass over dy in one strategy and rides on another's, so that two calls that differ in it must not share a time.
     """
 
     device: torch.device
-    rows: int
-    in_features: int
-    out_features: tuple[int, ...]
-    ranks: tuple[int, ...]
-    dtype: str
-    features: tuple[str, ...]
-    backward: bool
+    workload: Workload
+
+    @classmethod
+    def of(cls, workload: Workload, device: torch.device) -> Key:
+        """The key under which the measurements of a call are kept."""
+        return cls(device, workload._replace(M=row_bucket(workload.M)))
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The flags of the workload that are on."""
+        return tuple([name for name, value in self.workload._asdict().items() if value is True])
 
     def __str__(self) -> str:
         """The name in the file, which belongs to a device already."""
-        n, r = (",".join(map(str, sizes)) for sizes in (self.out_features, self.ranks))
-        features = "+".join(self.features) or "plain"
-        direction = "forward+backward" if self.backward else "forward"
-        return f"m{self.rows} k{self.in_features} n{n} r{r} {self.dtype} {features} {direction}"
+        w = self.workload
+        n, r = (",".join(map(str, sizes)) for sizes in (w.outputs, w.ranks))
+        return f"m{w.M} k{w.K} n{n} r{r} {w.dtype} {'+'.join(self.features) or 'plain'}"
 
 
 def row_bucket(rows: int) -> int:
     """The power of two that a number of rows is measured as."""
     return 1 << max(rows - 1, 0).bit_length()
-
-
-def key_of(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    forms: Sequence[AdapterForm],
-    *,
-    dtype: str,
-    dropout: float,
-    backward: bool,
-) -> Key:
-    """The key of a group of linear layers that read x: `dtype` is that of the products, `dropout` the active one.
-
-    Shapes: x [..., K]; weights [N_i, K]; a single layer is a group of one.
-    """
-    features: set[str] = set()
-    for form in forms:
-        features.update(name for name in ("mid_scale", "base_scale", "bias") if getattr(form, name) is not None)
-        if isinstance(form.out_scale, Tensor):
-            features.add("out_scale")
-        if backward and form.A.requires_grad:
-            features.add("train_A")
-        if dropout:
-            features.add("dropout_on_base" if form.dropout_on_base else "dropout")
-    if len(forms) > 1 and all(form.A.data_ptr() == forms[0].A.data_ptr() for form in forms):
-        features.add("shared_A")
-    k = x.shape[-1]
-    rows = x.numel() // max(k, 1)
-    return Key(
-        x.device,
-        row_bucket(rows),
-        k,
-        tuple(weight.shape[0] for weight in weights),
-        tuple(form.A.shape[0] for form in forms),
-        dtype,
-        tuple(sorted(features)),
-        backward,
-    )
 
 
 def kept_in() -> Path | None:

@@ -19,7 +19,8 @@ class Workload(NamedTuple):
     tensors are fp32. shared_A: all members have the same A, and u is computed once (VeRA).
     base_scale: g; trains_base: g trains, so that z is kept. trains_A: dA, and x is kept. trains_up: P = dyᵀu for B, d
     or h, and u is kept. dropout is active; with dropout_on_base it also hits what g adds to the base path.
-    backward: whether one follows, and what it must give.
+    backward: whether one follows, and what it must give. mid_scale, out_scale (a vector), bias, trains_bias: the cost
+    model leaves them aside, d, h and β ride on products that are made anyway; what they cost in a strategy is measured.
     """
 
     M: int
@@ -36,6 +37,10 @@ class Workload(NamedTuple):
     dropout_on_base: bool = False
     backward: bool = True
     wants_dx: bool = True
+    mid_scale: bool = False
+    out_scale: bool = False
+    bias: bool = False
+    trains_bias: bool = False
 
     @property
     def two_products(self) -> bool:
@@ -44,14 +49,9 @@ class Workload(NamedTuple):
 
 
 def workload_of(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    forms: Sequence[AdapterForm],
-    dtype: torch.dtype,
-    dropout: bool,
-    shared_A: bool,
+    x: Tensor, weights: Sequence[Tensor], forms: Sequence[AdapterForm], dtype: torch.dtype, dropout: bool
 ) -> Workload:
-    """What the cost model has to know of a call."""
+    """What a call does; `dtype` is that of the products. Shapes: x [..., K]; weights [N_i, K]."""
     grad = torch.is_grad_enabled()
     trains_A = grad and any([form.A.requires_grad for form in forms])
     trains_base = grad and any([requires_grad(form.base_scale) for form in forms])
@@ -66,13 +66,25 @@ def workload_of(
         outputs=tuple([weight.shape[0] for weight in weights]),
         ranks=tuple([form.A.shape[0] for form in forms]),
         dtype=str(dtype).removeprefix("torch."),
-        shared_A=shared_A,
+        shared_A=len(forms) > 1 and all(_same_tensor(form.A, forms[0].A) for form in forms[1:]),
         base_scale=any([form.base_scale is not None for form in forms]),
         trains_base=trains_base,
         trains_A=trains_A,
         trains_up=trains_up,
         dropout=dropout,
-        dropout_on_base=any([form.dropout_on_base for form in forms]),
+        dropout_on_base=dropout and any([form.dropout_on_base for form in forms]),
         backward=wants_dx or trains_A or trains_base or trains_up or trains_bias,
         wants_dx=wants_dx,
+        mid_scale=any([form.mid_scale is not None for form in forms]),
+        out_scale=any([isinstance(form.out_scale, Tensor) for form in forms]),
+        bias=any([form.bias is not None for form in forms]),
+        trains_bias=trains_bias,
+    )
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same memory seen alike."""
+    return a is b or (
+        not torch.compiler.is_compiling()
+        and (a.shape, a.stride(), a.dtype, a.data_ptr()) == (b.shape, b.stride(), b.dtype, b.data_ptr())
     )
