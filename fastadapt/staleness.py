@@ -38,7 +38,7 @@ class Identity:
 
     def __init__(self, tensor: Tensor) -> None:
         self._pointer, self._version = tensor.data_ptr(), version(tensor)
-        self._dtype = tensor.dtype
+        self._layout = tensor.dtype, tensor.shape, tensor.stride()
         self._storage = StorageWeakRef(tensor.untyped_storage())
 
     def of(self, tensor: Tensor) -> bool:
@@ -49,7 +49,7 @@ class Identity:
         return (
             tensor.data_ptr() == self._pointer
             and tensor._version == self._version
-            and tensor.dtype == self._dtype
+            and (tensor.dtype, tensor.shape, tensor.stride()) == self._layout
             and not self._storage.expired()
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import fastadapt
 from fastadapt import AdapterForm, functional, inject
 from fastadapt.methods import AdapterConfig
+from fastadapt.serving import MultiAdapterModel
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 BASES = (torch.float32, *SIXTEEN)
@@ -170,3 +172,35 @@ def test_norms_and_merged_weights_are_not_made_in_sixteen_bits() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(functional.weight_norm(weight, A, B, 0.5), norm)
         assert torch.equal(functional.merged_weight(weight, form), merged)
+
+
+@pytest.mark.parametrize("autocast", SIXTEEN, ids=str)
+@pytest.mark.parametrize("base", BASES, ids=str)
+def test_rows_of_many_adapters(base: torch.dtype, autocast: torch.dtype, tmp_path: Path) -> None:
+    """Base rows are the base's to the bit, and every row has the dtype that the base has under autocast."""
+    for name in ("LoRA", "DoRA"):
+        fastadapt.save_adapter(adapted(name, torch.float32), tmp_path / name)
+    model = Attention().to(base)
+    x = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(2)).to(base)
+    with torch.autocast("cpu", autocast), torch.no_grad():
+        expected = model(x)
+        alone = fastadapt.load_adapter(Attention().to(base), tmp_path / "DoRA")(x)
+    served = MultiAdapterModel(model, budget=1 << 20)
+    for name in ("LoRA", "DoRA"):
+        served.load(tmp_path / name)
+    with torch.autocast("cpu", autocast):
+        y = served(x, adapter_ids=["LoRA", None, "DoRA"])
+    assert y.dtype == expected.dtype
+    assert torch.equal(y[1], expected[1])
+    assert (y[2] - alone[2]).abs().max() <= 4 * torch.finfo(autocast).eps * alone[2].abs().max()
+
+
+def test_a_stream_that_is_its_own_residual_compiles() -> None:
+    v, down, up = torch.randn(4, 12, requires_grad=True), torch.randn(3, 12), torch.randn(12, 3)
+
+    def run(v: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return functional.bottleneck(v, down, up, residual=v)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(v), run(v))

@@ -355,3 +355,52 @@ def test_a_sibling_that_never_comes_does_not_keep_x(name: str, backward: bool) -
     del x, y
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_backward_between_siblings_does_not_use_up_the_others_graph(name: str) -> None:
+    """Each layer's own backward, as layers that share nothing have it: the second one runs by itself then."""
+    model, x = attention(GROUPED[name]).train(), torch.randn(5, 12)
+    for layer in (model.q_proj, model.k_proj, model.v_proj):
+        layer(x).sum().backward()
+    together = grads(model)
+    alone = ungrouped(model)
+    for layer in (alone.q_proj, alone.k_proj, alone.v_proj):
+        layer(x.clone()).sum().backward()
+    assert_same(together, grads(alone))
+
+
+@pytest.mark.parametrize("wrapped", [("q_proj",), ("k_proj",), ("q_proj", "k_proj"), ("k_proj", "v_proj"), QKV])
+@pytest.mark.parametrize("name", GROUPED)
+def test_single_layers_may_be_checkpointed(name: str, wrapped: tuple[str, ...]) -> None:
+    model, x = attention(GROUPED[name]).train(), torch.randn(5, 12, requires_grad=True)
+
+    def run(checkpointed: tuple[str, ...]) -> list[Tensor]:
+        ys = [
+            checkpoint(model.get_submodule(name), x, use_reentrant=False)
+            if name in checkpointed
+            else model.get_submodule(name)(x)
+            for name in QKV
+        ]
+        x.grad = None
+        torch.cat(ys, -1).square().sum().backward()
+        return [*ys, x.grad, *grads(model).values()]  # type: ignore[list-item]
+
+    for actual, expected in zip(run(wrapped), run(()), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_what_inference_mode_made_is_not_fetched_outside() -> None:
+    model, x = attention(), torch.randn(5, 12)
+    with torch.inference_mode():
+        model.q_proj(x)
+    with torch.no_grad():
+        assert not model.k_proj(x).is_inference()
+
+
+def test_a_mode_ends_what_waits() -> None:
+    model, x = attention(), torch.randn(5, 12)
+    model.q_proj(x)
+    assert model.q_proj.group._round is not None
+    model.train()
+    assert model.q_proj.group._round is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import fastadapt
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig
-from fastadapt.model.inject import adapter_configs, exchange
+from fastadapt.model.inject import adapter_configs, adapter_layers, exchange
 
 CONFIGS: dict[str, Callable[..., Any]] = {
     "lora": lambda **fields: LoRAConfig(r=4, lora_alpha=6, **fields),
@@ -720,3 +721,28 @@ def test_a_layer_at_two_paths_is_adapted_once() -> None:
     model = nn.Sequential(shared, nn.Tanh(), shared)
     fastadapt.inject(model, LoRAConfig(r=2, target_modules=["0"]))
     assert isinstance(model[0], fastadapt.AdapterLinear)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "saved whole"])
+def test_a_copy_keeps_the_adapters_whatever_the_base_layer_says_of_copies(kind: str) -> None:
+    """A parametrization gives its layer a __deepcopy__ of its own."""
+    model = nn.Sequential(OrderedDict(fc=nn.Linear(8, 8), head=nn.Linear(8, 4)))
+    nn.utils.parametrizations.weight_norm(model.fc if kind == "adapter" else model.head)
+    config = LoRAConfig(r=2, target_modules=["fc"], modules_to_save=None if kind == "adapter" else ["head"])
+    fastadapt.inject(model, config)
+    randomise([parameter for parameter in model.parameters() if parameter.requires_grad])
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+
+
+def test_a_merge_that_fails_on_a_layer_leaves_all_as_they_were() -> None:
+    model = nn.Sequential(OrderedDict((name, nn.Linear(8, 8)) for name in ("one", "two", "three")))
+    nn.utils.parametrizations.weight_norm(model.two)
+    fastadapt.inject(model, LoRAConfig(r=2, target_modules=["one", "two", "three"]))
+    randomise([parameter for parameter in model.parameters() if parameter.requires_grad])
+    x = torch.randn(3, 8)
+    before = model(x)
+    with pytest.raises(ValueError, match="two: the weight of this ParametrizedLinear is made anew at each access"):
+        fastadapt.merge(model)
+    assert not any(layer.merged for layer in adapter_layers(model).values())
+    assert torch.equal(model(x), before)

@@ -167,6 +167,7 @@ WRITES: dict[str, Callable[[nn.Sequential], Any]] = {
     "in place, then forget": lambda model: (weight_of(model).data.copy_(torch.ones(1)), fastadapt.forget(model)),
     "in place and told": lambda model: weight_of(model).mul_(3),
     "two assignments": assign_twice,
+    "transposed in place": lambda model: setattr(weight_of(model), "data", weight_of(model).data.t()),
     "half and back": lambda model: model.half().float(),
     "bfloat16 and back": lambda model: model.to(torch.bfloat16).to(torch.float32),
     "double": lambda model: model.double().float(),
@@ -194,7 +195,7 @@ def test_a_new_base_weight_is_seen(config: Any, write: str, training: bool) -> N
     torch.manual_seed(0)
     config = copy.deepcopy(config)
     config.target_modules = ["0"]
-    model = inject(nn.Sequential(nn.Linear(64, 48)), config).train(training)
+    model = inject(nn.Sequential(nn.Linear(64, 64)), config).train(training)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

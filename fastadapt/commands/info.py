@@ -114,7 +114,8 @@ def _ranks(fields: dict[str, Any]) -> str:
     r = fields.get("init_r", fields.get("r", "-"))
     if not all(isinstance(value, int) for value in values) or not values:
         return str(r)
-    return f"{r}, and {min(values)} to {max(values)} in {len(values)} layers of their own (rank_pattern)"
+    others = str(min(values)) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
+    return f"{r}, and {others} where rank_pattern says so"
 
 
 def _saved(names: Any, tensors: Iterable[str]) -> str:

@@ -43,7 +43,7 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
             notes.append(f"{model_dir} has no tokenizer, so none was saved")
     count = sum(parameter.numel() for parameter in model.parameters())
     return [
-        f"merged {config.peft_type} adapter {adapter_dir} into {output_dir}: {count:,} parameters, {model.dtype}",
+        f"merged {type(config).title} adapter {adapter_dir} into {output_dir}: {count:,} parameters, {model.dtype}",
         *notes,
     ]
 

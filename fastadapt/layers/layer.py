@@ -118,7 +118,8 @@ class BaseLayerWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            # Python's own names (__deepcopy__) are this module's or nobody's.
+            if name == "base_layer" or name.startswith("__"):
                 raise
             return getattr(self.base_layer, name)
 
@@ -238,10 +239,16 @@ class AdapterLayer(BaseLayerWrapper):
             return
         weight, bias = self.merged_tensors()
         base = self.base_layer
-        self._unmerged = (base.weight, self.base_bias)
+        if "weight" not in base._parameters:
+            raise ValueError(
+                f"the weight of this {type(base).__name__} is made anew at each access (parametrized, pruned): nothing "
+                "can be written into it; make it plain first (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        old = base.weight, self.base_bias
         base.weight = nn.Parameter(self.from_matrix(weight), requires_grad=False)
         if bias is not None:
             base.bias = nn.Parameter(bias, requires_grad=False)
+        self._unmerged = old
 
     def unmerge(self) -> None:
         """Puts back the parameters that `merge` set aside, bit for bit."""

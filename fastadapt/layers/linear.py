@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..operators.adapter_linear.function import adapter_linear, adapter_linear_group
 from .layer import AdapterLayer
-from .sharing import MadeOf, circumstances
+from .sharing import MadeOf, circumstances, is_consumed
 
 
 class AdapterLinear(AdapterLayer):
@@ -33,6 +33,12 @@ class AdapterLinear(AdapterLayer):
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous() if self.fan_in_fan_out else matrix
+
+    def train(self, mode: bool = True) -> AdapterLinear:
+        super().train(mode)
+        if self.__dict__.get("group") is not None:  # not yet there while it is built
+            self.group.forget()  # type: ignore[union-attr]
+        return self
 
     def adapted(self, x: Tensor) -> Tensor:
         if self.group is not None and not self.on_stream:
@@ -91,7 +97,7 @@ class ProjectionGroup:
                 y, state = current.made.pop(id(layer), (None, None))
                 if not current.made:
                     self._round = None
-                if y is not None and state == _state(x, layer):
+                if y is not None and state == _state(x, layer) and not is_consumed(y):
                     fetched: Tensor = y
                     return fetched
             else:
@@ -116,8 +122,12 @@ class ProjectionGroup:
         members = [other for other in self.layers if other is layer or _joins(other, layer, x)]
         if len(members) < 2 or not any(member is layer for member in members):
             return None
+        forms = []
+        for member in members:
+            forms.append(member.form())
+            if forms[-1].U is not None:  # it would run by itself, in what looks like a group
+                return None
         weights = [member.weight_matrix for member in members]
-        forms = [member.form() for member in members]
         ys = adapter_linear_group(
             x,
             weights,

@@ -20,7 +20,8 @@ class ModuleToSave(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original", "copies"):
+            # Python's own names (__deepcopy__) are this module's or nobody's.
+            if name in ("original", "copies") or name.startswith("__"):
                 raise
             return getattr(self.current, name)
 

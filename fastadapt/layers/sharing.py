@@ -22,6 +22,9 @@ def circumstances(x: Tensor, adapters: Sequence[Adapter], *tensors: Tensor | Non
     if torch.compiler.is_compiling():  # tensors have no versions while they are traced
         return ()
     found: list[Any] = [version(x), torch.is_grad_enabled(), compute_dtype(x), optimizer_steps()]
+    found.append(torch.is_inference_mode_enabled())
+    # A checkpoint runs its part again, and must then make the very tensors that it made before.
+    found.append(torch._C._autograd._top_saved_tensors_default_hooks(True))
     for adapter in adapters:
         found += (id(adapter), adapter.training, adapter.scaling, adapter.variant)
         tensors = (*tensors, *adapter._parameters.values(), *adapter._buffers.values())
@@ -31,8 +34,16 @@ def circumstances(x: Tensor, adapters: Sequence[Adapter], *tensors: Tensor | Non
     return tuple(found)
 
 
+def is_consumed(y: Tensor) -> bool:
+    """Whether a backward has run through the call that made y, which others may still wait for."""
+    return not torch.compiler.is_compiling() and getattr(y.grad_fn, "consumed", False)
+
+
 class MadeOf:
-    """What was made of one x for several layers. It does not keep x alive, and `forget` is called when x is gone."""
+    """What was made of one x for several layers; `forget` is called when x is gone.
+
+    It does not keep x alive itself. The graph of what was made can, until a backward has run through it.
+    """
 
     def __init__(self, x: Tensor, made: Any, forget: Callable[[MadeOf], None]) -> None:
         # While x is traced it outlives what is made of it.

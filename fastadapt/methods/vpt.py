@@ -141,7 +141,10 @@ class Prefix(StreamAdapter):
         if not alone or prompts.training:  # other adapters, or a dropout mask, make another prefix each time
             return make()
         parts = (getattr(projection, "base_layer", projection), norm.base_layer)
-        sources = [prompts.prompt_embeddings, *[tensor for part in parts for tensor in (part.weight, part.bias)]]
+        if not all([isinstance(getattr(part, "weight", None), Tensor) for part in parts]):
+            return make()  # a container or a quantised layer, which does not say what it depends on
+        own = [getattr(part, name, None) for part in parts for name in ("weight", "bias")]
+        sources = [prompts.prompt_embeddings, *own]
         kind = like.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         return self.memo(name, sources, make, tokens.shape, like.dtype, autocast)

@@ -299,10 +299,13 @@ class AdapterPool:
                     trial.give_back(size, offsets)
             if trial.has_room([*self._sizes(() if users.get(arrival.key) else arrival.pair), *own]):
                 return idle[:count]
+        pages = [*self._sizes(() if users.get(arrival.key) else arrival.pair), *own]
+        needed = sum([size * count for size, count in pages])
         raise PoolFullError(
-            f"adapter {entry.name!r} does not fit: {error}; {trial.used_bytes:,} are pinned or in use: raise the "
-            "budget, or have fewer adapters in a batch"
-        ) from None
+            f"adapter {entry.name!r} does not fit: it needs {needed:,} bytes, in slabs of {trial.slab_bytes:,} for "
+            f"pages of one size each; {trial.used_bytes:,} of {trial.budget:,} are pinned or in use: raise the budget, "
+            "or have fewer adapters in a batch"
+        ) from error
 
     def _retire(self, entry: Entry) -> None:
         """Gives back an entry's memory, at once or when its last user is done."""

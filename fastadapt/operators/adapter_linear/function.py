@@ -184,6 +184,7 @@ class AdapterLinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.consumed = True  # what others keep of this call's outputs has no graph any more
         call, needs, count = ctx.call, _needs(ctx.needs_input_grad), len(dys) * _TENSORS
         rows, u, drop, *tensors = ctx.saved_tensors
         tensors, kept = tensors[:count], tensors[count:]

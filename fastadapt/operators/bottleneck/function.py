@@ -69,7 +69,9 @@ def bottleneck(
     # Its gradient is then part of v's, and nothing has to add the two.
     adds_v = residual is v and v.dtype == compute_dtype(v)
     call = _Call(layer[_TENSORS:], active.p, adds_v, backend)
-    out: Tensor = BottleneckFunction.apply(v, None if adds_v else residual, active.drop, call, *layer[:_TENSORS])
+    # Otherwise it is a tensor of its own, also where both are v: a Function that is compiled takes none twice.
+    other = None if adds_v or residual is None else residual.view_as(residual) if residual is v else residual
+    out: Tensor = BottleneckFunction.apply(v, other, active.drop, call, *layer[:_TENSORS])
     return out
 
 
@@ -116,6 +118,7 @@ class BottleneckFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.consumed = True  # what others keep of this call's output has no graph any more
         rows, drop, *tensors = ctx.saved_tensors
         needs_v, needs_residual, _, _, *needs = ctx.needs_input_grad
         call, layer = ctx.call, BottleneckLayer._make((*tensors, None, *ctx.call.plain))

@@ -32,8 +32,8 @@ def multi_adapter_linear(
     resolved = resolve_backend(backend, x, weight)
     if resolved == "reference":
         raise ValueError('backend "reference" has no pages: call reference.multi_adapter_linear_reference with forms')
+    dtype = compute_dtype(x)
     with torch.no_grad(), without_autocast(x):
-        dtype = compute_dtype(x)
         rows = cast(rows_of(x), dtype)
         y = op.run(rows, cast(weight, dtype), bias, batch, layer, resolved)
     return y.view(*x.shape[:-1], weight.shape[0])
