@@ -13,6 +13,9 @@ from ..operators.calls import compute_dtype
 from ..staleness import optimizer_steps, version
 from .layer import Adapter
 
+# The hooks that checkpoints and their recomputation save tensors through; torch 2.7 does not tell them.
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+
 
 def circumstances(x: Tensor, adapters: Sequence[Adapter], *tensors: Tensor | None) -> tuple[Any, ...]:
     """What a result for x depends on beside x itself: equal as long as the result would come out the same.
@@ -21,10 +24,9 @@ def circumstances(x: Tensor, adapters: Sequence[Adapter], *tensors: Tensor | Non
     """
     if torch.compiler.is_compiling():  # tensors have no versions while they are traced
         return ()
-    found: list[Any] = [version(x), torch.is_grad_enabled(), compute_dtype(x), optimizer_steps()]
-    found.append(torch.is_inference_mode_enabled())
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), compute_dtype(x)
     # A checkpoint runs its part again, and must then make the very tensors that it made before.
-    found.append(torch._C._autograd._top_saved_tensors_default_hooks(True))
+    found: list[Any] = [version(x), *modes, optimizer_steps(), _saving_hooks(True)]
     for adapter in adapters:
         found += (id(adapter), adapter.training, adapter.scaling, adapter.variant)
         tensors = (*tensors, *adapter._parameters.values(), *adapter._buffers.values())
