@@ -23,6 +23,7 @@ BENCHES = {
     "pool": "bench.pool",
     "fuzz": "bench.fuzz",
     "road": "bench.road",
+    "tables": "bench.tables",
 }
 
 

@@ -19,10 +19,11 @@ from test_train import answers, tokenizer
 from tiny_models import llama, output, randomise, tokens
 from torch import Tensor
 
+from bench import tables as tables_bench
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, merge, save_adapter, unmerge
 from fastadapt.commands import plugins
 from fastadapt.commands.train.options import Options
-from fastadapt.methods import METHODS, PEFT_TYPES, AdapterConfig, hira
+from fastadapt.methods import METHODS, PEFT_TYPES, AdapterConfig, hira, table
 from fastadapt.model.inject import control
 from fastadapt.model.peft_files import method_of
 from fastadapt.serving import MultiAdapterModel
@@ -385,5 +386,14 @@ def test_the_readme_names_every_method() -> None:
     tables = readme.partition("\n## Methods\n")[2].partition("\n## ")[0].splitlines()
     rows = {line.split("|")[1].partition("(")[0].strip() for line in tables if line.startswith("| ")}
     assert {known.title for known in (*METHODS.values(), *RECIPES.values())} - rows == set()
+    assert tables_bench.with_tables(readme) == readme, "python -m bench tables writes them anew"
     listed = readme.partition("`--method` is any row")[2].partition("OUTPUT")[0]
     assert [name for name in recipes() if f"`{name}`" not in listed] == []
+
+
+def test_a_method_that_says_no_row_has_one_all_the_same() -> None:
+    class Wordless(LoRAConfig):
+        peft_type: ClassVar[str] = "WORDLESS"
+        title: ClassVar[str] = "Wordless"
+
+    assert "| Wordless | `Wordless` | – | – | – | – | – |" in table.markdown(table.FORMS).splitlines()

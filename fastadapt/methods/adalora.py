@@ -105,6 +105,11 @@ class AdaLoRAConfig(AdapterConfig):
     peft_type: ClassVar[str] = "ADALORA"
     in_peft: ClassVar[bool] = True
     title: ClassVar[str] = "AdaLoRA"
+    rows: ClassVar[tuple[str, ...]] = (
+        "AdaLoRA ([2303.10512](https://arxiv.org/abs/2303.10512)) | "
+        "`AdaLoRAConfig(init_r, target_r, total_step)`"
+        " | 1 | E | α/r₀ | b0 | P, E, Q; triplets are pruned",
+    )
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (AdaLoRAAdapter,)
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear, AdapterConv2d)
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "lora_only")

@@ -110,6 +110,12 @@ class AdaptFormerConfig(AdapterConfig):
 
     peft_type: ClassVar[str] = "ADAPTFORMER"
     title: ClassVar[str] = "AdaptFormer"
+    rows: ClassVar[tuple[str, ...]] = (
+        "AdaptFormer ([2205.13535](https://arxiv.org/abs/2205.13535)) | "
+        "`AdaptFormerConfig(r=64, scaling=0.1, branch_input)`"
+        " | MLP(x) + s (U relu(D v + a) + c) beside or behind the MLP"
+        " | `functional.bottleneck`: hidden features never kept",
+    )
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (AdaptFormerAdapter,)
     has_forms: ClassVar[bool] = False
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterModule, AdapterLinear, AdapterNorm)

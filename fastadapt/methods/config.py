@@ -204,6 +204,8 @@ class AdapterConfig:
     in_peft: ClassVar[bool] = False
     # What the method is called.
     title: ClassVar[str]
+    # Its lines in the table of methods (see table.py), in the same body: a variant has one of its own.
+    rows: ClassVar[tuple[str, ...]] = ()
     # The adapters whose tensors a file of the method holds, by layer.
     adapter_classes: ClassVar[tuple[type[Adapter], ...]]
     # What a file holds of `shared_tensors`, by the names there.

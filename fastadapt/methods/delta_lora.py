@@ -84,6 +84,11 @@ class DeltaLoRAConfig(LoRAConfig):
 
     peft_type: ClassVar[str] = "DELTA_LORA"
     title: ClassVar[str] = "Delta-LoRA"
+    rows: ClassVar[tuple[str, ...]] = (
+        "Delta-LoRA ([2309.02411](https://arxiv.org/abs/2309.02411)) | "
+        "`DeltaLoRAConfig(delta_lambda, start_step)`"
+        " | 1 | 1 | α/r | b0 | A, B; stacked with their anchor, rank 2r",
+    )
     adapter_classes: ClassVar[tuple[type[LoRAAdapter]]] = (DeltaLoRAAdapter,)
 
     delta_lambda: float = 2.0

@@ -254,6 +254,11 @@ class GLoRAConfig(AdapterConfig):
     aliases: ClassVar[tuple[str, ...]] = ("GLORA_MIXED",)
     in_peft: ClassVar[bool] = True
     title: ClassVar[str] = "GLoRA"
+    rows: ClassVar[tuple[str, ...]] = (
+        "GLoRA ([2306.07967](https://arxiv.org/abs/2306.07967)) | "
+        "`GLoRAConfig(r, config_A_B, config_C, config_D_E)`"
+        " | 1+a | 1 | 1 | b0⊙(1+D)+E+W0C | A, B, C, D, E; a LoRA-shaped A is U V below",
+    )
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (GLoRAAdapter,)
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)
     zero_tensors: ClassVar[tuple[str, ...]] = tuple(f"glora_{letter}.zeros" for letter in Supports._fields)

@@ -65,6 +65,7 @@ class HiRAConfig(AdapterConfig):
     peft_type: ClassVar[str] = "HIRA"
     in_peft: ClassVar[bool] = True
     title: ClassVar[str] = "HiRA"
+    rows: ClassVar[tuple[str, ...]] = ("HiRA (ICLR 2025) | `HiRAConfig(r)` | 1 | – | – | b0 | U, V",)
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (HiRAAdapter,)
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)
 

@@ -166,6 +166,24 @@ class LoRAConfig(AdapterConfig):
     peft_type: ClassVar[str] = "LORA"
     in_peft: ClassVar[bool] = True
     title: ClassVar[str] = "LoRA"
+    rows: ClassVar[tuple[str, ...]] = (
+        "LoRA ([2106.09685](https://arxiv.org/abs/2106.09685)) | `LoRAConfig(r, lora_alpha)` | 1 | 1 | α/r | b0 | A, B",
+        "LoRA+ ([2402.12354](https://arxiv.org/abs/2402.12354)) | "
+        "LoRA's, and `optim.parameter_groups(model, lr)`"
+        " | 1 | 1 | α/r | b0 | A, B: B 16 times faster",
+        "LoRA-FA ([2308.03303](https://arxiv.org/abs/2308.03303)) | "
+        "`LoRAConfig(freeze_A=True)`, and `optim.LoRAFAAdamW(model)`"
+        " | 1 | 1 | α/r | b0 | B; nothing keeps x",
+        "EVA ([2410.07170](https://arxiv.org/abs/2410.07170)) | "
+        '`LoRAConfig(init_lora_weights="eva")`, and `initialize_eva(model, batches)`'
+        " | 1 | 1 | α/r | b0 | A, B; A and ranks from activations",
+        "rsLoRA ([2312.03732](https://arxiv.org/abs/2312.03732)) | "
+        "`LoRAConfig(use_rslora=True)`"
+        " | 1 | 1 | α/√r | b0 | A, B",
+        "DoRA ([2402.09353](https://arxiv.org/abs/2402.09353)) | "
+        "`DoRAConfig(r, lora_alpha)`"
+        " | m/n | 1 | s·m/n | b0 | m, A, B",
+    )
     adapter_classes: ClassVar[tuple[type[LoRAAdapter]]] = (LoRAAdapter,)
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "lora_only")
     # freeze_A: an embedding's A starts at zero.

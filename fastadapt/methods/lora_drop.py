@@ -38,6 +38,11 @@ class LoRADropConfig(LoRAConfig):
 
     peft_type: ClassVar[str] = "LORA_DROP"
     title: ClassVar[str] = "LoRA-drop"
+    rows: ClassVar[tuple[str, ...]] = (
+        "LoRA-drop ([2402.07721](https://arxiv.org/abs/2402.07721)) | "
+        "`LoRADropConfig(threshold=0.9)`, and `select_layers(model, batches)`"
+        " | 1 | 1 | α/r | b0 | A, B; weak layers share a pair",
+    )
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)
 
     threshold: float = 0.9

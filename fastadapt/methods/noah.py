@@ -216,6 +216,11 @@ class NOAHConfig(AdapterConfig):
 
     peft_type: ClassVar[str] = "NOAH"
     title: ClassVar[str] = "NOAH"
+    rows: ClassVar[tuple[str, ...]] = (
+        "NOAH ([2206.04673](https://arxiv.org/abs/2206.04673)) | "
+        "`NOAHConfig(prompts, lora, adapter)`"
+        " | all three in every block, in sizes of its own | the three above",
+    )
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (NOAHPrompts, NOAHProjection, NOAHAdapter)
     uses_r: ClassVar[bool] = False
     has_forms: ClassVar[bool] = False

@@ -158,6 +158,11 @@ class RepAdapterConfig(AdapterConfig):
 
     peft_type: ClassVar[str] = "REPADAPTER"
     title: ClassVar[str] = "RepAdapter"
+    rows: ClassVar[tuple[str, ...]] = (
+        "RepAdapter ([2302.08106](https://arxiv.org/abs/2302.08106)) | "
+        "`RepAdapterConfig(r, groups, scaling)`"
+        " | 1 | 1 | s | b0+sW0(Ga+c) | D, a, G, c; A = D, B = W0G",
+    )
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (RepAdapter,)
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)
 

@@ -52,6 +52,11 @@ class SSFConfig(AdapterConfig):
 
     peft_type: ClassVar[str] = "SSF"
     title: ClassVar[str] = "SSF"
+    rows: ClassVar[tuple[str, ...]] = (
+        "SSF ([2210.08823](https://arxiv.org/abs/2210.08823)) | "
+        "`SSFConfig()`"
+        " | γ | – | – | γ⊙b0+β | γ, β; behind convolutions and LayerNorms too",
+    )
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (SSFAdapter,)
     uses_r: ClassVar[bool] = False
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear, AdapterConv2d, AdapterNorm)

@@ -110,6 +110,10 @@ class VeRAConfig(AdapterConfig):
     aliases: ClassVar[tuple[str, ...]] = ("DVORA",)
     in_peft: ClassVar[bool] = True
     title: ClassVar[str] = "VeRA"
+    rows: ClassVar[tuple[str, ...]] = (
+        "VeRA ([2310.11454](https://arxiv.org/abs/2310.11454)) | `VeRAConfig(r=256)` | 1 | λ_d | λ_b | b0 | λ_b, λ_d",
+        "DVoRA (2402.09353, §5.4) | `VeRAConfig(use_dora=True)` | m/n | λ_d | g⊙λ_b | b0 | m, λ_b, λ_d",
+    )
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (VeRAAdapter,)
     shared_names: ClassVar[tuple[str, ...]] = ("vera_A", "vera_B")
     layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)

@@ -167,6 +167,12 @@ class VPTConfig(AdapterConfig):
 
     peft_type: ClassVar[str] = "VPT"
     title: ClassVar[str] = "VPT"
+    rows: ClassVar[tuple[str, ...]] = (
+        "VPT ([2203.12119](https://arxiv.org/abs/2203.12119)) | "
+        "`VPTConfig(num_virtual_tokens, deep)`"
+        " | trained tokens in front of the first block, or of every block"
+        " | deep: keys and values more, kept at inference",
+    )
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (Prompts,)
     uses_r: ClassVar[bool] = False
     has_forms: ClassVar[bool] = False
