@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 from fastadapt.operators.adapter_linear.workload import Workload
 from fastadapt.operators.dropout import draw_dropout, keep_probability
 from fastadapt.reference import adapter_linear_reference, merged_weight_reference, weight_norm_reference
+from fastadapt.serving import AdapterPool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("eager", "triton")
@@ -680,3 +682,14 @@ def test_a_batch_of_many_dimensions_is_no_copy() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=False) as profile:
         adapter_linear(values["x"].view(2, 3, 12), weight, form)
     assert not {"aten::clone", "aten::copy_"} & {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_the_examples_of_the_public_operators_run(name: str) -> None:
+    function = getattr(functional, name)
+    names = {**vars(functional), "torch": torch, "AdapterForm": AdapterForm, "AdapterPool": AdapterPool}
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=names)
+    assert example.examples or name in ("row_squares", "merged_weight")  # one line each, which the others show
+    with torch.no_grad():
+        result = doctest.DocTestRunner().run(example)
+    assert result.failed == 0

@@ -48,6 +48,11 @@ def adapter_linear(
     or strategy that cannot run; TypeError on dtypes that cannot be mixed.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; Liu et al. 2024, arXiv:2402.09353; Kopiczko et al. 2023,
     arXiv:2310.11454.
+
+    >>> x, weight = torch.randn(2, 5, 16), torch.randn(8, 16)
+    >>> form = AdapterForm(A=torch.randn(4, 16), B=torch.randn(8, 4), out_scale=0.5, bias=torch.randn(8))
+    >>> adapter_linear(x, weight, form).shape
+    torch.Size([2, 5, 8])
     """
     return adapter_linear_group(
         x, (weight,), (form,), dropout=dropout, training=training, backend=backend, strategy=strategy
@@ -70,6 +75,11 @@ def adapter_linear_group(
     is the same tensor (VeRA) share u = A x̃. One dropout mask serves all, otherwise each y is what `adapter_linear`
     gives. Ranks, widths and forms may differ; forms with U and V run one by one, and share a mask among themselves.
     Raises what `adapter_linear` raises, and ValueError for no layers.
+
+    >>> x, weights = torch.randn(5, 16), [torch.randn(8, 16), torch.randn(4, 16)]
+    >>> forms = [AdapterForm(torch.randn(2, 16), torch.randn(len(weight), 2)) for weight in weights]
+    >>> [tuple(y.shape) for y in adapter_linear_group(x, weights, forms)]
+    [(5, 8), (5, 4)]
     """
     if not weights or len(weights) != len(forms):
         raise ValueError(

@@ -53,6 +53,10 @@ def bottleneck(
     that cannot run; TypeError on dtypes that cannot be mixed.
     Source: Chen et al. 2022, arXiv:2205.13535, section 3.2; Luo et al. 2023, arXiv:2302.08106, section 3.3; Zhang et
     al. 2022, arXiv:2206.04673, section 3.
+
+    >>> v, down, up = torch.randn(5, 16), torch.randn(4, 16), torch.randn(16, 4)
+    >>> bottleneck(v, down, up, residual=v, scaling=0.1, activation="gelu").shape
+    torch.Size([5, 16])
     """
     layer = BottleneckLayer(down, up, down_bias, up_bias, scaling, activation, groups)
     check_bottleneck(v, layer, residual, dropout)

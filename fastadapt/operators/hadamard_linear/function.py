@@ -43,6 +43,10 @@ def hadamard_linear(
     Raises ValueError on mismatched shapes or devices, a weight that requires grad, a backend that cannot run; TypeError
     on dtypes that cannot be mixed.
     Source: Huang et al., HiRA, ICLR 2025, section 3; Chavan et al. 2023, arXiv:2306.07967, section 3.
+
+    >>> x, weight = torch.randn(5, 16), torch.randn(8, 16)
+    >>> hadamard_linear(x, weight, U=torch.randn(8, 2), V=torch.randn(2, 16)).shape
+    torch.Size([5, 8])
     """
     layer = HadamardLayer(weight, U, V, A, B, bias, base)
     check_hadamard_linear(x, layer)

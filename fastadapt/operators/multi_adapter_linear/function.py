@@ -26,6 +26,13 @@ def multi_adapter_linear(
     Shapes: x [..., K], its tokens as many as the batch's, row by row; weight [N, K]; bias [N]; y [..., N].
     Raises ValueError on mismatched shapes, devices, another number of tokens, an x that requires grad, a backend that
     cannot run; TypeError on dtypes that cannot be mixed. backend: "auto", "triton" or "eager".
+
+    >>> layer = torch.nn.Linear(16, 8)
+    >>> pool = AdapterPool(layer, {"layer": layer}, budget=1 << 16)
+    >>> x, forms = torch.randn(2, 3, 16), pool.layer("layer")
+    >>> with pool.hold([None, None]) as held:  # for each row the name of an adapter, or None for the base model
+    ...     multi_adapter_linear(x, layer.weight, layer.bias, held.batch(3), forms).shape
+    torch.Size([2, 3, 8])
     """
     check_multi_adapter_linear(x, weight, bias, len(batch))
     check_same_dtype(x, weight)

@@ -39,6 +39,10 @@ def weight_norm(
     caller may keep; n [N]. Gradients flow to lora_A and lora_B; weight is frozen. Once differentiable.
     Raises ValueError on mismatched shapes or devices, TypeError on dtypes without a kernel.
     Source: Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3.
+
+    >>> weight, A, B = torch.randn(8, 16), torch.randn(4, 16), torch.zeros(8, 4)
+    >>> torch.allclose(weight_norm(weight, A, B, 0.5), weight.norm(dim=1))
+    True
     """
     check_weight_norm(weight, lora_A, lora_B)
     backend = resolve_backend(backend, weight)
