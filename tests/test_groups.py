@@ -324,7 +324,7 @@ GROUPED = {
 }
 
 
-@pytest.mark.parametrize("change", ["autocast", "parameter", "scaling", "mode"])
+@pytest.mark.parametrize("change", ["autocast", "parameter", "frozen", "scaling", "mode"])
 @pytest.mark.parametrize("name", GROUPED)
 def test_what_one_layer_made_serves_no_other_case(name: str, change: str) -> None:
     """k after q on the same x, when something has changed between the two, is k on an x of its own."""
@@ -336,11 +336,15 @@ def test_what_one_layer_made_serves_no_other_case(name: str, change: str) -> Non
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.mul_(2)
+    elif change == "frozen":
+        model.requires_grad_(False)
     elif change == "scaling":
         adapter.scaling *= 2
     elif change == "mode":
         model.eval()
-    torch.testing.assert_close(model.k_proj(x), model.k_proj(x.clone()))
+    y, alone = model.k_proj(x), model.k_proj(x.clone())
+    torch.testing.assert_close(y, alone)
+    assert y.requires_grad == alone.requires_grad
 
 
 @pytest.mark.parametrize("backward", [True, False])

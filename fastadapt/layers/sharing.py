@@ -32,7 +32,7 @@ def circumstances(x: Tensor, adapters: Sequence[Adapter], *tensors: Tensor | Non
         tensors = (*tensors, *adapter._parameters.values(), *adapter._buffers.values())
     for tensor in tensors:
         if tensor is not None:
-            found += (id(tensor), version(tensor))
+            found += (id(tensor), version(tensor), tensor.requires_grad)
     return tuple(found)
 
 
