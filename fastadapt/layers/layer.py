@@ -138,7 +138,8 @@ class AdapterLayer(BaseLayerWrapper):
         self.backend = backend
         self.strategy = strategy
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
-        self.train(base_layer.training)
+        # Not by train(), which would give this mode to all that is inside of the base layer.
+        self.training = self.adapters.training = base_layer.training
 
     @property
     def merged(self) -> bool:

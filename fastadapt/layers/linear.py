@@ -36,8 +36,8 @@ class AdapterLinear(AdapterLayer):
 
     def train(self, mode: bool = True) -> AdapterLinear:
         super().train(mode)
-        if self.__dict__.get("group") is not None:  # not yet there while it is built
-            self.group.forget()  # type: ignore[union-attr]
+        if self.group is not None:
+            self.group.forget()
         return self
 
     def adapted(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ..checks import check_probability
 from ..layers.kinds import AdapterConv2d
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear
+from ..operators.calls import without_autocast
 from ..reference import AdapterForm
 from .config import AdapterConfig, Control
 from .lora import LoRAConfig
@@ -234,7 +235,7 @@ class Orthogonality(Control):
             return 0.0
         home = rows[0].device
         # In 16 bits, as autocast would have the products, QQᵀ − I is mostly rounding.
-        with torch.autocast(home.type, enabled=False):
+        with without_autocast(rows[0]):
             grams = [side @ side.T for side in rows]
             identities = [torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams]
             norms = torch._foreach_norm(torch._foreach_sub(grams, identities))

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checks import shown
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear
+from ..operators.calls import without_autocast
 from ..reference import AdapterForm
 from .config import AdapterConfig, pattern_value
 
@@ -173,7 +174,7 @@ class GLoRAAdapter(Adapter):
         if supports.C != "none":
             r = lora_rank(supports.C)
             Xd, Xu = self.factors("C", r) if r else (self.column("C", supports.C)[:, None], None)
-            with torch.autocast(weight.device.type, enabled=False):  # it would make a copy of W0
+            with without_autocast(weight):  # it would make a copy of W0
                 column = Xd if Xu is None else Xd @ Xu
                 terms.append((weight @ column.to(weight.dtype)).squeeze(1).to(column.dtype))
         for term in terms:

@@ -16,6 +16,7 @@ from ..layers.linear import AdapterLinear
 from ..layers.sharing import MadeOf, circumstances, is_consumed
 from ..layers.siblings import siblings
 from ..operators.bottleneck.function import bottleneck
+from ..operators.calls import without_autocast
 from ..reference import AdapterForm
 from ..staleness import Kept
 from .config import AdapterConfig
@@ -126,7 +127,7 @@ class RepAdapter(Adapter):
 
     def _into(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(W0 G without the zeros of G, W0 (G a + c)). Shapes: weight [out, in]; results [out, r] and [out]."""
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             parts = weight.to(self.conv_B.dtype).chunk(self.groups, 1)
             blocks = zip(parts, self.conv_B[..., 0].chunk(self.groups), strict=True)
             B = torch.cat([part @ block for part, block in blocks], 1)

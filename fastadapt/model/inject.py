@@ -169,9 +169,7 @@ def layers_at(
             layers[path] = module
         else:
             try:
-                # Wrapping a module gives its mode to all that is inside.
-                with in_mode(module, training=module.training):
-                    layers[path] = adapter_layer(module, backend, strategy)
+                layers[path] = adapter_layer(module, backend, strategy)
             except ValueError as error:
                 raise ValueError(f"target_modules: {path}: {error}") from None
         config.check_kind(path, layers[path], modules.values())

@@ -26,7 +26,7 @@ Results = TypeVar("Results")
 _WORDS = {Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str"}
 
 
-def is_record(hint: Any) -> bool:
+def _is_record(hint: Any) -> bool:
     """Whether a type is a NamedTuple."""
     return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
 
@@ -59,10 +59,10 @@ class _Layout(NamedTuple):
 
 def _layout(name: str, hint: Any) -> _Layout:
     item = _items(hint)
-    if is_record(hint):
+    if _is_record(hint):
         fields = tuple([_layout(f"{name}_{field}", inner) for field, inner in get_type_hints(hint).items()])
         return _Layout(tuple([word for field in fields for word in field.words]), hint, fields)
-    if is_record(item):
+    if _is_record(item):
         words = tuple([f"{_word(inner)}[] {name}_{field}" for field, inner in get_type_hints(item).items()])
         return _Layout(words, item, columns=len(words))
     return _Layout((f"{_word(hint)} {name}",), sequence=item is not None)
