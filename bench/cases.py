@@ -22,6 +22,7 @@ BENCHES = {
     "serve": "bench.serve",
     "pool": "bench.pool",
     "fuzz": "bench.fuzz",
+    "calls": "bench.calls",
     "road": "bench.road",
     "tables": "bench.tables",
 }
