@@ -87,8 +87,9 @@ class Kept:
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles start empty
         return Kept, (self.most,)
 
-    def forget(self) -> None:
-        self._entries = {}
+    def forget(self, name: Hashable | None = None) -> None:
+        """Drops what is kept under a name, or everything."""
+        self._entries = {} if name is None else {key: entry for key, entry in self._entries.items() if key != name}
 
     def __call__(
         self,

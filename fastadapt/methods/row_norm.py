@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..operators.registry import sees_operators
 from ..operators.weight_norm.function import row_squares, weight_norm
 from ..staleness import Kept
 
@@ -12,15 +13,31 @@ from ..staleness import Kept
 def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *, changing: bool) -> Tensor:
     """n_j = ‖(W0 + s·B·A)_j‖ in fp32, detached, with ‖W0‖² and, outside training, n itself in `kept`.
 
-    changing: whether A or B may have been written untold, or is a new tensor each time: n is then made anew. ‖W0‖² is
-    made once of a W0 that stays as it is. Shapes: weight [N, K]; A [R, K]; B [N, R]; n [N].
+    changing: whether A or B may have been written untold. A CPU then compares them with copies, so that gradient
+    accumulation and recomputed forwards find n again; elsewhere, where that would wait for the device, n is made anew.
+    ‖W0‖² is made once of a W0 that stays as it is. Shapes: weight [N, K]; A [R, K]; B [N, R]; n [N].
     Source: Liu et al. 2024, arXiv:2402.09353, section 4.3 (the norm is a constant for the gradient).
     """
     if weight.is_meta:  # an adapter is being built without memory: its norms have a shape and no values
         return torch.empty(weight.shape[0], device="meta")
 
-    def make() -> Tensor:
-        base_squared = kept("squares", (weight,), lambda: row_squares(weight.detach()), trained=False)
-        return weight_norm(weight.detach(), A.detach(), B.detach(), scaling, base_squared=base_squared)
+    base, down, up = weight.detach(), A.detach(), B.detach()
 
-    return make() if changing else kept("norm", (weight, A, B), make, scaling)
+    def make() -> Tensor:
+        base_squared = kept("squares", (base,), lambda: row_squares(base), trained=False)
+        return weight_norm(base, down, up, scaling, base_squared=base_squared)
+
+    if not changing:
+        return kept("norm", (weight, A, B), make, scaling)
+    if not weight.is_cpu or sees_operators(weight):
+        return make()
+
+    def make_with_copies() -> tuple[Tensor, Tensor, Tensor]:
+        return down.clone(), up.clone(), make()
+
+    own = "norm in training"
+    old_down, old_up, norm = kept(own, (base, down, up), make_with_copies, scaling)
+    if not (torch.equal(old_down, down) and torch.equal(old_up, up)):
+        kept.forget(own)
+        *_, norm = kept(own, (base, down, up), make_with_copies, scaling)
+    return norm
