@@ -25,7 +25,7 @@ from bench.microbench import compact
 from bench.operators import LLAMA_8B, SMALL, OperatorCase, check, judge, make_operands, prepare, providers
 from bench.plots import draw_gpu, draw_microbench, read
 from fastadapt.commands import doctor
-from fastadapt.operators.adapter_linear import function, tuner
+from fastadapt.operators.adapter_linear import function, plan, tuner
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
@@ -246,7 +246,7 @@ def test_the_tuner_is_given_times_under_the_key_that_the_operator_looks_up(
     monkeypatch.setattr(tuner, "lookup", asked.append)
     monkeypatch.setattr(tuner, "best", lambda *_: None)
     # So that there is a choice to look up, on a CPU and under dropout as well.
-    monkeypatch.setattr(function, "candidates", lambda *_: ("library", "recompose"))
+    monkeypatch.setattr(plan, "candidates", lambda *_: ("library", "recompose"))
     grouped = function.adapter_linear_group
     monkeypatch.setattr(
         operators, "adapter_linear_group", lambda *args, **more: grouped(*args, **{**more, "strategy": "tune"})

@@ -58,6 +58,11 @@ class Adapter(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
         self.checkpoint_names[name] = self.suffixes[name]
 
+    def tensor(self, name: str) -> Tensor:
+        """The parameter or buffer of that name, sooner than as an attribute."""
+        found: Tensor | None = self._parameters.get(name)
+        return getattr(self, name) if found is None else found
+
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint holds of this adapter, by their suffix in it."""
         return {suffix: getattr(self, name) for name, suffix in self.checkpoint_names.items()}
@@ -148,7 +153,8 @@ class AdapterLayer(BaseLayerWrapper):
     @property
     def active_adapters(self) -> list[Adapter]:
         adapters: Any = self._modules["adapters"]
-        return [adapters._modules[name] for name in self.active]
+        modules = adapters._modules
+        return [modules[name] for name in self.active]
 
     @property
     def dropout(self) -> float:
@@ -170,7 +176,10 @@ class AdapterLayer(BaseLayerWrapper):
     @property
     def on_stream(self) -> bool:
         """Whether an active adapter works on what the layer reads or gives."""
-        return any([adapter.on_stream(self) for adapter in self.active_adapters])
+        adapters = self.active_adapters
+        if len(adapters) == 1:  # sooner than by a generator
+            return adapters[0].on_stream(self)
+        return any(adapter.on_stream(self) for adapter in adapters)
 
     @property
     def weight_matrix(self) -> Tensor:
@@ -186,7 +195,9 @@ class AdapterLayer(BaseLayerWrapper):
 
     @property
     def base_bias(self) -> nn.Parameter | None:
-        return getattr(self.base_layer, "bias", None)
+        base: Any = self._modules["base_layer"]
+        parameters = base._parameters
+        return parameters["bias"] if "bias" in parameters else getattr(base, "bias", None)
 
     def form(self) -> AdapterForm:
         """The form that the active adapters have in a forward. Raises ValueError when none is active."""
@@ -264,10 +275,10 @@ class AdapterLayer(BaseLayerWrapper):
         self._unmerged = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.merged or not self.active:
+        if self._unmerged is not None or not self.active:
             return self.base_layer(x, *args, **kwargs)
         if not self.on_stream:
-            return self.adapted(x)
+            return self.grouped(x)
         run: Callable[..., Any] = self.with_forms
         for adapter in reversed(self.active_adapters):
             if adapter.on_stream(self):
@@ -279,6 +290,10 @@ class AdapterLayer(BaseLayerWrapper):
         if not self.merged and not all([adapter.on_stream(self) for adapter in self.active_adapters]):
             return self.adapted(x)
         return self.base_layer(x, *args, **kwargs)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """`adapted`, together with layers that read the same x where that pays."""
+        return self.adapted(x)
 
     def adapted(self, x: Tensor) -> Tensor:
         """The base layer with the form of the active adapters applied to x."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..operators.adapter_linear.function import adapter_linear, adapter_linear_group
 from .layer import AdapterLayer
-from .sharing import MadeOf, circumstances, is_consumed
+from .sharing import MadeOf, circumstances, is_consumed, makers
 
 
 class AdapterLinear(AdapterLayer):
@@ -28,7 +28,10 @@ class AdapterLinear(AdapterLayer):
 
     @property
     def weight_matrix(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight
+        base: Any = self._modules["base_layer"]
+        weight: Tensor | None = base._parameters.get("weight")
+        if weight is None:  # made anew at each access: parametrized, pruned
+            weight = base.weight
         return weight.T if self.fan_in_fan_out else weight
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
@@ -40,11 +43,11 @@ class AdapterLinear(AdapterLayer):
             self.group.forget()
         return self
 
+    def grouped(self, x: Tensor) -> Tensor:
+        y = None if self.group is None else self.group.output(self, x)
+        return self.adapted(x) if y is None else y
+
     def adapted(self, x: Tensor) -> Tensor:
-        if self.group is not None and not self.on_stream:
-            y = self.group.output(self, x)
-            if y is not None:
-                return y
         return adapter_linear(
             x,
             self.weight_matrix,
@@ -94,10 +97,11 @@ class ProjectionGroup:
         current = self._round
         if current is not None:
             if current.of(x):
-                y, state = current.made.pop(id(layer), (None, None))
-                if not current.made:
+                before, waiting = current.made
+                y, made_by = waiting.pop(id(layer), (None, None))
+                if not waiting:
                     self._round = None
-                if y is not None and state == _state(x, layer) and not is_consumed(y):
+                if y is not None and before == circumstances(x) and made_by == _makers(layer) and not is_consumed(y):
                     fetched: Tensor = y
                     return fetched
             else:
@@ -119,51 +123,59 @@ class ProjectionGroup:
                 self._misses += 1
 
     def _lead(self, layer: AdapterLinear, x: Tensor) -> Tensor | None:
-        members = [other for other in self.layers if other is layer or _joins(other, layer, x)]
-        if len(members) < 2 or not any(member is layer for member in members):
+        kind = _kind(layer)
+        if kind is None or kind[:3] != (x.shape[-1], x.device, False):
             return None
+        others = [other for other in self.layers if other is not layer and _kind(other) == kind]
+        if not others or layer not in self.layers:
+            return None
+        members = [layer, *others]
         forms = []
         for member in members:
             forms.append(member.form())
             if forms[-1].U is not None:  # it would run by itself, in what looks like a group
                 return None
-        weights = [member.weight_matrix for member in members]
-        ys = adapter_linear_group(
+        y, *ys = adapter_linear_group(
             x,
-            weights,
+            [member.weight_matrix for member in members],
             forms,
             dropout=layer.dropout,
             training=layer.training,
             backend=layer.backend,
             strategy=layer.strategy,
         )
-        found = dict(zip(members, ys, strict=True))
-        y = found.pop(layer)
-        waiting = {id(member): (other, _state(x, member)) for member, other in found.items()}
-        self._round = MadeOf(x, waiting, self.drop)
+        waiting = {id(member): (other, _makers(member)) for member, other in zip(others, ys, strict=True)}
+        self._round = MadeOf(x, (circumstances(x), waiting), self.drop)
         return y
 
 
-def _joins(other: AdapterLinear, leader: AdapterLinear, x: Tensor) -> bool:
-    """Whether a layer can run together with the one that was called."""
-    if not other.active or other.merged or other.on_stream or other.dropout != leader.dropout:
-        return False
-    weight, own = other.weight_matrix, leader.weight_matrix
+def _kind(layer: AdapterLinear) -> tuple[Any, ...] | None:
+    """What layers that run together have in common, and x with the first of it: (in, device, trained base weight).
+
+    None where a forward is not a form alone: nothing is active, merged, or an adapter works on the stream.
+    """
+    adapters = layer.active_adapters
+    if layer.merged or not adapters or layer.on_stream:
+        return None
+    weight = layer.weight_matrix
     return (
+        weight.shape[-1],
+        weight.device,
+        weight.requires_grad,
+        weight.dim(),
+        weight.dtype,
         # A sharded or offloaded weight is not what it seems to be until its own layer is called.
-        type(weight) is type(own)
-        and weight.dim() == 2
-        and weight.shape[1] == x.shape[-1]
-        and weight.dtype == own.dtype
-        and weight.device == x.device
-        and not weight.requires_grad
-        and (other.training, other.backend, other.strategy) == (leader.training, leader.backend, leader.strategy)
+        type(weight),
+        adapters[0].dropout if len(adapters) == 1 else layer.dropout,
+        layer.training,
+        layer.backend,
+        layer.strategy,
     )
 
 
-def _state(x: Tensor, layer: AdapterLinear) -> tuple[Any, ...]:
+def _makers(layer: AdapterLinear) -> list[Any]:
     base: Any = layer._modules["base_layer"]
     own = base._parameters
     # A weight that is made anew at each access is never the same: its layer runs by itself.
     tensors = own.values() if "weight" in own else (base.weight, base.bias)
-    return layer.training, *circumstances(x, layer.active_adapters, *tensors)
+    return [layer.training, *makers(layer.active_adapters, *tensors)]

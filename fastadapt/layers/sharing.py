@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators.calls import compute_dtype
+from ..operators.calls import autocast_dtype
 from ..staleness import optimizer_steps, version
 from .layer import Adapter
 
@@ -17,23 +17,30 @@ from .layer import Adapter
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
 
-def circumstances(x: Tensor, adapters: Sequence[Adapter], *tensors: Tensor | None) -> tuple[Any, ...]:
-    """What a result for x depends on beside x itself: equal as long as the result would come out the same.
-
-    adapters: those that it is made by; tensors: what else, a base weight and its bias.
-    """
+def circumstances(x: Tensor) -> tuple[Any, ...]:
+    """What a result for x depends on beside x itself and what makes it (`makers`)."""
     if torch.compiler.is_compiling():  # tensors have no versions while they are traced
         return ()
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), compute_dtype(x)
-    # A checkpoint runs its part again, and must then make the very tensors that it made before.
-    found: list[Any] = [version(x), *modes, optimizer_steps(), _saving_hooks(True)]
+    # A checkpoint runs its part again, and must then make the very tensors that it made before: its hooks count.
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype(x)
+    return version(x), *modes, optimizer_steps(), _saving_hooks(True)
+
+
+def makers(adapters: Sequence[Adapter], *tensors: Tensor | None) -> list[Any]:
+    """What a result is made by: equal as long as it would come out the same for the same x in the same circumstances.
+
+    tensors: what there is beside the adapters, a base weight and its bias.
+    """
+    found: list[Any] = []
+    if torch.compiler.is_compiling():
+        return found
     for adapter in adapters:
         found += (id(adapter), adapter.training, adapter.scaling, adapter.variant)
         tensors = (*tensors, *adapter._parameters.values(), *adapter._buffers.values())
     for tensor in tensors:
         if tensor is not None:
-            found += (id(tensor), version(tensor), tensor.requires_grad)
-    return tuple(found)
+            found += (id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.requires_grad)
+    return found
 
 
 def is_consumed(y: Tensor) -> bool:

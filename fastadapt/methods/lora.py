@@ -24,6 +24,9 @@ from .row_norm import row_norm
 INITS = (True, False, "gaussian", "eva")
 
 
+_SMALL = ("bias", "lora_B_bias", "lora_magnitude_vector")
+
+
 class LoRAAdapter(Adapter):
     """A and B of one layer, DoRA's magnitude m where there is one, and the trained biases.
 
@@ -84,22 +87,25 @@ class LoRAAdapter(Adapter):
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] as matrices."""
-        A, B = [getattr(self, name) for name in self._names]
-        return (A, B) if A.dim() == 2 else (A.flatten(1), B.flatten(1))
+        A, B = self._names
+        down, up = self.tensor(A), self.tensor(B)
+        return (down, up) if down.dim() == 2 else (down.flatten(1), up.flatten(1))
 
     def _norm(self, weight: Tensor) -> Tensor:
         return row_norm(self.memo, weight, *self.factors, self.scaling, changing=self.training)
 
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         A, B = self.factors
-        if self.bias is not None:
-            bias = self.bias
-        if self.lora_B_bias is not None:
-            added = self.scaling * self.lora_B_bias
+        parameters = self._parameters
+        own_bias, bias_of_B, magnitude = [parameters[name] for name in _SMALL]
+        if own_bias is not None:
+            bias = own_bias
+        if bias_of_B is not None:
+            added = self.scaling * bias_of_B
             bias = added if bias is None else bias + added
-        if self.lora_magnitude_vector is None:
-            return AdapterForm(A, B, out_scale=self.scaling, bias=bias)
-        g = self.lora_magnitude_vector / self._norm(weight)
+        if magnitude is None:
+            return AdapterForm(A, B, None, self.scaling, None, bias)
+        g = magnitude / self._norm(weight)
         return AdapterForm(A, B, out_scale=g, base_scale=g, bias=bias, dropout_on_base=True, scaling=self.scaling)
 
     def extra_repr(self) -> str:

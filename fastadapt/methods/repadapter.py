@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checks import check_probability
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear
-from ..layers.sharing import MadeOf, circumstances, is_consumed
+from ..layers.sharing import MadeOf, circumstances, is_consumed, makers
 from ..layers.siblings import siblings
 from ..operators.bottleneck.function import bottleneck
 from ..operators.calls import without_autocast
@@ -111,7 +111,7 @@ class RepAdapter(Adapter):
         if self.readers == 1:
             return self._read_by(layer, x)
         # One bottleneck, and so one dropout mask, for all that read x: each of them fetches it once.
-        current, given = self._read, circumstances(x, [self])
+        current, given = self._read, (*circumstances(x), *makers([self]))
         read: _Read | None = current.made if current is not None and current.of(x) else None
         again = read is not None and (is_consumed(read.result) or any([other is layer for other in read.served]))
         if read is None or read.given != given or again:

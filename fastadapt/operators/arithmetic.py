@@ -13,7 +13,10 @@ from torch import Tensor
 # PyTorch makes when it multiplies by an fp32 scale.
 _BLOCK_ELEMENTS = 1 << 20
 # Products of fewer rows than this lose time to reading the weight again.
-_BLOCK_ROWS = 512
+BLOCK_ROWS = 512
+
+# Elements up to which the number of operations is what takes time.
+_SMALL = 1 << 15
 
 # Rows whose fp32 copy stays in the cache.
 _SUMMED_ROWS = 256
@@ -30,7 +33,7 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    size = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(1, columns))
+    size = max(BLOCK_ROWS, _BLOCK_ELEMENTS // max(1, columns))
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -72,11 +75,16 @@ def scaled(v: Tensor, scale: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
     return y
 
 
+def scaled_rows(matrix: Tensor, scale: Tensor | None) -> Tensor:
+    """diag(scale) matrix. Shapes: matrix [N, R]; scale [N]."""
+    return matrix if scale is None else matrix * scale[:, None]
+
+
 def factor_products(dy: Tensor, u: Tensor, scaling: float) -> Tensor:
     """P = scaling · dyᵀ u [N, R]. With many more rows than columns of u, MKL is faster with the transposed product."""
     if 8 * u.shape[1] < dy.shape[0]:
-        return cast(product(u.T, dy, scaling).T.contiguous(), sum_dtype(dy))
-    return cast(product(dy.T, u, scaling), sum_dtype(dy))
+        return cast(product(u.t(), dy, scaling).t().contiguous(), sum_dtype(dy))
+    return cast(product(dy.t(), u, scaling), sum_dtype(dy))
 
 
 def column_sums(dy: Tensor) -> Tensor:
@@ -94,6 +102,8 @@ def column_sums(dy: Tensor) -> Tensor:
 def column_dots(dy: Tensor, z: Tensor) -> Tensor:
     """Σ_m dy ⊙ z [N]."""
     dtype = sum_dtype(dy)
+    if dy.dtype == dtype and dy.numel() <= _SMALL:
+        return (dy * z).sum(0)
     if dy.device.type == "cpu" and dy.dtype == dtype and dy.shape[0] > 0:  # on one thread it adds in 16 bits
         # It is the gain's gradient of a layer norm whose mean is 0 and whose deviation is 1: PyTorch has that in one
         # pass without a product of size [M, N], in half the time of multiplying and summing.

@@ -25,25 +25,30 @@ def with_leading(y: Tensor, x_shape: torch.Size) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's where it is on for x's device, else x's own."""
-    kind = x.device.type
-    if autocasts(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    dtype = autocast_dtype(x)
+    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Autocast off for x's device inside the `with` block: for products whose dtype is chosen already."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
+    return AS_IT_IS if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
-def autocasts(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+AS_IT_IS = nullcontext()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on x's device, None where it is off."""
+    # A device's `type` is a string that is made at each access.
+    kind = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def check_same_dtype(x: Tensor, weight: Tensor) -> None:
     # Autocast takes both to its own dtype, but leaves float64 alone.
-    mixes = autocasts(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    mixes = autocast_dtype(x) is not None and torch.float64 not in (x.dtype, weight.dtype)
     if x.dtype != weight.dtype and not mixes:
         raise TypeError(
             f"weight must have x's dtype {x.dtype}, got {weight.dtype}: cast one of them or use torch.autocast"

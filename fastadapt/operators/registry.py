@@ -112,19 +112,22 @@ def _filled(outline: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with memory of their own each: compiled code takes that for granted of what an operator returns."""
+    """The tensors with memory of their own each, from its start: compiled code takes that for granted."""
     seen: set[int] = set()
     found = []
     for tensor in tensors:
         storage = tensor.untyped_storage().data_ptr()
-        found.append(tensor.clone() if storage in seen else tensor)
+        found.append(tensor.clone() if storage in seen or tensor.storage_offset() else tensor)
         seen.add(storage)
     return found
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def sees_operators(x: Tensor) -> bool:
     """Whether who runs x sees operators: compiled code, and subclasses of Tensor such as those without data."""
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+    return type(x) not in _PLAIN or torch.compiler.is_compiling()
 
 
 class Operator(Generic[Results]):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arithmetic import (
+    BLOCK_ROWS,
     add_scaled,
     cast,
     column_dots,
@@ -23,6 +24,7 @@ from ..arithmetic import (
     product,
     row_blocks,
     scaled,
+    scaled_rows,
     sum_dtype,
 )
 from ..masks import dropped, zero_dropped
@@ -31,23 +33,24 @@ from .member import Grads, Group, Keep, Member, Outputs, Saved, Wants
 
 def _parts(u: Tensor, group: Group) -> Sequence[Tensor]:
     """Each member's own columns of u."""
-    if group.shared_A or len(group.members) == 1:
-        return [u] * len(group.members)
-    parts: Sequence[Tensor] = u.split(group.down_ranks, dim=1)
-    return parts
+    count = len(group.members)
+    if group.shared_A or count == 1:
+        return [u] * count
+    return torch.split_with_sizes(u, group.down_ranks, 1)
 
 
 def _down(group: Group, dtype: torch.dtype) -> Tensor:
     """The A of the members stacked along r, in `dtype`."""
-    if group.shared_A or len(group.members) == 1:
-        return cast(group.members[0].A, dtype)
-    return torch.cat([cast(member.A, dtype) for member in group.members])
+    members = group.members
+    if group.shared_A or len(members) == 1:
+        return cast(members[0].A, dtype)
+    return torch.cat([cast(member.A, dtype) for member in members])
 
 
 def _up(member: Member, dtype: torch.dtype) -> Tensor:
     """The vector part of h ⊙ B in `dtype`; the scalar part rides on the products as alpha, for nothing."""
     vector = member.vector
-    return cast(member.B if vector is None else member.B * vector[:, None], dtype)
+    return cast(scaled_rows(member.B, vector), dtype)
 
 
 def _low_rank(u: Tensor, member: Member, up: Tensor, bias: Tensor | None) -> Tensor:
@@ -55,34 +58,36 @@ def _low_rank(u: Tensor, member: Member, up: Tensor, bias: Tensor | None) -> Ten
 
     In this order, because a large product hides the reading of what it is added to, and a thin one does not.
     """
-    t = u if member.mid_scale is None else u * cast(member.mid_scale, u.dtype)
+    d = member.mid_scale
+    if d is not None:
+        u = u * cast(d, u.dtype)
     if bias is None:
-        return product(t, up.T, member.scaling)
-    return torch.addmm(cast(bias, u.dtype), t, up.T, alpha=member.scaling)
+        return product(u, up.t(), member.scaling)
+    return torch.addmm(cast(bias, u.dtype), u, up.t(), alpha=member.scaling)
 
 
 def _base_and_low_rank(
-    x: Tensor, x_dropped: Tensor | None, x_rest: Tensor | None, u: Tensor, member: Member, keep_base: bool
+    x: Tensor, x_dropped: Tensor, x_rest: Tensor | None, u: Tensor, member: Member, keep_base: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(y, z) of one member; z, what its base_scale multiplies, is None unless it is to be kept. x_rest = x − x̃."""
     weight, g, dtype = member.weight, member.base_scale, x.dtype
-    if u.shape[1] == 0 and g is None:
-        return linear(x, weight, member.bias), None
-    x_base = x_dropped if member.dropout_on_base and x_dropped is not None and g is not None else x
-    if g is not None and member.tied:
-        v = _low_rank(u, member, cast(member.B, dtype), None).addmm_(x_base, weight.T)
+    if g is None:
+        if u.shape[1] == 0:
+            return linear(x, weight, member.bias), None
+        return _low_rank(u, member, _up(member, dtype), member.bias).addmm_(x, weight.t()), None
+    x_base = x_dropped if member.dropout_on_base else x
+    if member.tied:
+        v = _low_rank(u, member, cast(member.B, dtype), None).addmm_(x_base, weight.t())
         y = scaled(v, g, member.bias, keep_base)
         if x_base is not x and x_rest is not None:
-            y.addmm_(x_rest, weight.T)
+            y.addmm_(x_rest, weight.t())
         return y, v if keep_base else None
     y = _low_rank(u, member, _up(member, dtype), member.bias)
-    if g is None:
-        return y.addmm_(x, weight.T), None
     z = F.linear(x_base, weight)
     if x_base is x:
         add_scaled(y, z, g)
     else:
-        add_scaled(y.addmm_(x, weight.T), z, g - 1)
+        add_scaled(y.addmm_(x, weight.t()), z, g - 1)
     return y, z if keep_base else None
 
 
@@ -101,30 +106,34 @@ def recomposed_weight(member: Member) -> Tensor:
 
 def adapter_linear(x: Tensor, group: Group, u: Tensor | None, keep: Keep, strategy: str) -> Outputs:
     """y of each member and what is to be kept; a given u is not computed again."""
-    members, drop = group.members, group.dropout.drop
-    x_dropped = None if drop is None else dropped(x, drop, 1.0 / group.dropout.keep)
+    members, dropout, _ = group
+    drop = dropout.drop
+    x_dropped = x if drop is None else dropped(x, drop, 1.0 / dropout.keep)
     made = None
     if u is None and (keep.u or strategy == "library"):
-        u = made = F.linear(x if x_dropped is None else x_dropped, _down(group, x.dtype))
+        u = made = F.linear(x_dropped, _down(group, x.dtype))
     kept = made if keep.u else None
     if strategy == "recompose":
         weights = [recomposed_weight(member) for member in members]
         ys = [linear(x, weight, member.bias) for member, weight in zip(members, weights, strict=True)]
         return Outputs(ys, kept, [], weights if keep.weights else [])
     assert u is not None
-    rests = x_dropped is not None and any([member.tied and member.dropout_on_base for member in members])
-    x_rest = x - x_dropped if rests and x_dropped is not None else None
-    pairs = [
-        _base_and_low_rank(x, x_dropped, x_rest, part, member, keep.base)
-        for member, part in zip(members, _parts(u, group), strict=True)
-    ]
-    return Outputs([y for y, _ in pairs], kept, [z for _, z in pairs] if keep.base else [], [])
+    rests = x_dropped is not x and any([member.tied and member.dropout_on_base for member in members])
+    x_rest = x - x_dropped if rests else None
+    ys, zs = [], []
+    for member, part in zip(members, _parts(u, group), strict=True):
+        y, z = _base_and_low_rank(x, x_dropped, x_rest, part, member, keep.base)
+        ys.append(y)
+        zs.append(z)
+    return Outputs(ys, kept, zs if keep.base else [], [])
 
 
 def _add_base_grad(dx: Tensor, dy: Tensor, weight: Tensor, scale: Tensor | None) -> None:
     """dx += (scale ⊙ dy) W0, with the scale on whichever is smaller; a scaled dy is made in blocks of rows."""
     if scale is None:
         dx.addmm_(dy, weight)
+    elif dy.shape[0] <= BLOCK_ROWS:
+        dx.addmm_(cast(dy * scale, dy.dtype), weight)
     elif 2 * weight.shape[1] < dy.shape[0] and scale.dtype == weight.dtype:
         dx.addmm_(dy, weight * scale[:, None])
     else:
@@ -136,15 +145,13 @@ def _down_grads(dys: Sequence[Tensor], members: Sequence[Member], factor: float)
     """d ⊙ q = d ⊙ (h ⊙ dy) B of all members, stacked: [M, ΣR]; times a factor."""
     first = dys[0]
     if len(members) == 1:
-        parts = [product(first, _up(members[0], first.dtype), members[0].scaling * factor)]
-        stacked = parts[0]
-    else:
-        ranks = [member.A.shape[0] for member in members]
-        stacked = torch.empty(first.shape[0], sum(ranks), dtype=first.dtype, device=first.device)
-        parts = list(stacked.split(ranks, dim=1))
-        for dy, member, part in zip(dys, members, parts, strict=True):
-            product(dy, _up(member, dy.dtype), member.scaling * factor, out=part)
-    for member, part in zip(members, parts, strict=True):
+        member = members[0]
+        stacked = product(first, _up(member, first.dtype), member.scaling * factor)
+        return stacked if member.mid_scale is None else stacked.mul_(cast(member.mid_scale, stacked.dtype))
+    ranks = [member.A.shape[0] for member in members]
+    stacked = torch.empty(first.shape[0], sum(ranks), dtype=first.dtype, device=first.device)
+    for dy, member, part in zip(dys, members, torch.split_with_sizes(stacked, ranks, 1), strict=True):
+        product(dy, _up(member, dy.dtype), member.scaling * factor, out=part)
         if member.mid_scale is not None:
             part.mul_(cast(member.mid_scale, part.dtype))
     return stacked
@@ -152,10 +159,10 @@ def _down_grads(dys: Sequence[Tensor], members: Sequence[Member], factor: float)
 
 def _input_grad(dys: Sequence[Tensor], group: Group, dq: Tensor) -> Tensor:
     """dx; dq and what the mask hits besides it are multiplied by 1 / keep before the mask, where they are small."""
-    members, (drop, _) = group.members, group.dropout
-    if group.shared_A and len(members) > 1:
+    members, (drop, _), shared_A = group
+    if shared_A and len(members) > 1:
         dq = dq.view(dq.shape[0], len(members), -1).sum(1)
-    dx = dq @ _down(group, dq.dtype)
+    dx = torch.mm(dq, _down(group, dq.dtype))
     if drop is not None:
         for dy, member in zip(dys, members, strict=True):
             if member.dropout_on_base and member.base_scale is not None:
@@ -179,30 +186,45 @@ def _recomposed_input_grad(dys: Sequence[Tensor], members: Sequence[Member], wei
 def _down_factor_grads(dq: Tensor, x: Tensor, group: Group) -> list[Tensor]:
     """dA = (d ⊙ q)ᵀ x̃ of each member, from the stacked d ⊙ q."""
     drop = group.dropout.drop
-    dA = cast(dq.T @ (x if drop is None else dropped(x, drop, 1.0)), sum_dtype(x))
-    ranks = [member.A.shape[0] for member in group.members]
-    return [dA] if len(ranks) == 1 else list(dA.split(ranks))
+    dA = cast(torch.mm(dq.t(), x if drop is None else dropped(x, drop, 1.0)), sum_dtype(x))
+    if len(group.members) == 1:
+        return [dA]
+    return list(dA.split([member.A.shape[0] for member in group.members]))
 
 
 def adapter_linear_backward(dys: Sequence[Tensor], group: Group, saved: Saved, wants: Wants, strategy: str) -> Grads:
-    """dx and dβ where wanted, and of each member dA given x, P = scaling · dyᵀ u given u, dg given its z."""
-    members, x, u = group.members, saved.x, saved.u
-    through_dq = x is not None or (wants.x and strategy == "library")
-    dq = _down_grads(dys, members, 1.0 / group.dropout.keep) if through_dq else None
-    dx = None
-    if wants.x and strategy == "library":
-        assert dq is not None
-        dx = _input_grad(dys, group, dq)
-    elif wants.x:
-        dx = _recomposed_input_grad(dys, members, saved.weights)
+    """dx and dβ where wanted, and of each member dA given x, P given u (see Grads), dg given its z."""
+    members, dropout, _ = group
+    x, u, z, weights = saved
+    given = dys
+    if dropout.drop is None and dys[0].shape[0] <= BLOCK_ROWS:
+        pairs = [_with_scaled_grad(dy, member) for dy, member in zip(dys, members, strict=True)]
+        dys, members = [dy for dy, _ in pairs], [member for _, member in pairs]
+        group = group._replace(members=members)
+    dx = dq = None
+    if x is not None or (wants.x and strategy == "library"):
+        dq = _down_grads(dys, members, 1.0 / dropout.keep)
+        if wants.x and strategy == "library":
+            dx = _input_grad(dys, group, dq)
+    if wants.x and dx is None:
+        dx = _recomposed_input_grad(dys, members, weights)
     P = []
     if u is not None:
-        triples = zip(dys, members, _parts(u, group), strict=True)
-        P = [factor_products(dy, part, member.scaling) for dy, member, part in triples]
+        for dy, member, part in zip(dys, members, _parts(u, group), strict=True):
+            own = factor_products(dy, part, member.scaling)
+            P.append(scaled_rows(own, member.vector) if member.tied else own)
     return Grads(
         dx,
         [] if x is None or dq is None else _down_factor_grads(dq, x, group),
         P,
-        [column_sums(dy) for dy in dys] if wants.bias else [],
-        [None if z is None else column_dots(dy, z) for dy, z in zip(dys, saved.z, strict=True)] if saved.z else [],
+        [column_sums(dy) for dy in given] if wants.bias else [],
+        [None if kept is None else column_dots(dy, kept) for dy, kept in zip(given, z, strict=True)] if z else [],
     )
+
+
+def _with_scaled_grad(dy: Tensor, member: Member) -> tuple[Tensor, Member]:
+    """g ⊙ dy and the member without its g, where that scales both paths: one product that spares B's and P's."""
+    g = member.base_scale
+    if g is None or not member.tied or g.dtype != dy.dtype:
+        return dy, member
+    return dy * g, member._replace(base_scale=None, tied=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +11,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...reference import AdapterForm, adapter_linear_reference
-from ..arithmetic import cast
-from ..calls import check_same_dtype, compute_dtype, rows_of, with_leading, without_autocast
+from ..arithmetic import cast, scaled_rows
+from ..calls import AS_IT_IS, rows_of, with_leading, without_autocast
 from ..dropout import draw_dropout, keep_probability
 from ..hadamard_linear.function import hadamard_linear
-from ..masks import Dropout, dropout_mask
-from . import op, tuner
-from .checks import check_adapter_linear
-from .cost import keeps_recomposed
-from .member import Group, Keep, Member, MemberGrads, Saved, Wants
-from .strategies import STRATEGIES, candidates, cheapest, check_explicit, check_strategy
-from .workload import Workload, workload_of
+from ..masks import dropout_mask
+from . import op
+from .member import Member, Outputs, Saved, Wants
+from .plain import plain_lora, plain_lora_group
+from .plan import TENSORS, Plan, form_tensors, plan_of
+from .strategies import STRATEGIES
 
 
 def adapter_linear(
@@ -54,9 +53,11 @@ def adapter_linear(
     >>> adapter_linear(x, weight, form).shape
     torch.Size([2, 5, 8])
     """
-    return adapter_linear_group(
-        x, (weight,), (form,), dropout=dropout, training=training, backend=backend, strategy=strategy
-    )[0]
+    weights, forms = (weight,), (form,)
+    plan = plan_of(x, weights, forms, dropout, training, backend, strategy, _trial)
+    if plan.plain is not None:
+        return plain_lora(x, plan.plain, weight, form.A, form.B, form.bias)
+    return _run(x, weights, forms, plan, backend, strategy)[0]
 
 
 def adapter_linear_group(
@@ -85,79 +86,40 @@ def adapter_linear_group(
         raise ValueError(
             f"a group needs at least one weight and a form for each, got {len(weights)} weights and {len(forms)} forms"
         )
-    for weight, form in zip(weights, forms, strict=True):
-        check_adapter_linear(x, weight, form, dropout)
-        check_same_dtype(x, weight)
-    check_strategy(strategy, backend)
-    p = dropout if training else 0.0
-    if backend == "reference":
-        return _reference(x, weights, forms, p)
-    if any([form.U is not None for form in forms]):
-        return _with_recomposed(x, weights, forms, p, backend, strategy)
-    workload = workload_of(x, weights, forms, compute_dtype(x), p > 0.0)
-    if strategy in STRATEGIES:
-        check_explicit(strategy, workload, x, *weights)
-    else:
-        strategy = _choose(x, weights, forms, workload, p, backend, strategy == "tune")
+    plan = plan_of(x, weights, forms, dropout, training, backend, strategy, _trial)
+    if plan.plain is not None and len(forms) > 1:
+        As, Bs, biases = [form.A for form in forms], [form.B for form in forms], [form.bias for form in forms]
+        return plain_lora_group(x, plan.plain, (*weights, *As, *Bs, *biases))
+    return _run(x, weights, forms, plan, backend, strategy)
+
+
+def _run(
+    x: Tensor, weights: Sequence[Tensor], forms: Sequence[AdapterForm], plan: Plan, backend: str, strategy: str
+) -> tuple[Tensor, ...]:
+    if plan.strategy == "reference":
+        return _reference(x, weights, forms, plan.p)
+    if plan.strategy == "recomposed":
+        return _with_recomposed(x, weights, forms, plan.p, backend, strategy)
     drop = None
-    if p > 0.0:
+    if plan.p > 0.0:
         with torch.no_grad():
-            drop = draw_dropout(rows_of(x), p, STRATEGIES[strategy])
-    members = [_member(weight, form) for weight, form in zip(weights, forms, strict=True)]
-    call = _Call(
-        tuple([member[_TENSORS:] for member in members]),
-        p,
-        workload.shared_A,
-        strategy,
-        strategy == "recompose" and keeps_recomposed(workload),
-        workload.backward,
-    )
-    tensors = [tensor for member in members for tensor in member[:_TENSORS]]
-    ys: tuple[Tensor, ...] = AdapterLinearFunction.apply(x, drop, call, *tensors)
-    return ys
+            drop = draw_dropout(rows_of(x), plan.p, STRATEGIES[plan.strategy])
+    tensors = [tensor for weight, form in zip(weights, forms, strict=True) for tensor in (weight, *form_tensors(form))]
+    if plan.trains:
+        ys: tuple[Tensor, ...] = AdapterLinearFunction.apply(x, drop, plan, *tensors)
+        return ys
+    return _with_leading(_outputs(x, drop, plan, tensors)[1].y, x)
 
 
-def _member(weight: Tensor, form: AdapterForm) -> Member:
-    scaling, vector = form.settled(weight.shape[0])
-    tied = vector is not None and vector is form.base_scale
-    out_scale = None if tied else vector
-    return Member(
-        weight,
-        form.A,
-        form.B,
-        form.mid_scale,
-        out_scale,
-        form.base_scale,
-        form.bias,
-        scaling,
-        form.dropout_on_base,
-        tied,
-    )
+def _outputs(x: Tensor, drop: Tensor | None, plan: Plan, tensors: Sequence[Any]) -> tuple[Tensor, Outputs]:
+    """(x as rows in the dtype of the products, what the forward makes of them)."""
+    with without_autocast(x) if plan.autocast else AS_IT_IS:
+        rows = cast(rows_of(x), plan.dtype)
+        return rows, plan.forward(rows, plan.group(tensors, drop), None, plan.keep, plan.strategy)
 
 
-# How many fields of a Member are tensors: autograd has to see these one by one.
-_TENSORS = 7
-
-
-class _Call(NamedTuple):
-    """What the Function has to know beside tensors: the members' plain values, and how the group runs."""
-
-    plain: tuple[tuple[Any, ...], ...]
-    p: float
-    shared_A: bool
-    strategy: str
-    keep_weights: bool
-    backward: bool
-
-    def by_member(self, values: Sequence[Any]) -> list[Member]:
-        """Members of their tensors, or of what goes with these, in a flat list."""
-        starts = range(0, len(values), _TENSORS)
-        return [Member(*values[i : i + _TENSORS], *plain) for i, plain in zip(starts, self.plain, strict=True)]
-
-    def group(self, tensors: Sequence[Any], drop: Tensor | None, dtype: torch.dtype) -> Group:
-        """The group of these tensors, base weights cast to the dtype of the products."""
-        members = [member._replace(weight=cast(member.weight, dtype)) for member in self.by_member(tensors)]
-        return Group(members, Dropout(drop, self.p), self.shared_A)
+def _with_leading(ys: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(ys) if x.dim() == 2 else tuple([with_leading(y, x.shape) for y in ys])
 
 
 class AdapterLinearFunction(torch.autograd.Function):
@@ -172,90 +134,68 @@ class AdapterLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, drop: Tensor | None, call: _Call, *tensors: Any) -> tuple[Tensor, ...]:
-        dtype = compute_dtype(x)
-        # needs_input_grad does not know of no_grad, where nothing needs to be kept or prepared.
-        needs = _needs(ctx.needs_input_grad) if call.backward else _Needs()
-        # The kernels have a tied g's gradient from u as well.
-        through_u = STRATEGIES[call.strategy] == "triton" and any([tied for *_, tied in call.plain])
-        keep_u = needs.B or needs.mid_scale or needs.out_scale or (needs.base_scale and through_u)
-        with without_autocast(x):
-            rows = cast(rows_of(x), dtype)
-            group = call.group(tensors, drop, dtype)
-            keep = Keep(keep_u, needs.base_scale, call.keep_weights)
-            ys, u, z, weights = op.adapter_linear(rows, group, None, keep, call.strategy)
-        if any(needs):
-            ctx.save_for_backward(
-                rows if needs.A else None, u, drop if needs.x or needs.A else None, *tensors, *z, *weights
-            )
-            ctx.x_shape, ctx.dtype, ctx.call, ctx.keeps_base = x.shape, dtype, call, bool(z)
-        return tuple([with_leading(y, x.shape) for y in ys])
+    def forward(ctx: Any, x: Tensor, drop: Tensor | None, plan: Plan, *tensors: Any) -> tuple[Tensor, ...]:
+        rows, (ys, u, z, weights) = _outputs(x, drop, plan, tensors)
+        needs = plan.needs
+        ctx.save_for_backward(
+            rows if needs.A else None, u, drop if needs.x or needs.A else None, *tensors, *z, *weights
+        )
+        ctx.x_shape, ctx.plan = x.shape, plan
+        return _with_leading(ys, x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         ctx.consumed = True  # what others keep of this call's outputs has no graph any more
-        call, needs, count = ctx.call, _needs(ctx.needs_input_grad), len(dys) * _TENSORS
-        rows, u, drop, *tensors = ctx.saved_tensors
-        tensors, kept = tensors[:count], tensors[count:]
-        saved = Saved(rows, u, kept if ctx.keeps_base else [], [] if ctx.keeps_base else kept)
-        with without_autocast(dys[0]):
-            group = call.group(tensors, drop, ctx.dtype)
-            found = op.adapter_linear_backward(
-                [rows_of(dy) for dy in dys], group, saved, Wants(needs.x, needs.bias), call.strategy
-            )
+        return _differentiated_once(ctx, *dys) if torch.is_grad_enabled() else _backward(ctx, *dys)
+
+
+def _backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+    plan, count = ctx.plan, len(dys) * TENSORS
+    # Of what trains a caller may ask for a part.
+    needs_x, _, _, *needed = ctx.needs_input_grad
+    rows, u, drop, *tensors = ctx.saved_tensors
+    kept = tensors[count:]
+    saved = Saved(rows, u, kept, []) if plan.keep.base else Saved(rows, u, [], kept)
+    wants = Wants(needs_x, plan.needs.bias and True in needed[TENSORS - 1 :: TENSORS])
+    with without_autocast(dys[0]):
+        group = plan.group(tensors[:count], drop)
+        dys = dys if len(ctx.x_shape) == 2 else tuple([rows_of(dy) for dy in dys])
+        dx, dA, Ps, dbias, dbase = plan.backward(dys, group, saved, wants, plan.strategy)
+        grads: list[Tensor | None] = []
+        for index, member in enumerate(group.members):
             # What one member needs is made for all: each gets what it needs itself.
-            needed = call.by_member(ctx.needs_input_grad[-count:])
-            members = enumerate(zip(group.members, needed, strict=True))
-            grads = [grad for index, (member, own) in members for grad in _member_grads(member, found.of(index), own)]
-        dx = None if found.x is None else found.x.view(ctx.x_shape)
-        # In other dtypes than their tensors' the gradients are sums in fp32: autograd casts them.
-        return dx, None, None, *grads
+            start = index * TENSORS
+            _, needs_A, needs_B, needs_mid, needs_out, needs_base, needs_bias = needed[start : start + TENSORS]
+            P = Ps[index] if Ps else None
+            grads += (
+                None,
+                dA[index] if dA and needs_A else None,
+                _up_grad(P, member) if P is not None and needs_B else None,
+                _mid_scale_grad(P, member) if P is not None and needs_mid else None,
+                op.out_scale_grad(P, member) if P is not None and needs_out else None,
+                dbase[index] if dbase and needs_base else None,
+                dbias[index] if dbias and needs_bias else None,
+            )
+    if dx is not None and len(ctx.x_shape) != 2:
+        dx = dx.view(ctx.x_shape)
+    # In other dtypes than their tensors' the gradients are sums in fp32: autograd casts them.
+    return dx, None, None, *grads
 
 
-class _Needs(NamedTuple):
-    """Whether x needs a gradient, and of which kinds some member's tensors do."""
-
-    x: bool = False
-    A: bool = False
-    B: bool = False
-    mid_scale: bool = False
-    out_scale: bool = False
-    base_scale: bool = False
-    bias: bool = False
-
-
-def _needs(needed: Sequence[bool]) -> _Needs:
-    """What autograd asks for x, drop, the call and the members' tensors."""
-    x, _, _, *tensors = needed
-    # Of each member the first is its weight, which is frozen.
-    return _Needs(x, *[True in tensors[kind::_TENSORS] for kind in range(1, _TENSORS)])
-
-
-def _member_grads(member: Member, found: MemberGrads, needed: Member) -> tuple[Tensor | None, ...]:
-    """The gradients of a member's tensors, in their order, of those that are needed; the weight is frozen."""
-    P = found.P
-    return (
-        None,
-        found.A if needed.A else None,
-        _up_grad(P, member) if P is not None and needed.B else None,
-        _mid_scale_grad(P, member) if P is not None and needed.mid_scale else None,
-        op.out_scale_grad(P, member) if P is not None and needed.out_scale else None,
-        found.base_scale if needed.base_scale else None,
-        found.bias if needed.bias else None,
-    )
+# Beside a graph of the gradients (create_graph=True) it says that they have none; elsewhere it costs time alone.
+_differentiated_once = once_differentiable(_backward)
 
 
 def _up_grad(P: Tensor, member: Member) -> Tensor:
-    """dB = h ⊙ P ⊙ d [N, R]; the scalar part of h is in P."""
+    """dB = h ⊙ P ⊙ d [N, R]; the scalar part of h is in P, and so is a tied g."""
     dB = P if member.mid_scale is None else P * member.mid_scale
-    return dB if member.vector is None else dB * member.vector[:, None]
+    return scaled_rows(dB, member.out_scale)
 
 
 def _mid_scale_grad(P: Tensor, member: Member) -> Tensor:
     """dd = colsum(h ⊙ B ⊙ P) [R]."""
     PB = P * member.B
-    return PB.sum(0) if member.vector is None else cast(member.vector, PB.dtype) @ PB
+    return PB.sum(0) if member.out_scale is None else cast(member.out_scale, PB.dtype) @ PB
 
 
 def _reference(x: Tensor, weights: Sequence[Tensor], forms: Sequence[AdapterForm], p: float) -> tuple[Tensor, ...]:
@@ -300,27 +240,6 @@ def _recomposed(x: Tensor, x_dropped: Tensor, weight: Tensor, form: AdapterForm,
     if g is not None and base_scale is None:
         y = y + ((g - 1) * F.linear(x_dropped, weight)).to(y.dtype)
     return y
-
-
-def _choose(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    forms: Sequence[AdapterForm],
-    workload: Workload,
-    p: float,
-    backend: str,
-    tune: bool,
-) -> str:
-    """The strategy that was measured to be the fastest here, or else the cost model's."""
-    names = candidates(workload, backend, x, *weights)
-    if len(names) > 1 and (tune or x.device.type == "cuda") and not torch.compiler.is_compiling():
-        key = tuner.Key.of(workload, x.device)
-        measured = tuner.lookup(key)
-        if measured is None and tune:
-            measured = tuner.best(key, lambda: {name: _trial(x, weights, forms, p, name) for name in names})
-        if measured in names:
-            return measured
-    return cheapest(names, workload, x.device)
 
 
 def _trial(

@@ -48,6 +48,18 @@ class Group(NamedTuple):
         return [member.A.shape[0] for member in (self.members[:1] if self.shared_A else self.members)]
 
 
+class Needs(NamedTuple):
+    """Whether x needs a gradient, and of which kinds some member's tensors do, in their order."""
+
+    x: bool = False
+    A: bool = False
+    B: bool = False
+    mid_scale: bool = False
+    out_scale: bool = False
+    base_scale: bool = False
+    bias: bool = False
+
+
 class Keep(NamedTuple):
     """What the forward keeps for the backward: u; what each base_scale multiplies; the recomposed weights."""
 
@@ -82,18 +94,10 @@ class Wants(NamedTuple):
     bias: bool
 
 
-class MemberGrads(NamedTuple):
-    """dA, P, dβ and dg of one member, None where they are not wanted."""
-
-    A: Tensor | None
-    P: Tensor | None
-    bias: Tensor | None
-    base_scale: Tensor | None
-
-
 class Grads(NamedTuple):
     """dx, and of each member dA [R, K], P [N, R] = scaling · dyᵀ u, dβ [N] = Σ dy and dg [N] in fp32.
 
+    Of a tied member P = scaling · (g ⊙ dy)ᵀ u.
     None and empty where they are not wanted.
     """
 
@@ -102,7 +106,3 @@ class Grads(NamedTuple):
     P: list[Tensor]
     bias: list[Tensor]
     base_scale: list[Tensor | None]
-
-    def of(self, index: int) -> MemberGrads:
-        """What there is for one member."""
-        return MemberGrads(*[kind[index] if kind else None for kind in (self.A, self.P, self.bias, self.base_scale)])

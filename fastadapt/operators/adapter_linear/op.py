@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arithmetic import cast, sum_dtype
+from ..arithmetic import cast, scaled_rows, sum_dtype
 from ..backends import kernels
 from ..registry import operator
 from . import eager
@@ -63,9 +63,11 @@ def adapter_linear_backward(dy: Sequence[Tensor], group: Group, saved: Saved, wa
     P = found.P or []
     dbase = found.dbase if saved.z else []
     for index, member in enumerate(group.members):
-        if dbase and member.tied and dbase[index] is not None:
-            # The kernels' z is W0 x alone: what h's part adds to g's gradient is in P.
-            dbase[index] = dbase[index] + out_scale_grad(P[index], member)
+        if member.tied and P:
+            if dbase and dbase[index] is not None:
+                # The kernels' z is W0 x alone: what h's part adds to g's gradient is in P.
+                dbase[index] = dbase[index] + out_scale_grad(P[index], member)
+            P[index] = scaled_rows(P[index], member.vector)
     return Grads(found.dx, found.dA or [], P, found.dbias or [], dbase)
 
 

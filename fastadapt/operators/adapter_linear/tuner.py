@@ -195,14 +195,22 @@ _choices: dict[Key, str | None] = {}
 # Keys for which no candidate ran: they are not tried at every call.
 _hopeless: set[Key] = set()
 _opening, _measuring = threading.Lock(), threading.Lock()
+_revision = 0
+
+
+def revision() -> int:
+    """A number that changes where another choice can come out: something was measured, or forgotten."""
+    return _revision
 
 
 def forget() -> None:
     """Drop what is in memory; files stay."""
+    global _revision
     with _measuring, _opening:
         _caches.clear()
         _choices.clear()
         _hopeless.clear()
+        _revision += 1
 
 
 def _cache(device: torch.device) -> Cache:
@@ -228,8 +236,10 @@ def record(key: Key, times: Mapping[str, float]) -> None:
     kept = dict(times)
     if not valid_times(kept):
         raise ValueError(f"times must map strategies ({', '.join(STRATEGIES)}) to positive seconds, got {kept}")
+    global _revision
     _cache(key.device).put(str(key), kept)
     _choices[key] = min(kept, key=kept.__getitem__)
+    _revision += 1
 
 
 def best(key: Key, make_candidates: Callable[[], Mapping[str, Callable[[], object]]]) -> str | None:

@@ -66,7 +66,7 @@ def workload_of(
         outputs=tuple([weight.shape[0] for weight in weights]),
         ranks=tuple([form.A.shape[0] for form in forms]),
         dtype=str(dtype).removeprefix("torch."),
-        shared_A=len(forms) > 1 and all(_same_tensor(form.A, forms[0].A) for form in forms[1:]),
+        shared_A=len(forms) > 1 and all(same_tensor(form.A, forms[0].A) for form in forms[1:]),
         base_scale=any([form.base_scale is not None for form in forms]),
         trains_base=trains_base,
         trains_A=trains_A,
@@ -82,9 +82,10 @@ def workload_of(
     )
 
 
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
+def same_tensor(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same memory seen alike."""
     return a is b or (
         not torch.compiler.is_compiling()
-        and (a.shape, a.stride(), a.dtype, a.data_ptr()) == (b.shape, b.stride(), b.dtype, b.data_ptr())
+        and a.data_ptr() == b.data_ptr()
+        and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
     )

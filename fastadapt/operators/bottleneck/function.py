@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from ...reference import bottleneck_reference
 from ..arithmetic import cast, sum_dtype
 from ..backends import resolve_backend
-from ..calls import autocasts, compute_dtype, rows_of, with_leading, without_autocast
+from ..calls import autocast_dtype, compute_dtype, rows_of, with_leading, without_autocast
 from ..dropout import draw_dropout, keep_probability
 from ..masks import Dropout, dropout_mask
 from . import op
@@ -141,7 +141,7 @@ def _beside(residual: Tensor | None, v: Tensor) -> Tensor | None:
     if residual is None or residual.dtype in (dtype, sum_dtype(v)):
         return residual
     # Under autocast it may have the other dtype of 16 bits: the two add up in float32, as PyTorch's own would.
-    if not autocasts(v.device.type) or torch.promote_types(residual.dtype, dtype) != torch.float32:
+    if autocast_dtype(v) is None or torch.promote_types(residual.dtype, dtype) != torch.float32:
         raise TypeError(
             f"residual must have the dtype of the products, {dtype}, or float32 beside 16 bits, got {residual.dtype}: "
             "cast it"
