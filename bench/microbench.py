@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from bench import coverage, report
+from bench import coverage, page, report
 from bench.operators import COVERS, PLAIN_CASES
-from bench.plots import draw_microbench, read
+from bench.plots import Document, draw_microbench, read
 from fastadapt.commands.report import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,3 +48,8 @@ def main(
     missing = coverage.not_covered("microbench", itertools.chain(*covers))
     write_json(json_file, "microbench", compact(document), **document["fastadapt"], not_covered=missing)
     draw_microbench(read(json_file), json_file.with_suffix(".png"))
+
+
+@page.section("microbench", "Microbenchmarks")
+def section(document: Document) -> str:
+    return "Each operator by provider; medians."
