@@ -795,7 +795,7 @@ def section(document: Document) -> str:
     return (
         "One layer, or a group that reads one input, forward and backward, counted in the interpreter: "
         f"M {first['M']}, K {first['K']}, 16 bit (VeRA r 256, else r 16), in MiB, tiles and L2 of {first['device']}; "
-        "of the other libraries a model of their operations. Re-reads are what the L2 loses of the tiles of the GEMMs, modelled. "
+        "of the other libraries a model of their operations. Re-reads are what the L2 loses of the tiles, modelled. "
         "DoRA's norm is in its bytes, and its launches are apart. What this predicts for four GPUs is in "
         "[PREDICTIONS.md](PREDICTIONS.md); nobody has measured it.\n\n"
     ) + page.table(
