@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from bench.cases import BENCHES
 from bench.plots import Document, read
@@ -33,7 +33,7 @@ class Section(NamedTuple):
     write: Writer
 
 
-# By the name of the JSON file, without its ending; in the order in which the benches are listed.
+# By the name of the JSON file, without its ending.
 SECTIONS: dict[str, Section] = {}
 _HEADLINES: dict[str, list[Writer]] = {}
 
@@ -90,16 +90,30 @@ def provenance(document: Document) -> str:
     return f"{'; '.join(devices)}. {', '.join(packages)}, Python {versions['python']}. fastadapt at {where}."
 
 
-def _known() -> None:
-    """Every bench enters its sections when it is imported; the demo's are apart, since it is no bench."""
-    for module in dict.fromkeys([*BENCHES.values(), "bench.demo"]):
+Entered = TypeVar("Entered")
+
+
+def _in_order(
+    entered: Mapping[str, Entered], writer: Callable[[Entered], Writer], directory: Path
+) -> dict[str, Entered]:
+    """What was entered for the documents of a directory, bench by bench, whichever was imported first.
+
+    Every bench enters its own when it is imported; the demo's are apart, since it is no bench.
+    """
+    modules = [*BENCHES.values(), "bench.demo"]
+    for module in modules:
         importlib.import_module(module)
+
+    def place(name: str) -> int:
+        module = writer(entered[name]).__module__
+        return modules.index(module) if module in modules else len(modules)
+
+    return {name: entered[name] for name in sorted(entered, key=place) if (directory / f"{name}.json").is_file()}
 
 
 def results(directory: Path = RESULTS) -> str:
     """The page of results, from the JSON files of a directory."""
-    _known()
-    there = {name: one for name, one in SECTIONS.items() if (directory / f"{name}.json").is_file()}
+    there = _in_order(SECTIONS, lambda one: one.write, directory)
     parts = [
         "# Results",
         "Written by `python -m bench report` from the JSON files beside it; each command makes its file again. What is "
@@ -128,13 +142,8 @@ def _anchor(title: str) -> str:
 
 def headlines(directory: Path = RESULTS) -> str:
     """README's table of headline numbers, from the JSON files of a directory."""
-    _known()
-    rows: Sequence[str] = [
-        write(read(directory / f"{name}.json"))
-        for name, writers in _HEADLINES.items()
-        if (directory / f"{name}.json").is_file()
-        for write in writers
-    ]
+    there = _in_order(_HEADLINES, lambda writers: writers[0], directory)
+    rows = [write(read(directory / f"{name}.json")) for name, writers in there.items() for write in writers]
     return table(HEADLINES, rows)
 
 
