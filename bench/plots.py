@@ -86,7 +86,7 @@ def _grouped_bars(
             axes.text(place, height, text, ha="center", va="bottom", rotation=90, fontsize=7, clip_on=True)
     axes.set_xticks(range(len(groups)), groups, fontsize=9)
     axes.set_xlim(-0.6, len(groups) - 0.4)
-    axes.set_ylim(0, top * (1.3 if notes else 1.16))
+    axes.set_ylim(0, top * (1.3 if notes or max(known) > top else 1.16))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -25,9 +26,12 @@ def print_trained(
     )
     console.print(heading)
     for entry in answers:
-        console.print(Text(f"  {entry['kind']}: {entry['question']}", style="cyan"))
+        question = Text(f"{entry['kind']}: {entry['question']}", style="cyan")
+        console.print(Padding(question, (0, 0, 0, 2), expand=False))
+        texts = Table.grid(padding=(0, 1))
         for label, key in (("corpus", "corpus"), ("before", "base"), ("after", "adapter")):
-            console.print(Text(f"    {label:<6} {entry[key]}"))
+            texts.add_row("  ", label, Text(entry[key]))
+        console.print(texts)
 
 
 def print_table(rows: list[dict[str, Any]], rounds: int, device: str, console: Console) -> None:
