@@ -16,6 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fastadapt
+from bench.demo import section
 from fastadapt.commands import batches as rows_of
 from fastadapt.commands.cli import app
 from fastadapt.commands.demo import assets as demo_assets
@@ -133,6 +134,10 @@ def test_the_demo_trains_saves_loads_answers_and_measures(model_directory: Path,
     picture = json_file.with_suffix(".png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert sorted(path.name for path in json_file.parent.iterdir()) == ["out.json", "out.png"]
+
+    page = section(document)
+    assert "is loaded (training " in page
+    assert f"{len(ALL) + 1} of {len(ALL) + 1} rows of the mixed batch" in " ".join(page.split())
 
     # Without --json the same is left with the adapters, without --all there are three, and the seed governs everything
     # that is not a time.
