@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import subprocess
 import zipfile
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
@@ -24,6 +26,7 @@ from fastadapt.commands.demo import command as demo
 from fastadapt.commands.demo import compare as demo_compare
 from fastadapt.commands.demo import training as demo_training
 from fastadapt.commands.demo.command import MORE_PLANS, PLANS
+from fastadapt.commands.demo.show import print_table
 from fastadapt.files import cache_directory
 from fastadapt.progress import progress_bars
 from fastadapt.training.recipes import RECIPES
@@ -153,6 +156,17 @@ def test_the_demo_trains_saves_loads_answers_and_measures(model_directory: Path,
     assert first == sorted(first)
     lines = [line for line in again.output.splitlines() if "LoRA on trivia" in line]
     assert len(lines) <= 3, "a line a step at most, and one for the adapter"
+
+
+def test_the_table_fits_into_80_columns() -> None:
+    row = {"method": "Delta-LoRA", "trainable": 14_884_480, "loss_before": 16.29, "loss_after": 12.59}
+    row |= {"x_frozen": 12.31, "peft_x_frozen": 12.51, "saved_bytes": 1_153_725_124, "peft_saved_bytes": 1_153_725_124}
+    log = Console(file=io.StringIO(), width=80)
+    print_table([{**row, "difference_from_peft": 2.4e-6, "batch_tokens": 180}], 3, "cpu", log)
+    lines = log.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = "Delta-LoRA 14,884,480 16.29 -> 12.59 12.31 12.51 1154 1154 2e-06"
+    assert cells.split() == next(line.split() for line in lines if "Delta-LoRA" in line)
 
 
 @pytest.mark.parametrize("name", ["lora-drop", "eva"])

@@ -39,13 +39,13 @@ def print_table(rows: list[dict[str, Any]], rounds: int, device: str, console: C
     console.print(
         "\nBeside PEFT, on the same weights. step: forward, backward and optimizer as a multiple of the frozen pass "
         f"(no adapter, backward to the embeddings), medians of {rounds} interleaved rounds, {device}, "
-        f"{rows[0]['batch_tokens']} tokens. kept: MB that autograd holds for the backward. differs: largest difference "
+        f"{rows[0]['batch_tokens']} tokens. kept: MB that autograd holds for the backward. diff: largest difference "
         "of our logits from those of PEFT, which loads our directory, relative to the largest.",
         highlight=False,
     )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("method", no_wrap=True)
-    for heading in ("trained", "loss", "step", "PEFT", "kept", "PEFT", "differs"):
+    for heading in ("trained", "loss", "step", "PEFT", "kept", "PEFT", "diff"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -54,11 +54,13 @@ def print_table(rows: list[dict[str, Any]], rounds: int, device: str, console: C
             f"{row['loss_before']:.2f} -> {row['loss_after']:.2f}",
             f"{row['x_frozen']:.2f}",
             f"{row['peft_x_frozen']:.2f}",
-            f"{row['saved_bytes'] / 1e6:.1f}",
-            f"{row['peft_saved_bytes'] / 1e6:.1f}",
+            f"{row['saved_bytes'] / 1e6:.0f}",
+            f"{row['peft_saved_bytes'] / 1e6:.0f}",
             f"{row['difference_from_peft']:.0e}",
         )
+    console.print()
     console.print(table)
+    console.print()
 
 
 def print_served(served: dict[str, Any], console: Console) -> None:
