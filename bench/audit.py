@@ -35,8 +35,9 @@ import torch
 import typer
 from torch import Tensor
 
-from bench import coverage, report
+from bench import coverage, page, report
 from bench.cases import chosen
+from bench.plots import Document
 from fastadapt.commands.report import write_json
 from fastadapt.progress import progress_bar
 
@@ -647,3 +648,35 @@ def main(
         write_json(json, "audit", rows, seconds=seconds, not_covered=missing)
     if wrong:
         raise typer.Exit(1)
+
+
+@page.section("audit-bf16", "The same of all operators, in bf16", "python -m bench audit --dtypes bf16 --json FILE")
+@page.section("audit", "The kernels, compiled offline for real GPUs")
+def section(document: Document) -> str:
+    kernels = document["rows"]
+    wrong = [
+        f"`{row['kernel']}` {row['target']} {row['dtype']} {' and '.join(found)}"
+        for row in kernels
+        if (found := violations(row))
+    ]
+    targets = {target: [row for row in kernels if row["target"] == target] for target in TARGETS}
+    rows = [
+        f"{target} | {len(group):,} | {len({row['kernel'] for row in group})} | {max(_of(group, 'registers'))} | "
+        f"{max(_of(group, 'spill_bytes'))} | {max(_of(group, 'shared_bytes')):,} of {group[0]['shared_limit']:,}"
+        for target, group in targets.items()
+        if group
+    ]
+    dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in kernels))
+    return "\n\n".join(
+        [
+            f"{len(kernels):,} kernels: every configuration that `configs.py` could pick at that commit, in {dtypes}; "
+            "registers, spilled bytes and shared memory, the worst of each target. A spill, a tile that does not fit "
+            f"or a 16-bit product off the matrix unit is wrong, and so are {len(wrong) or 'none'}"
+            + ("." if not wrong else ":\n\n* " + "\n* ".join(wrong)),
+            page.table("target | compiled | kernels | registers | spilled bytes | shared memory", rows),
+        ]
+    )
+
+
+def _of(rows: Sequence[report.Row], key: str) -> list[int]:
+    return [row.get(key, 0) for row in rows]

@@ -25,7 +25,7 @@ import typer
 from torch import Tensor, nn
 
 import fastadapt
-from bench import measure, report
+from bench import measure, page, report
 from bench.cases import chosen
 from bench.road import walked
 from fastadapt.commands.report import write_json
@@ -248,6 +248,22 @@ def _repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
             call()
 
     return run_all
+
+
+@page.section("calls", "Microseconds of a call")
+def _section(document: page.Document) -> str:
+    """One row a case and phase: microseconds by side, and ours over plain operations and PEFT."""
+    found: dict[tuple[str, str], dict[str, report.Row]] = {}
+    for row in document["rows"]:
+        found.setdefault((row["case"], row["phase"]), {})[row["side"]] = row
+    rows = []
+    for (case, phase), sides in found.items():
+        times = [page.number(sides.get(side, {}).get("us"), 1) for side in SIDES]
+        ours = sides["ours"]
+        ratios = [page.span(ours, f"x_{other}", f"x_{other}_low", f"x_{other}_high") for other in ("ops", "peft")]
+        what = "forward" if phase == "forward" else "forward + backward"
+        rows.append(" | ".join([f"{case}, {what}", *times, *ratios]))
+    return page.table("µs a call | frozen | plain torch | ours | PEFT | ours / plain torch | ours / PEFT", rows)
 
 
 def main(

@@ -25,6 +25,7 @@ BENCHES = {
     "calls": "bench.calls",
     "road": "bench.road",
     "tables": "bench.tables",
+    "report": "bench.page",
 }
 
 
@@ -37,6 +38,14 @@ class AdapterCase:
     r: int
     dropout: float = 0.0
     longer: int = 1  # times as many tokens as the other cases of its bench
+
+    @property
+    def title(self) -> str:
+        """The case in a table; of rank 16 unless it says so."""
+        method = {"lora": "LoRA", "dora": "DoRA", "vera": "VeRA"}[self.method]
+        parts = [method if self.r == 16 else f"{method} r{self.r}"]
+        parts += ["dropout"] * bool(self.dropout) + [f"{self.longer} times the tokens"] * (self.longer > 1)
+        return ", ".join(parts)
 
     def config(self, target_modules: str | list[str]) -> Any:
         """The fastadapt config."""

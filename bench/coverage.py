@@ -21,7 +21,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
         "multi_adapter_linear": _NO_CHOICE,
         "row_squares": "part of what is checked and timed as weight_norm",
     },
-    "microbench": {"multi_adapter_linear": "needs a pool of adapters: the benches serve and pool time it"},
+    "microbench": {},
 }
 
 

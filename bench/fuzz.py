@@ -38,8 +38,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import fastadapt
-from bench import report
+from bench import page, report
 from bench.measure import peak_mb
+from bench.plots import Document
 from fastadapt import (
     AdaLoRAConfig,
     DeltaLoRAConfig,
@@ -900,3 +901,22 @@ def main(
         write_json(json_file, "fuzz", rows, seed=start, seconds=elapsed, findings=findings)
     if findings:
         raise typer.Exit(1)
+
+
+@page.section("fuzz", "Malformed adapter directories")
+def section(document: Document) -> str:
+    rows = [
+        f"{row['case']} | {row['cases']:,} | {row['refused']:,} | {row['loaded']:,} | {row['findings']} | "
+        f"{row['longest_ms']}"
+        for row in document["rows"]
+    ]
+    return (
+        "What is edited in directories that load. A finding is anything but a loaded adapter or an AdapterError with a "
+        "reason: another exception, a changed base, values that are not finite, too much time or memory.\n\n"
+    ) + page.table("edited | cases | refused | loaded | findings | longest ms", rows)
+
+
+@page.headline("fuzz")
+def headline(document: Document) -> str:
+    row = page.by_case(document)["all"]
+    return f"findings in {row['cases']:,} malformed adapter directories | {row['findings']} | –"

@@ -19,8 +19,9 @@ import typer
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench import measure, report, traffic
+from bench import measure, page, report, traffic
 from bench.cases import chosen
+from bench.plots import Document
 from fastadapt.commands.report import write_json
 from fastadapt.functional import hadamard_linear
 
@@ -143,3 +144,20 @@ def main(
     report.print_table(f"W0 ⊙ (1 + U V), fp32, {threads} threads, {rounds} rounds", rows, columns)
     if json_file is not None:
         write_json(json_file, "glora", rows)
+
+
+@page.section("glora", "W0 ⊙ (1 + U V)")
+def section(document: Document) -> str:
+    first = document["rows"][0]
+    rows = [
+        f"{row['N']} × {row['K']} | {page.span(row, 'forward_x', 'forward_x_low', 'forward_x_high')} | "
+        f"{page.span(row, 'step_x', 'step_x_low', 'step_x_high')} | {row['step_peak_mb']:.1f} | "
+        f"{row['step_dense_peak_mb']:.1f} | {row['step_x_peak']:.1f}"
+        for row in document["rows"]
+    ]
+    return (
+        f"`hadamard_linear` in eager PyTorch, {first['M']} tokens, rank {first['r']}, fp32, as a multiple of the dense "
+        "recomposition under autograd: time, and the most that a step allocates beside its operands. Where one block "
+        "holds the whole weight there is little to save. The kernels move what the formula must, and write "
+        f"{first['weight_writes_mib']:.0f} MiB of W0's size.\n\n"
+    ) + page.table("| forward | step | peak MB | dense | times less", rows)

@@ -45,18 +45,20 @@ class Ratio(NamedTuple):
     high: float
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0) -> list[dict[str, Timing]]:
+def interleave(
+    variants: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0, *, wanted: bool = True
+) -> list[dict[str, Timing]]:
     """Run every variant once a round, in an order shuffled for each round; returns the timings of each round.
 
     A round before the first warms up and is not counted. Sequential timings drift with the machine's clock and load
-    by more than the differences that are looked for; within a round the drift is common to all variants.
+    by more than the differences that are looked for; within a round the drift is common to all variants. wanted: a bar.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     order = list(variants)
     shuffler = random.Random(seed)
     results: list[dict[str, Timing]] = []
-    with progress_bar("rounds", (rounds + 1) * len(order)) as update:
+    with progress_bar("rounds", (rounds + 1) * len(order), wanted=wanted) as update:
         for index in range(rounds + 1):
             shuffler.shuffle(order)
             timings = {}

@@ -13,6 +13,7 @@ The operators beside the adapter form run on the arguments of doctor's cases, fo
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.cases import AdapterCase
-from bench.coverage import LEFT_OUT
 from fastadapt.commands import doctor
-from fastadapt.functional import adapter_linear, adapter_linear_group, row_squares, weight_norm
+from fastadapt.functional import (
+    adapter_linear,
+    adapter_linear_group,
+    multi_adapter_linear,
+    row_squares,
+    weight_norm,
+)
 from fastadapt.operators import masks
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 from fastadapt.operators.adapter_linear.tuner import Key
@@ -54,11 +60,7 @@ COVERS = {
     "weight_norm": ("weight_norm",),
 }
 _COVERED = {name for names in COVERS.values() for name in names}
-PLAIN_CASES = [
-    case
-    for case in doctor.CASES
-    if not _COVERED & set(case.covers) and case.operator not in LEFT_OUT["microbench"] and not case.dropout
-]
+PLAIN_CASES = [case for case in doctor.CASES if not _COVERED & set(case.covers) and not case.dropout]
 
 SCALING = 2.0
 
@@ -422,6 +424,8 @@ def prepare_plain(case: doctor.Case, provider: str, values: Outputs) -> Run:
     if provider == "reference":  # the formula does not mix dtypes
         dtype = next(values[name].dtype for name in case.in_dtype if name in values)
         values = {name: value.to(dtype) for name, value in values.items()}
+    elif isinstance(case, doctor.MultiAdapterLinearCase):
+        return _prepare_batch(case, provider, values)
     values = {name: value.detach().requires_grad_(case.trains(name)) for name, value in values.items()}
     leaves = {name: value for name, value in values.items() if value.requires_grad}
 
@@ -432,6 +436,15 @@ def prepare_plain(case: doctor.Case, provider: str, values: Outputs) -> Run:
         return lambda: {"y0": forward()[0]}
     (y,) = forward()
     return _step(leaves, [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)], forward)
+
+
+def _prepare_batch(case: doctor.MultiAdapterLinearCase, backend: str, values: Outputs) -> Run:
+    """Many adapters in one batch: the pool and the batch's tables are made once, as for all layers of a model."""
+    pool = case.pool(values)
+    x, weight, bias = (values[name] for name in ("x", "weight", "bias"))
+    held = contextlib.ExitStack().enter_context(pool.hold(case.rows))
+    batch, layer = held.batch(x.shape[1]), pool.layer("layer")
+    return lambda: {"y0": multi_adapter_linear(x, weight, bias, batch, layer, backend=backend)}
 
 
 def runnable_strategies(device: torch.device) -> list[str]:

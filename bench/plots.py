@@ -59,10 +59,11 @@ def _grouped_bars(
     groups: Sequence[str],
     values: Mapping[str, Sequence[float | None]],
     notes: Mapping[str, Sequence[str]] | None = None,
+    spans: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
 ) -> None:
     """For each group a bar of each provider, above it its number and note; None leaves a gap that says so.
 
-    Bars that dwarf the others are cut, and their numbers stand at the cut.
+    Bars that dwarf the others are cut, and say so beside their numbers. spans: intervals, drawn over the bars.
     """
     width = 0.84 / max(len(values), 1)
     known = [value for series in values.values() for value in series if value is not None] or [1.0]
@@ -73,12 +74,19 @@ def _grouped_bars(
         axes.bar(places, heights, width * 0.94, color=COLORS[name])
         for group, (place, value) in enumerate(zip(places, series, strict=True)):
             note = notes[name][group] if notes and name in notes else ""
-            text = "none" if value is None else f"{value:.2f} {note}".strip()
-            height = heights[group] + top * 0.015
+            cut = "(cut)" if value is not None and value > top else ""
+            text = "none" if value is None else " ".join(filter(None, (f"{value:.2f}", cut, note)))
+            height = heights[group]
+            span = spans[name][group] if spans else None
+            if span is not None and not cut:
+                low, high = span[0], min(span[1], top)
+                axes.plot([place, place], [low, high], color="#444444", linewidth=0.8, solid_capstyle="butt")
+                height = max(height, high)
+            height += top * 0.015
             axes.text(place, height, text, ha="center", va="bottom", rotation=90, fontsize=7, clip_on=True)
     axes.set_xticks(range(len(groups)), groups, fontsize=9)
     axes.set_xlim(-0.6, len(groups) - 0.4)
-    axes.set_ylim(0, top * (1.3 if notes else 1.16))
+    axes.set_ylim(0, top * (1.3 if notes or max(known) > top else 1.16))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
 
@@ -226,54 +234,49 @@ def _roofline(axes: Any, ceilings: Mapping[str, float], rows: Sequence[Row], dty
 
 
 def draw_microbench(document: Document, path: Path) -> None:
-    """What the microbenchmarks found: each operator's providers as multiples of the frozen layers alone."""
+    """What the microbenchmarks found: each operator's providers as multiples of the baseline of their case."""
     rows = [row for row in document["rows"] if row["operator"] in ("forward", "step")]
-    panels = _cases(rows, "operator", "layers")
+    panels: list[tuple[str, dict[tuple[Any, ...], list[Row]], str]] = []
+    for (operator, layers), group in _cases(rows, "operator", "layers").items():
+        what = "forward + backward" if operator == "step" else "forward"
+        shape = f"M {group[0]['M']}, K {group[0]['K']}, N {group[0]['N']}"
+        panels.append((f"{what}, {layers} ({shape})", _cases(group, "case"), "F.linear on the same layers"))
     norms = [row for row in document["rows"] if row["operator"] == "weight_norm"]
     others = [row for row in document["rows"] if row not in rows and row not in norms]
-    in_ms = {
-        "DoRA's row norms": _cases(norms, "layers"),
-        "Operators beside the adapter form": _cases(others, "operator", "case"),
-    }
-    in_ms = {title: cases for title, cases in in_ms.items() if cases}
-    height = (len(panels) + len(in_ms) + 1) // 2
+    if norms:
+        panels.append(("DoRA's row norms", _cases(norms, "layers"), LABELS["reference"]))
+    if others:
+        panels.append(("Operators beside the adapter form", _cases(others, "operator", "case"), LABELS["reference"]))
+    height = (len(panels) + 1) // 2
     figure = new_figure(15, 3.7 * height + 0.8)
     first = document["rows"][0]
     machine = document["machine"]
     device = first["device"]
-    where = f"{machine['cpu']}, {machine['threads']} threads" if device == "cpu" else machine["accelerators"][0]
-    figure.suptitle(f"Microbenchmarks on {where}, {first['dtype']}, medians; {_provenance(document)}", fontsize=11)
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    where = f"{machine['cpu']}, {threads}" if device == "cpu" else machine["accelerators"][0]
+    figure.suptitle(
+        f"Microbenchmarks on {where}, {first['dtype']}, {first['rounds']} interleaved rounds, "
+        f"{'processor time' if first['clock'] == 'cpu' else 'time'}, medians with 95% intervals; "
+        f"{_provenance(document)}",
+        fontsize=11,
+    )
     grid = figure.add_gridspec(height, 2)
     order = [*STRATEGIES, "triton", "eager", "ours", "ungrouped", "peft", "reference"]
-    for index, ((operator, layers), group) in enumerate(panels.items()):
+    for index, (title, cases, baseline) in enumerate(panels):
         axes = figure.add_subplot(grid[index // 2, index % 2])
-        cases = _cases(group, "case")
-        present = [name for name in order if any(row["provider"] == name for row in group)]
-        values = {name: [_multiple(rows, name) for rows in cases.values()] for name in present}
-        _grouped_bars(axes, [case.replace("_", "\n") for (case,) in cases], values)
-        axes.axhline(1.0, color=COLORS["linear"], linewidth=1, linestyle="--")
-        title = "forward + backward" if operator == "step" else "forward"
-        shape = f"M {group[0]['M']}, K {group[0]['K']}, N {group[0]['N']}"
-        axes.set_title(f"{title}, {layers} ({shape})", fontsize=10)
-        axes.set_ylabel("time, x of F.linear on the same layers")
-    for index, (title, cases) in enumerate(in_ms.items(), len(panels)):
-        axes = figure.add_subplot(grid[index // 2, index % 2])
-        present = [name for name in order if any(row["provider"] == name for rows in cases.values() for row in rows)]
-        times = {
-            name: [next((row["median_ms"] for row in rows if row["provider"] == name), None) for rows in cases.values()]
+        found = [{row["provider"]: row for row in group} for group in cases.values()]
+        present = [name for name in order if any(name in group and group[name]["baseline"] != name for group in found)]
+        values = {name: [group[name]["x"] if name in group else None for group in found] for name in present}
+        spans = {
+            name: [(group[name]["x_low"], group[name]["x_high"]) if name in group else None for group in found]
             for name in present
         }
-        _grouped_bars(axes, ["\n".join(key).replace("_", "\n") for key in cases], times)
+        _grouped_bars(axes, ["\n".join(key).replace("_", "\n") for key in cases], values, spans=spans)
+        axes.axhline(1.0, color=COLORS["linear"], linewidth=1, linestyle="--")
         axes.set_title(title, fontsize=10)
-        axes.set_ylabel("ms")
+        axes.set_ylabel(f"x {baseline}")
     _legend(figure, [name for name in order if any(row["provider"] == name for row in document["rows"])])
     save_figure(figure, path, dpi=110)
-
-
-def _multiple(rows: Sequence[Row], provider: str) -> float | None:
-    """The provider's time as a multiple of the frozen layers' in the same group of rows."""
-    times = {row["provider"]: row["median_ms"] for row in rows}
-    return times[provider] / times["linear"] if provider in times and "linear" in times else None
 
 
 def _accuracy_over_size(axes: Any, rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -21,8 +21,9 @@ import psutil
 import torch
 import typer
 
-from bench import measure, report
+from bench import measure, page, report
 from bench.cases import chosen
+from bench.plots import Document
 from bench.serve import PROMPT, adapter_bytes, random_adapter
 from bench.step import LAYERS, VOCAB, Shape, base_model
 from fastadapt import LoRAConfig, inject, save_adapter
@@ -196,3 +197,31 @@ def main(
         report.print_table(row["case"], [row], {key: key for key in row if key != "case"})
     if json_file is not None:
         write_json(json_file, "pool", rows)
+
+
+@page.section("pool", "A pool of thousands of adapters")
+def section(document: Document) -> str:
+    scaled, kept, churned = (_row(document, name) for name in CASES)
+    low, high = scaled["throughput_low"], scaled["throughput_high"]
+    return "\n".join(
+        [
+            f"* Batches of 8 distinct LoRA (rank 8, bf16) drawn from {scaled['registered']:,} registered ones run at "
+            f"{scaled['throughput']:.1%} ({low:.1%}–{high:.1%}) of the throughput of such batches drawn from 8, at "
+            f"{scaled['bytes_each'] / 1e6:.2f} MB each.",
+            f"* {kept['registered']:,} VeRA adapters take {kept['bytes_each'] / 1e3:.0f} kB each in the arena, "
+            f"{kept['held_over_true']:.3f} of their true sizes ({kept['process_over_true']:.3f} counting all that the "
+            "process grew by).",
+            f"* {churned['loads']:,} loads and {churned['evictions']:,} evictions under a running workload: "
+            f"{churned['wrong']:,} of {churned['answers']:,} answers wrong, {churned['bytes_left']:,} bytes left.",
+        ]
+    )
+
+
+def _row(document: Document, case: str) -> report.Row:
+    return next(row for row in document["rows"] if row["case"].startswith(f"{case}_"))
+
+
+@page.headline("pool")
+def headline(document: Document) -> str:
+    row = _row(document, "scale")
+    return f"throughput with {row['registered']:,} adapters registered, of that with 8 | {row['throughput']:.1%} | –"

@@ -14,16 +14,31 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 
+WIDTH = 80
+
+
 def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """Print the columns {key: heading} of the rows."""
-    table = Table(title=title)
-    for heading in columns.values():
-        table.add_column(heading, justify="left" if heading == next(iter(columns.values())) else "right")
-    for row in rows:
-        table.add_row(*(shown(row.get(key)) for key in columns))
+    """Print the columns {key: heading} of the rows: several tables where they do not fit into 80 characters.
+
+    Each begins with the first column, which says what the row is.
+    """
     console = Console()
-    # A pipe has no width of its own, and a table folded to 80 columns is not legible.
-    (console if console.is_terminal else Console(width=150)).print(table)
+    console = console if console.is_terminal else Console(width=WIDTH)
+    cells = {key: [heading, *(shown(row.get(key)) for row in rows)] for key, heading in columns.items()}
+    widths = {key: max(map(len, texts)) + 3 for key, texts in cells.items()}
+    first, *others = columns
+    blocks: list[list[str]] = [[first]]
+    for key in others:
+        if len(blocks[-1]) > 1 and sum(widths[one] for one in (*blocks[-1], key)) + 1 > console.width:
+            blocks.append([first])
+        blocks[-1].append(key)
+    for block in blocks:
+        table = Table(title=title if block is blocks[0] else None)
+        for key in block:
+            table.add_column(columns[key], justify="left" if key == first else "right", overflow="fold")
+        for row in range(1, len(rows) + 1):
+            table.add_row(*(cells[key][row] for key in block))
+        console.print(table)
 
 
 def tracked(items: Sequence[T], what: str) -> Iterator[T]:

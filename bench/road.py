@@ -18,7 +18,8 @@ import typer
 from torch import Tensor, nn
 
 import fastadapt
-from bench import report
+from bench import page, report
+from bench.plots import Document
 from fastadapt.commands.report import write_json
 
 ROOT = Path(fastadapt.__file__).resolve().parent
@@ -105,3 +106,12 @@ def main(json_file: Annotated[Path | None, typer.Option("--json", help="Write th
     report.print_table("The road of x", rows, columns)
     if json_file is not None:
         write_json(json_file, "road", rows)
+
+
+@page.section("road", "The road of x")
+def section(document: Document) -> str:
+    rows = [f"{row['case']} | {row['rooms']} | {row['up']} | {row['calls']}" for row in document["rows"]]
+    return (
+        "The rooms of the package that a call of one adapted layer passes, the calls that lead to a floor above, and "
+        "all Python calls.\n\n"
+    ) + page.table("| rooms | calls that lead up | calls in all", rows)

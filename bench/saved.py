@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from bench import report
+from bench import page, report
 from bench.cases import SAVED_CASES, AdapterCase, chosen
+from bench.plots import Document
 from fastadapt.commands.report import write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -198,3 +199,26 @@ def main(
     report.print_table(f"Kept for backward, M {tokens}, K {width}, N {out_features}", rows, columns)
     if json_file is not None:
         write_json(json_file, "saved", rows)
+
+
+@page.section("saved", "Kept between forward and backward")
+def section(document: Document) -> str:
+    found = {(row["case"], row["dtype"]): row for row in document["rows"]}
+    first = document["rows"][0]
+    rows = []
+    for name in dict.fromkeys(row["case"] for row in document["rows"]):
+        single, half = found[name, "fp32"], found[name, "bf16"]
+        cells = [single["saved_units"], single["peft_saved_units"], half["saved_units"], half["peft_saved_units"]]
+        masks = f"{single['mask_units']:.2f} / {half['mask_units']:.2f}"
+        numbers = " | ".join(f"{cell:.2f}" for cell in (*cells, single["minimum_units"]))
+        rows.append(f"{SAVED_CASES[name].title} | {numbers} | {masks}")
+    return (
+        f"One layer, K {first['K']}, N {first['N']}, {first['M']} tokens, in units of its input; everything counts, on "
+        "ctx and on modules. A CPU's dropout mask is apart.\n\n"
+    ) + page.table("| fp32 | PEFT | bf16 | PEFT | minimum | mask fp32 / bf16", rows)
+
+
+@page.headline("saved")
+def headline(document: Document) -> str:
+    row = next(row for row in document["rows"] if (row["case"], row["dtype"]) == ("dora", "bf16"))
+    return f"kept for DoRA's backward, bf16, x the input | {row['saved_units']:.2f} | {row['peft_saved_units']:.2f}"

@@ -17,9 +17,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench import measure, report
+from bench import measure, page, report
 from bench.cases import chosen
-from bench.plots import draw_serve, read
+from bench.plots import Document, draw_serve, read
 from bench.step import FROZEN, HIDDEN, LAYERS, LINEARS, VOCAB, Shape, base_model
 from fastadapt.commands.demo.training import skeleton
 from fastadapt.commands.report import write_json
@@ -262,3 +262,40 @@ def main(
     if json_file is not None:
         write_json(json_file, "serve", rows)
         draw_serve(read(json_file), json_file.with_suffix(".png"))
+
+
+@page.section("serve", "Serving many adapters in one batch")
+def section(document: Document) -> str:
+    found = page.by_case(document)
+    rows = []
+    for name in dict.fromkeys(CASES[case].name.partition("_")[2] for case in found):
+        cells = [_TITLES[name]]
+        for row in (found.get(f"{phase}_{name}", {}) for phase in ("prefill", "decode")):
+            cells.append(page.span(row, "x_base", "x_low", "x_high"))
+            cells.append(page.span(row, "peft_x_base", "peft_x_low", "peft_x_high"))
+            cells.append(page.number(row.get("floor")))
+        rows.append(" | ".join(cells))
+    first = document["rows"][0]
+    return (
+        f"SmolLM2-135M's dimensions, fp32, 8 rows, as a multiple of the base model on the same batch, medians of "
+        f"{first['rounds']} rounds; prefill of {PROMPT} tokens, decoding one token behind them. Of rank {RANK}; mixed: "
+        "LoRA of rank 8, 16, 16 and 32, two DoRA of 16, two VeRA of 256; the last row 64 rows, LoRA of rank 8. The "
+        "floor counts the adapters' FLOPs in prefill and the bytes of the distinct adapters in decoding as the "
+        "machine's memory would move them; its caches do better. PEFT refuses DoRA in a mixed batch and gives VeRA "
+        "rows the wrong adapter.\n\n"
+    ) + page.table("| prefill | PEFT | floor | decode | PEFT | floor", rows)
+
+
+_TITLES = {
+    "1_lora": "one LoRA",
+    "8_lora": "8 LoRA",
+    "1_dora": "one DoRA",
+    "8_mixed": "8 of mixed methods",
+    "64_lora": "64 LoRA, 64 rows",
+}
+
+
+@page.headline("serve")
+def headline(document: Document) -> str:
+    row = page.by_case(document)["decode_8_lora"]
+    return f"decoding 8 LoRA in one batch, x the base model | {row['x_base']:.2f} | {row['peft_x_base']:.2f}"

@@ -22,8 +22,9 @@ import torch
 import typer
 from torch import nn
 
-from bench import measure, report
+from bench import measure, page, report
 from bench.cases import STEP_CASES, AdapterCase, chosen
+from bench.plots import Document
 from fastadapt.commands.report import write_json
 
 Side = Literal["frozen", "ours", "peft"]
@@ -229,6 +230,28 @@ def main(
     report.print_table(f"Training step, {batch} x {length} tokens, {layers} layers, {rounds} rounds", rows, columns)
     if json_file is not None:
         write_json(json_file, "step", rows)
+
+
+@page.section("step", "A training step")
+def section(document: Document) -> str:
+    first = document["rows"][0]
+    rows = [
+        f"{STEP_CASES[row['case']].title} | {page.span(row, 'x_frozen', 'x_low', 'x_high')} | "
+        f"{page.span(row, 'peft_x_frozen', 'peft_x_low', 'peft_x_high')} | {row['floor']:.2f} | "
+        f"{page.number(row['peak_mb'], 0)} | {page.number(row['peft_peak_mb'], 0)}"
+        for row in document["rows"]
+    ]
+    return (
+        f"SmolLM2-135M's dimensions, rank 16 (VeRA 256) on all {7 * first['layers']} linear layers, {first['batch']} × "
+        f"{first['length']} tokens, fp32, AdamW included, as a multiple of the frozen forward and backward; medians of "
+        f"{first['rounds']} rounds (fewer for more tokens), and the least that the formula allows.\n\n"
+    ) + page.table("| ours | PEFT | floor | peak MB | PEFT's", rows)
+
+
+@page.headline("step")
+def headline(document: Document) -> str:
+    row = page.by_case(document)["dora"]
+    return f"a training step of DoRA, x the frozen pass | {row['x_frozen']:.2f} | {row['peft_x_frozen']:.2f}"
 
 
 def report_peak(arguments: dict[str, Any]) -> None:

@@ -45,8 +45,9 @@ import torch
 import typer
 from torch import Tensor
 
-from bench import coverage, l2, report
+from bench import coverage, l2, page, report
 from bench.peers import PEERS, moved_mib
+from bench.plots import Document
 from fastadapt.commands.report import write_json
 from fastadapt.operators.adapter_linear.cost import works
 from fastadapt.operators.adapter_linear.devices import DEVICES
@@ -775,3 +776,35 @@ _HADAMARD_COLUMNS = {
     "partials_mib": "partials",
     "weight_writes_mib": "writes of W0's size",
 }
+
+
+@page.section("traffic", "Bytes to and from a GPU's memory")
+def section(document: Document) -> str:
+    layers = [row for row in document["rows"] if row["case"] in CASES]
+    rows = []
+    for row in layers:
+        others = [row.get(f"{name}_mib") for name in ("lorafusion", "axolotl", "unsloth", "peft_bf16")]
+        cells = [row["mib"], row["minimum_mib"], row["partials_mib"], row["reread_mib"]]
+        numbers = " | ".join(page.number(cell, 0) for cell in cells)
+        peers = " | ".join(page.number(cell, 0) for cell in others)
+        rows.append(
+            f"{row['case'].replace('_', ' ')} | {numbers} | {row['launches_forward']} + {row['launches_backward']} | "
+            f"{peers}"
+        )
+    first = layers[0]
+    return (
+        "One layer, or a group that reads one input, forward and backward, counted in the interpreter: "
+        f"M {first['M']}, K {first['K']}, 16 bit (VeRA r 256, else r 16), in MiB, tiles and L2 of {first['device']}; "
+        "of the other libraries a model of their operations. Re-reads are what the L2 loses of the tiles, modelled. "
+        "DoRA's norm is in its bytes, and its launches are apart. What this predicts for four GPUs is in "
+        "[PREDICTIONS.md](PREDICTIONS.md); nobody has measured it.\n\n"
+    ) + page.table(
+        "| moved | least | partial sums | re-read | launches | LoRAFusion | Axolotl | Unsloth | PEFT, bf16", rows
+    )
+
+
+@page.headline("traffic")
+def headline(document: Document) -> str:
+    row = page.by_case(document)["lora_qkv_group"]
+    what = f"GPU memory moved by LoRA on q, k and v, MiB, of at least {row['minimum_mib']:.0f}; counted, PEFT modelled"
+    return f"{what} | {row['mib']:,.0f} | {row['peft_bf16_mib']:,.0f}"

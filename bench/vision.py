@@ -23,7 +23,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from bench import measure, report
+from bench import measure, page, report
 from bench.cases import chosen
 from bench.digits import (
     CLASSES,
@@ -38,7 +38,7 @@ from bench.digits import (
     load_digits,
     new_vit,
 )
-from bench.plots import draw_vision, read
+from bench.plots import Document, draw_vision, read
 from bench.vision_search import search
 from fastadapt.commands.batches import Batch
 from fastadapt.commands.demo.training import losses_of_steps, skeleton
@@ -416,3 +416,50 @@ def main(
         learned = accuracy(base, digits.base_test)
         write_json(json_file, "vision", rows, base_accuracy=learned, searched=searched)
         draw_vision(read(json_file), json_file.with_suffix(".png"))
+
+
+@page.section("vision", "Images")
+def section(document: Document) -> str:
+    first = document["rows"][0]
+    shots = [point["shots"] for point in first["few_shot"]]
+    shown = [0, len(shots) // 2, len(shots) - 1]
+    few, vit_b = [], []
+    for row in document["rows"]:
+        points = [page.span(row["few_shot"][index], *_ACCURACY, 3) for index in shown]
+        # What trains the model's own weights has nothing to merge.
+        merges = row["case"] not in ("probe", "full")
+        costs = [row["x_frozen"], row["x_base"], row.get("merged_x_base") if merges else None]
+        few.append(f"{row['method']} | {row['trainable']:,} | {' | '.join(points)} | {_numbers(costs)}")
+        if row.get("vit_b_x_base") is not None:
+            costs = [row["vit_b_x_base"], row.get("vit_b_merged_x_base")]
+            vit_b.append(f"{row['method']} | {row['vit_b_trainable']:,} | {_numbers(costs)}")
+    differences = [row["merge_difference"] for row in document["rows"] if row.get("merge_difference") is not None]
+    found = [
+        f"{_SPACES[row['case']]} | {row['subnet']} | {row['parameters']:,} | {row['validation']:.3f} | "
+        f"{page.span(row, *_ACCURACY, 3)}"
+        for row in document["searched"]
+    ]
+    heads = " | ".join(f"{shots[index]} a class" for index in shown)
+    return "\n\n".join(
+        [
+            f"A small ViT trained on the digits 0 to 4 (test accuracy {document['base_accuracy']:.3f}) learns 5 to 9 "
+            f"from a few images of each; {first['steps']} steps for every method, each at the best of three rates by "
+            f"validation; accuracy on test images, mean of {first['seeds']} seeds (worst–best); step as a multiple of "
+            "the frozen pass, inference of the base model, beside its weights and merged into them.",
+            page.table(f"| trained | {heads} | step | inference | merged", few),
+            f"At ViT-B's dimensions, one image. Merging changes no logit by more than {max(differences):.0e}.",
+            page.table("| trained | inference | merged", vit_b),
+            f"The searches, {document['searched'][0]['shots']} images a class, published population and generations, "
+            "fitness on validation images, a limit that the middle uniform subnet just keeps; GLoRA's subnets run with "
+            "the supernet's weights, NOAH's are trained again:",
+            page.table("supernet | subnet | parameters | validation | test", found),
+        ]
+    )
+
+
+_SPACES = {"glora": "GLoRA", "noah": "NOAH"}
+_ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
+
+
+def _numbers(values: list[float | None]) -> str:
+    return " | ".join(map(page.number, values))

@@ -1,6 +1,7 @@
 """fastadapt: one fused engine for low-rank adapters."""
 
 from . import functional, optim
+from .environment import __version__
 from .layers.linear import AdapterLinear
 from .methods import (
     AdaLoRAConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "SSFConfig",
     "VPTConfig",
     "VeRAConfig",
+    "__version__",
     "add_weighted_adapter",
     "control",
     "disable_adapter",

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("fastadapt", "triton", "transformers", "peft", "numpy", "safetensors")
+__version__ = "0.1.0"
+
+PACKAGES = ("triton", "transformers", "peft", "numpy", "safetensors")
 
 
 def processor() -> str:
@@ -39,8 +41,12 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Python, torch and the packages that matter here; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    """fastadapt, Python, torch and the packages that matter here; None for one that is not installed."""
+    found: dict[str, str | None] = {
+        "fastadapt": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for package in PACKAGES:
         found[package] = None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

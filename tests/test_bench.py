@@ -6,6 +6,7 @@ import copy
 import gzip
 import hashlib
 import json
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from test_architecture import FLOORS
 from torch import Tensor, nn
 
 import fastadapt
-from bench import digits, glora, measure, road, saved, step, vision, vision_search
+from bench import digits, glora, measure, report, road, saved, step, vision, vision_search
 from bench.__main__ import main
 from bench.cases import STEP_CASES, chosen
 from fastadapt.commands.demo.assets import AssetError
@@ -213,6 +214,18 @@ def test_every_round_runs_every_variant_in_an_order_of_its_own() -> None:
     assert len(set(rounds)) > 1
     with pytest.raises(ValueError, match="rounds"):
         measure.interleave(variants, 0)
+
+
+def test_a_wide_table_becomes_several_of_80_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = {"case": "case", **{f"column {index}": f"heading {index}" for index in range(12)}}
+    rows = [{"case": name, **{f"column {index}": index / 3 for index in range(12)}} for name in ("lora", "vera")]
+    report.print_table("wide", rows, columns)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("lora" in line for line in lines) == sum("case" in line for line in lines) == 3
+    headings = [cell for line in lines for cell in re.split(r" [┃] ", line) if "heading" in cell]
+    assert [int(re.findall(r"\d+", heading)[0]) for heading in headings] == list(range(12))
+    assert sum(line.strip() == "wide" for line in lines) == 1
 
 
 def test_unknown_cases_are_named() -> None:

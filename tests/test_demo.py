@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import io
 import json
 import subprocess
 import zipfile
@@ -11,19 +13,25 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
 import fastadapt
+from bench.demo import section
 from fastadapt.commands import batches as rows_of
 from fastadapt.commands.cli import app
 from fastadapt.commands.demo import assets as demo_assets
 from fastadapt.commands.demo import command as demo
 from fastadapt.commands.demo import compare as demo_compare
 from fastadapt.commands.demo import training as demo_training
-from fastadapt.commands.demo.command import PLANS
+from fastadapt.commands.demo.command import MORE_PLANS, PLANS
+from fastadapt.commands.demo.show import print_table
 from fastadapt.files import cache_directory
+from fastadapt.progress import progress_bars
+from fastadapt.training.recipes import RECIPES
 
+ALL = PLANS + MORE_PLANS
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
@@ -35,7 +43,7 @@ def tiny_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    pairs = [pair for plan in PLANS for pair in demo_assets.load_topic(plan.topic, 0).train]
+    pairs = [pair for plan in ALL for pair in demo_assets.load_topic(plan.topic, 0).train]
     splitter = pre_tokenizers.Whitespace()
     words = {word for pair in pairs for text in pair for word, _ in splitter.pre_tokenize_str(text)}
     special = ["<unk>", "<eos>", "<|user|>", "<|assistant|>"]
@@ -95,12 +103,12 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short_answers")
 def test_the_demo_trains_saves_loads_answers_and_measures(model_directory: Path, tmp_path: Path) -> None:
     json_file = tmp_path / "results" / "out.json"
-    result = run_demo(str(model_directory), tmp_path / "adapters", "--json", str(json_file))
+    result = run_demo(str(model_directory), tmp_path / "adapters", "--all", "--json", str(json_file))
     assert result.exit_code == 0, result.output
     document = json.loads(json_file.read_text())
     assert {"name", "machine", "versions", "commit", "rows"} <= document.keys()
     assert document["name"] == "demo"
-    assert [row["method"] for row in document["rows"]] == [plan.method for plan in PLANS]
+    assert [row["method"] for row in document["rows"]] == [plan.method for plan in ALL]
     assert len({row["topic"] for row in document["rows"]}) == 4
     for row in document["rows"]:
         assert row["trainable"] > 0
@@ -118,19 +126,76 @@ def test_the_demo_trains_saves_loads_answers_and_measures(model_directory: Path,
         assert (tmp_path / "adapters" / row["method"].lower() / "adapter_model.safetensors").is_file()
     assert len(document["answers"]) == 8
     served = document["served"]
-    assert [row["method"] for row in served["rows"]] == [*(plan.method for plan in PLANS), "base model"]
+    assert [row["method"] for row in served["rows"]] == [*(plan.method for plan in ALL), "base model"]
     assert all(row["equal"] for row in served["rows"])
     assert all(len(curve["train"]) == 2 for curve in document["curves"].values())
+    assert document["parts"].keys() == {"training", "answers", "beside PEFT", "serving"}
+    assert sum(document["parts"].values()) <= document["seconds"] + 0.2
+    assert document["cpu_seconds"] > 0
+    # Paths stay whole, to be copied.
+    assert max(len(line) for line in result.output.splitlines() if str(tmp_path) not in line) <= 80
     picture = json_file.with_suffix(".png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert sorted(path.name for path in json_file.parent.iterdir()) == ["out.json", "out.png"]
 
-    # Without --json the same is left with the adapters, and the seed governs everything that is not a time.
-    assert run_demo(str(model_directory), tmp_path / "again").exit_code == 0
+    page = section(document)
+    assert "is loaded (training " in page
+    assert f"{len(ALL) + 1} of {len(ALL) + 1} rows of the mixed batch" in " ".join(page.split())
+
+    # Without --json the same is left with the adapters, without --all there are three, and the seed governs everything
+    # that is not a time.
+    again = run_demo(str(model_directory), tmp_path / "again")
+    assert again.exit_code == 0
     assert (tmp_path / "again" / "demo.png").is_file()
-    again = json.loads((tmp_path / "again" / "demo.json").read_text())
+    rows = json.loads((tmp_path / "again" / "demo.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["LoRA", "DoRA", "VeRA"]
     for key in ("trainable", "loss_before", "loss_after", "saved_bytes"):
-        assert [row[key] for row in again["rows"]] == [row[key] for row in document["rows"]]
+        assert [row[key] for row in rows] == [row[key] for row in document["rows"][:3]]
+    # What was trained and an answer before and after stand there before anything is measured.
+    first = [again.stdout.index(text) for text in ("LoRA on trivia: ", "before ", "after ", "DoRA on", "Beside PEFT")]
+    assert first == sorted(first)
+    lines = [line for line in again.output.splitlines() if "LoRA on trivia" in line]
+    assert len(lines) <= 3, "a line a step at most, and one for the adapter"
+
+
+def test_the_table_fits_into_80_columns() -> None:
+    row = {"method": "Delta-LoRA", "trainable": 14_884_480, "loss_before": 16.29, "loss_after": 12.59}
+    row |= {"x_frozen": 12.31, "peft_x_frozen": 12.51, "saved_bytes": 1_153_725_124, "peft_saved_bytes": 1_153_725_124}
+    log = Console(file=io.StringIO(), width=80)
+    print_table([{**row, "difference_from_peft": 2.4e-6, "batch_tokens": 180}], 3, "cpu", log)
+    lines = log.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = "Delta-LoRA 14,884,480 16.29 -> 12.59 12.31 12.51 1154 1154 2e-06"
+    assert cells.split() == next(line.split() for line in lines if "Delta-LoRA" in line)
+
+
+@pytest.mark.parametrize("name", ["lora-drop", "eva"])
+def test_what_a_method_sees_before_training_is_less_than_training(
+    name: str, model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe is there to find an order: it must not cost more than what it prepares."""
+    seen: dict[str, list[int]] = {"before": [], "training": []}
+
+    def recording(model: Any, batches: Any, adapter: str, *, prepare: Any = RECIPES[name].prepare) -> None:
+        seen["before"] += [batch["input_ids"].numel() for batch in batches]
+        prepare(model, batches, adapter)
+
+    monkeypatch.setitem(RECIPES, name, dataclasses.replace(RECIPES[name], prepare=recording))
+    collated = demo_training.collate
+
+    def counted(rows: Any, padding: int, device: Any) -> Any:
+        batch = collated(rows, padding, device)
+        seen["training"].append(batch["input_ids"].numel())
+        return batch
+
+    monkeypatch.setattr(demo_training, "collate", counted)
+    base, tokenizer = demo_assets.load_model(str(model_directory), lambda text: None)
+    (plan,) = (plan for plan in ALL if plan.name == name)
+    options = demo.Options(output=tmp_path)
+    with progress_bars(transient=True) as progress:
+        demo.train_one(plan, base, tokenizer, options, progress)
+    assert len(seen["before"]) < len(seen["training"]) == options.steps
+    assert sum(seen["before"]) < sum(seen["training"])
 
 
 def test_a_model_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -213,7 +278,7 @@ def test_pip_without_a_network_is_one_clear_line(monkeypatch: pytest.MonkeyPatch
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("plan", PLANS[:4], ids=lambda plan: plan.method)
+@pytest.mark.parametrize("plan", ALL[:4], ids=lambda plan: plan.method)
 def test_no_heldout_question_is_trained_on(plan: Any) -> None:
     topic = demo_assets.load_topic(plan.topic, 0)
     trained, held = ({pair.question.casefold() for pair in pairs} for pairs in (topic.train, topic.heldout))
@@ -265,7 +330,7 @@ def test_training_lowers_the_heldout_loss(model_directory: Path) -> None:
         seed=0,
         report=lambda step, loss: seen.append((step, loss)),
     )
-    assert [step for step, _ in curve.heldout] == [0, 10, 20]
+    assert [step for step, _ in curve.heldout] == [0, 20]
     assert curve.heldout[-1][1] < 0.9 * curve.heldout[0][1]
     assert seen == list(enumerate(curve.train, start=1))
     # The skeleton shares the base's weights, and the base has not moved.

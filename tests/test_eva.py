@@ -582,6 +582,7 @@ def test_the_bar_is_for_those_who_have_rich(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = in_ours(llama(), r=2, target_modules=["q_proj"])
+    monkeypatch.setattr("fastadapt.progress.is_live", lambda console: True)
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the captured stderr for a terminal
     eva_factors(model, BATCHES)
     shown = capsys.readouterr()

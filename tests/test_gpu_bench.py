@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -17,14 +16,15 @@ from typing import Any
 import pytest
 import torch
 import typer
+from torch import Tensor
 
-from bench import gpu, operators
+from bench import gpu, microbench, operators, plots
 from bench.__main__ import main
 from bench.cases import SAVED_CASES, AdapterCase
-from bench.microbench import compact
 from bench.operators import LLAMA_8B, SMALL, OperatorCase, check, judge, make_operands, prepare, providers
 from bench.plots import draw_gpu, draw_microbench, read
 from fastadapt.commands import doctor
+from fastadapt.commands.report import new_figure
 from fastadapt.operators.adapter_linear import function, plan, tuner
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 
@@ -323,30 +323,106 @@ def test_a_gpu_that_is_not_there_is_said() -> None:
     assert gpu.chosen_device("") == CPU
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="needs pytest-benchmark")
-def test_microbenchmarks_become_rows_and_a_picture(tmp_path: Path) -> None:
-    raw = tmp_path / "raw.json"
-    quick = ("--benchmark-max-time=0.001", "--benchmark-min-rounds=1")
-    chosen = ("-k", "forward and lora and qkv or norm and o or HiRA or NOAH")
-    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", f"--benchmark-json={raw}", *quick, *chosen]
+MICRO = ["forward lora qkv", "weight_norm dora o", "hadamard_linear HiRA", "multi_adapter_linear"]
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The microbenchmarks of a few cases, with two short rounds."""
+    path = tmp_path_factory.mktemp("micro") / "micro.json"
+    chosen = [one for one in microbench.problems() if one.label.startswith(tuple(MICRO))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(microbench, "problems", lambda: iter(chosen))
+        also = str(path.with_name("theirs.json"))
+        main(["microbench", "--json", str(path), "--benchmark-json", also, "--rounds", "2", "--sample", "0"])
+    return path
+
+
+def test_microbenchmarks_become_rows_and_a_picture(micro: Path, tmp_path: Path) -> None:
+    document = read(micro)
+    rows = document["rows"]
+    assert {row["operator"] for row in rows} == {"forward", "weight_norm", "hadamard_linear", "multi_adapter_linear"}
+    assert {"ours", "ungrouped", "reference", "peft", "linear", "eager"} <= {row["provider"] for row in rows}
+    assert document["not_covered"] == {}
+    for row in rows:
+        assert 0 < row["x_low"] <= row["x"] <= row["x_high"]
+        assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
+        assert row["baseline"] == ("linear" if row["operator"] == "forward" else "reference")
+        assert row["provider"] != row["baseline"] or row["x"] == pytest.approx(1)
+    assert micro.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    # The picture needs nothing but the document.
+    draw_microbench(document, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == micro.with_suffix(".png").read_bytes()
+
+
+def test_pytest_benchmark_reads_what_the_microbenchmarks_write(micro: Path) -> None:
+    theirs = micro.with_name("theirs.json")
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", str(theirs), "--columns=median,rounds"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=micro.parent)
+    assert done.returncode == 0, done.stderr
+    assert "benchmark 'forward lora qkv M512 fp32': 7 tests" in done.stdout
+    stats = {entry["fullname"]: entry["stats"] for entry in json.loads(theirs.read_text())["benchmarks"]}
+    row = next(row for row in read(micro)["rows"] if (row["operator"], row["provider"]) == ("forward", "ours"))
+    found = stats["forward lora qkv M512 fp32 ours"]
+    assert found["median"] == pytest.approx(row["median_ms"] / 1e3)
+    assert (found["rounds"], found["iterations"]) == (row["rounds"], row["calls"])
+    assert found["min"] <= found["q1"] <= found["median"] <= found["q3"] <= found["max"]
+
+
+def test_a_bar_is_a_multiple_for_each_call_and_providers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order, load = [0.0], [], [1.0]
+
+    def takes(name: str, seconds: float) -> Any:
+        def run() -> dict[str, Tensor]:
+            clock[0] += seconds * load[0]
+            order.append(name)
+            load[0] *= 1.01  # the machine slows down all the time
+            return {}
+
+        return run
+
+    runs = {"slow": takes("slow", 3e-3), "reference": takes("reference", 1e-3)}
+    for name in ("perf_counter", "process_time"):
+        monkeypatch.setattr(microbench.time, name, lambda: clock[0])
+
+    def refuse(name: str) -> Any:
+        if name == "stranger":
+            raise ValueError('strategy "stranger" is not for this case')
+        return runs[name]
+
+    problem = microbench.Problem("case", {}, ("slow", "reference", "stranger"), refuse)
+    rows, samples = microbench.time_problem(problem, 9, 2.5e-3)
+    assert {row["provider"]: row["calls"] for row in rows} == {"slow": 1, "reference": 3}
+    assert rows[0]["x"] == pytest.approx(3, rel=0.05)
+    assert rows[1]["x"] == 1
+    assert [len(values) for values in samples.values()] == [9, 9]
+    turns = [name for name, _ in itertools.groupby(order[4:])]
+    assert turns.count("slow") >= 5, "not one after the other"
+
+
+def test_the_microbenchmarks_by_habit_say_which_to_trust(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    quick = ("--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "-k", "norm and o")
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", *quick]
     # Whatever runs this test: pytest-benchmark does not measure under xdist.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "benchmark 'forward lora qkv M" in done.stdout
-    main(["microbench", str(raw), "--json", str(tmp_path / "micro.json")])
-    document = read(tmp_path / "micro.json")
-    assert document["name"] == "microbench"
-    rows = document["rows"]
-    assert rows == compact(json.loads(raw.read_text()))
-    assert {"forward", "weight_norm", "hadamard_linear", "bottleneck"} == {row["operator"] for row in rows}
-    assert {"ours", "ungrouped", "reference", "peft", "linear", "eager"} <= {row["provider"] for row in rows}
-    assert all(0 < row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] for row in rows)
-    assert (tmp_path / "micro.png").read_bytes().startswith(b"\x89PNG")
-    # The picture needs nothing but the document.
-    draw_microbench(document, tmp_path / "again.png")
-    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "micro.png").read_bytes()
+    assert "benchmark 'weight_norm dora o fp32'" in done.stdout
+    assert "for ratios trust `python -m bench microbench`" in done.stdout
+
+
+def test_a_bar_that_is_cut_says_so() -> None:
+    axes = new_figure(4, 3).add_subplot()
+    values = {"ours": [1.0, 1.1, 1.2], "peft": [1.3, None, 40.0]}
+    spans = {"ours": [(0.9, 1.1), None, None], "peft": [None, None, (30.0, 50.0)]}
+    plots._grouped_bars(axes, ["a", "b", "c"], values, spans=spans)
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["1.00", "1.10", "1.20", "1.30", "none", "40.00 (cut)"]
+    tops = [bar.get_height() for bar in axes.patches]
+    assert max(tops) == pytest.approx(4 * 1.2)
+    assert len(axes.lines) == 1, "an interval is drawn where the bar is whole"
 
 
 def test_plain_pytest_leaves_the_microbenchmarks_alone(pytestconfig: pytest.Config) -> None:

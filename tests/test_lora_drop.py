@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 import fastadapt
 from fastadapt import LoRAConfig, LoRADropConfig, select_layers
 from fastadapt.model.inject import adapter_configs, adapter_layers
+from fastadapt.training.recipes import RECIPES
 
 PATHS = [f"model.layers.{i}.self_attn.{name}" for i in range(4) for name in ("q_proj", "v_proj")]
 
@@ -280,3 +282,24 @@ def test_eva_comes_before_the_selection() -> None:
     select_layers(model, batches())
     with pytest.raises(ValueError, match="call initialize_eva before select_layers"):
         fastadapt.initialize_eva(model, batches())
+
+
+@pytest.mark.parametrize(("there", "taken"), [(2, 2), (20, 4), (70, 7), (1000, 16)])
+def test_the_probe_takes_a_tenth_of_the_batches(there: int, taken: int) -> None:
+    """It costs little beside the training that it comes before, and does not read more than it needs."""
+    read = [0]
+
+    class Epoch:
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            for index in range(there):
+                read[0] += 1
+                ids = tokens(1, 4 + index % 3)
+                yield {"input_ids": ids, "labels": ids}
+
+    model = fastadapt.inject(llama(), LoRADropConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    passes = []
+    model.register_forward_pre_hook(lambda module, arguments: passes.append(module.training))
+    RECIPES["lora-drop"].prepare(model, Epoch(), "default")
+    assert passes == [True] * taken + [False] * taken
+    assert read[0] <= min(there, 160) + taken + 1
+    assert adapter_configs(model)["default"].kept

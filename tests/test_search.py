@@ -268,6 +268,7 @@ def test_a_fitness_or_candidate_that_is_none_is_refused() -> None:
 
 
 def test_the_bar_says_where_the_search_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("fastadapt.progress.is_live", lambda console: True)
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the captured stderr for a terminal
     evolve(Digits(), descent, **{**SMALL, "progress": True})
     shown = capsys.readouterr()

@@ -12,14 +12,16 @@ from typing import Annotated, Any
 
 try:
     import typer
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 except ModuleNotFoundError as missing:
     # The console script imports this module before it calls anything in it: here alone can the cure be one line.
-    print(f'fastadapt: the command line needs {missing.name}: pip install "fastadapt[demo]"', file=sys.stderr)
+    print(f'fastadapt: the command line needs {missing.name}: pip install "fastadapt[cli]"', file=sys.stderr)
     raise SystemExit(2) from None
 
+from ..progress import working
 from ..training.recipes import recipes
 from .info import describe_adapter
 from .merge import merge_to
@@ -36,9 +38,9 @@ JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=
 
 
 def console() -> Console:
-    """Where results go. A pipe has no width of its own, and a table folded to 80 columns is not legible."""
+    """Where results go; all tables fit into the 80 columns that a pipe is given, and a narrow terminal has."""
     output = Console()
-    return output if output.is_terminal else Console(width=150)
+    return output if output.is_terminal else Console(width=80)
 
 
 def say_on_stderr(what: str, color: str, message: str) -> None:
@@ -53,6 +55,17 @@ def fail(message: str) -> typer.Exit:
     return typer.Exit(2)
 
 
+# Which extra brings a module; the demo's has all others.
+EXTRAS = {"rich": "cli", "typer": "cli", "matplotlib": "train", "transformers": "train", "triton": "triton"}
+
+
+def needs(*modules: str) -> str:
+    """What to say of modules that are not installed: the smallest extra that has them all."""
+    extras = {EXTRAS.get(name.partition(".")[0], "demo") for name in modules}
+    extra = next(name for name in ("demo", "train", "triton", "cli") if name in extras)
+    return f'this command needs {", ".join(modules)}: pip install "fastadapt[{extra}]"'
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns what a user can cure (bad input, a missing file or package) into one line; other errors are bugs."""
@@ -61,16 +74,16 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise fail(f'this command needs {error.name}: pip install "fastadapt[demo]"') from None
+        raise fail(needs(error.name or "a module")) from None
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         raise fail(str(error) or type(error).__name__) from None
 
 
 def require(*modules: str) -> None:
     """Fails with the cure before any work is done if one of the modules is not installed."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise fail(f'this command needs {", ".join(missing)}: pip install "fastadapt[demo]"')
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    if absent:
+        raise fail(needs(*absent))
 
 
 def require_writable(path: Path) -> None:
@@ -91,12 +104,13 @@ def demo(
         str | None, typer.Option(help="Local directory or hub name of a chat model; SmolLM2-135M by default.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Where the adapters go.")] = Path("fastadapt-demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 16,
+    every: Annotated[bool, typer.Option("--all", help="Every method, not just LoRA, DoRA and VeRA.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Governs the split, the order and the adapters' start.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison with PEFT.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison with PEFT.")] = 3,
     device: Annotated[str, typer.Option(help="PyTorch device, such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train an adapter of each method, ask them, measure them beside PEFT, and serve them in one batch."""
+    """Train three adapters, ask them, measure them beside PEFT, and serve them in one batch; --all for every method."""
     require("transformers", "peft", "yaml", "matplotlib", *(() if model else ("gguf",)))
     with one_line_errors():
         if json_file is not None:
@@ -104,7 +118,14 @@ def demo(
         from .demo.command import Options, run
 
         options = Options(
-            output=output, json=json_file, model=model, steps=steps, seed=seed, rounds=rounds, device=device
+            output=output,
+            json=json_file,
+            model=model,
+            all=every,
+            steps=steps,
+            seed=seed,
+            rounds=rounds,
+            device=device,
         )
         run(options, console())
 
@@ -131,12 +152,12 @@ def doctor(json_file: JsonOption = None) -> None:
             table.add_row(package, version or "not installed")
         out.print(table)
         choices = [choice for device in found for choice in checks.choices(device)]
-        table = Table("operator", "kernels", "device", "backend", "why", title='Backends that "auto" takes')
+        table = Table("operator", "device", "backend", "why", title='Backends that "auto" takes')
         for choice in choices:
-            table.add_row(*(choice[key] for key in ("operator", "kernels", "device", "backend", "why")))
+            table.add_row(*(choice[key] for key in ("operator", "device", "backend", "why")))
         out.print(table)
-        with out.status("self-test") as status:
-            rows = checks.self_test(found, lambda text: status.update(text))
+        with working("self-test", out, log=False) as say:
+            rows = checks.self_test(found, say)
         untested = checks.untested()
         out.print(_self_test_table(rows, list(checks.DTYPES), untested))
         failures = [row for row in rows if not row["ok"]]
@@ -154,17 +175,22 @@ def doctor(json_file: JsonOption = None) -> None:
 
 
 def _self_test_table(rows: list[dict[str, Any]], dtypes: list[str], untested: list[str]) -> Table:
-    title = "Self-test: largest error of the result and every gradient, relative to the largest exact value"
-    table = Table("operator", "case", "device", "backend", *dtypes, title=title)
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    title = "Self-test: largest error of the result and every gradient,\nrelative to the largest exact value"
+    table = Table("operator", "case", *dtypes, title=title, box=box.SIMPLE_HEAD)
+    lines: dict[tuple[str, str, str, str], dict[str, str]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("operator", "case", "device", "backend"))
-        error = "" if row["max_error"] is None else f"{row['max_error']:.1e} "
+        key = row["device"], row["backend"], row["operator"], row["case"]
+        error = "" if row["max_error"] is None else f"{row['max_error']:.0e} "
         lines.setdefault(key, {})[row["dtype"]] = error + ("[green]ok" if row["ok"] else "[red]FAILED")
-    for key, cells in lines.items():
-        table.add_row(*key, *(cells.get(dtype, "interpreter cannot") for dtype in dtypes))
+    last: tuple[str, str] | None = None
+    for (device, backend, operator, case), cells in lines.items():
+        if (device, backend) != last:
+            table.add_section()
+            table.add_row(f"[bold]{device}, {backend}")
+            last = device, backend
+        table.add_row(operator, case, *(cells.get(dtype, "cannot") for dtype in dtypes))
     for operator in untested:
-        table.add_row(operator, "-", "-", "-", *["[yellow]untested"] * len(dtypes))
+        table.add_row(operator, "-", *["[yellow]untested"] * len(dtypes))
     return table
 
 
@@ -195,8 +221,8 @@ def merge(
             raise NotADirectoryError(f"{output_dir} is a file: choose another place")
         from .quiet import quiet_transformers
 
-        with out.status("reading the adapter") as status, quiet_transformers():
-            notes = merge_to(model_dir, adapter_dir, output_dir, lambda text: status.update(text))
+        with working("reading the adapter", out) as say, quiet_transformers():
+            notes = merge_to(model_dir, adapter_dir, output_dir, say)
         for note in notes:
             out.print(note, highlight=False, soft_wrap=True)
 

@@ -325,7 +325,8 @@ class MultiAdapterLinearCase(Case):
             "trained bias": AdapterForm(A, B, bias=values["trained"]),
         }
 
-    def ours(self, values: Values, backend: str) -> Tensor:
+    def pool(self, values: Values) -> AdapterPool:
+        """The adapters in a pool of one layer, named "layer"."""
         weight, bias = (nn.Parameter(values[name], requires_grad=False) for name in ("weight", "bias"))
         layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         layer.weight, layer.bias = weight, bias
@@ -334,7 +335,10 @@ class MultiAdapterLinearCase(Case):
         for name, form in self._forms(values, bias).items():
             pair = shared if "VeRA" in name else None
             pool.add(name, LoadedAdapter(LoRAConfig(), {"layer": form}, pair, identity=name, bytes=0))
-        x = values["x"]
+        return pool
+
+    def ours(self, values: Values, backend: str) -> Tensor:
+        pool, (x, weight, bias) = self.pool(values), (values[name] for name in ("x", "weight", "bias"))
         with pool.hold(self.rows) as held:
             batch = held.batch(x.shape[1])
             return multi_adapter_linear(x, weight, bias, batch, pool.layer("layer"), backend=backend)

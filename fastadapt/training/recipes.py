@@ -49,13 +49,15 @@ def lora_fa(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Opt
     return LoRAFAAdamW(model, lr, weight_decay=weight_decay)
 
 
-# The paper takes a tenth of the data: the probe has to find an order, not to learn the task.
-_PROBE_BATCHES = 16
+# The paper takes a tenth of the data. The probe has to find an order, not to learn the task: it may cost little beside
+# what comes after it, and more than so many batches tell nothing new.
+_FEWEST, _MOST = 4, 16
 
 
 def probe(model: nn.Module, batches: Iterable[Batch], adapter_name: str) -> None:
-    """LoRA-drop's first half: plain LoRA trained on a few batches, then the selection on the same."""
-    some = list(itertools.islice(batches, _PROBE_BATCHES))
+    """LoRA-drop's first half: plain LoRA trained on a tenth of the batches, 4 to 16, then the selection on the same."""
+    known = sum(1 for _ in itertools.islice(batches, 10 * _MOST))
+    some = list(itertools.islice(batches, max(_FEWEST, known // 10)))
     optimizer = adamw(model, 5e-4, 0.0)
     with in_mode(model, training=True):
         for batch in some:

@@ -161,7 +161,7 @@ def _convert_gguf(gguf: Path, plain: Path) -> None:
 
 
 def load_topic(name: str, seed: int) -> Topic:
-    """One English topic of chatterbot-corpus, without repetitions, a fifth of its rows (about 20 at most) held out.
+    """One English topic of chatterbot-corpus, without repetitions, a fifth of its rows (about 12 at most) held out.
 
     All answers to a question fall on the same side, so a held-out question is new to the adapter.
     """
@@ -182,7 +182,7 @@ def load_topic(name: str, seed: int) -> Topic:
             answers.setdefault(question.casefold(), {})[reply.casefold()] = Pair(question, reply)
     groups = [list(group.values()) for group in answers.values()]
     random.Random(f"{seed} {name}").shuffle(groups)
-    wanted = min(20, sum(len(group) for group in groups) // 5)
+    wanted = min(12, sum(len(group) for group in groups) // 5)
     heldout: list[Pair] = []
     while len(heldout) < wanted:
         heldout += groups.pop()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,26 +13,25 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
-from rich.table import Table
-from rich.text import Text
 
 from ...methods import PEFT_TYPES, Control, EVAConfig
 from ...model.checkpoint import export_lora, load_adapter, save_adapter
 from ...model.inject import control, inject, set_adapter, trainable_parameters
 from ...model.peft_files import read_fields
-from ...progress import progress_bars
+from ...progress import progress_bars, working
 from ...training.recipes import Recipe, recipes
 from ..batches import Row, collate, length
 from ..quiet import quiet_transformers
-from ..report import new_figure, save_figure, write_json
+from ..report import write_json
 from . import compare as compare
 from . import training as training
 from .assets import Topic, load_model, load_topic
 from .serving import Request, serve_together
+from .show import draw_curves, print_served, print_table, print_trained
 
 ANSWER_TOKENS = 20
-# What LoRA-drop's probe and EVA see of a topic before the first step.
-OBSERVED_BATCHES, OBSERVED_ROWS = 6, 24
+# What LoRA-drop's probe and EVA see of a topic before the first step: batches like those of training, and fewer.
+OBSERVED_BATCHES = 6
 
 
 class Plan(NamedTuple):
@@ -51,12 +50,10 @@ class Plan(NamedTuple):
         return self.recipe.title
 
 
-PLANS = (
-    Plan("lora", "trivia"),
+PLANS = (Plan("lora", "trivia"), Plan("dora", "emotion"), Plan("vera", "psychology"))
+# With --all. What differs from LoRA in training alone learns the same as it does.
+MORE_PLANS = (
     Plan("rslora", "ai"),
-    Plan("dora", "emotion"),
-    Plan("vera", "psychology"),
-    # What differs from LoRA in training alone learns the same as it does.
     Plan("lora+", "trivia"),
     Plan("lora-fa", "trivia"),
     Plan("lora-drop", "trivia"),
@@ -69,14 +66,18 @@ PLANS = (
 
 @dataclass
 class Options:
-    """What the command line sets. model: directory or hub name, None for SmolLM2-135M; json: file to write, or None."""
+    """What the command line sets.
+
+    model: directory or hub name, None for SmolLM2-135M; json: file to write, or None; all: every method.
+    """
 
     output: Path = Path("fastadapt-demo")
     json: Path | None = None
     model: str | None = None
-    steps: int = 16
+    all: bool = False
+    steps: int = 10
     seed: int = 0
-    rounds: int = 4
+    rounds: int = 3
     device: str = "cpu"
 
 
@@ -104,44 +105,79 @@ def run(options: Options, console: Console) -> list[dict[str, Any]]:
     except (RuntimeError, AssertionError) as error:  # the latter is how torch says that it was built without CUDA
         raise ValueError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
     options.output.mkdir(parents=True, exist_ok=True)
-    with console.status("looking for the model") as status:
-        base, tokenizer = load_model(options.model, lambda text: status.update(text))
+    with working("looking for the model", console) as say:
+        base, tokenizer = load_model(options.model, say)
         base.to(options.device)
-    started = time.perf_counter()
     parameters = sum(parameter.numel() for parameter in base.parameters())
-    console.print(f"base model: {options.model or 'SmolLM2-135M-Instruct'}, {parameters:,} parameters, frozen, fp32")
+    console.print(
+        f"base model: {options.model or 'SmolLM2-135M-Instruct'}, {parameters:,} parameters, frozen, fp32\n",
+        highlight=False,
+    )
+    clock = Clock()
+    trained: list[Trained] = []
+    answers: list[dict[str, str]] = []
     with progress_bars(TextColumn("{task.fields[note]}")) as progress, quiet_transformers():
-        trained = [train_one(plan, base, tokenizer, options, progress) for plan in PLANS]
-        answers = answer_all(base, tokenizer, trained, progress)
-        rows = measure(base, tokenizer, trained, options, progress)
-        served = serve(base, tokenizer, trained, progress)
-    seconds = time.perf_counter() - started
+        # All adapters in one model, loaded back from their directories: what answers is what was saved.
+        asked = training.skeleton(base)
+        for plan in PLANS + MORE_PLANS * options.all:
+            with clock("training"):
+                trained.append(train_one(plan, base, tokenizer, options, progress))
+            with clock("answers"):
+                first = plan.topic not in {entry["topic"] for entry in answers}
+                found = answer(asked, tokenizer, trained[-1]) if first else []
+            answers += found
+            adapter = trained[-1]
+            print_trained(plan.method, plan.topic, adapter.trainable, adapter.curve, options.steps, found, console)
+        with clock("beside PEFT"):
+            rows = measure(base, tokenizer, trained, options, progress)
+        print_table(rows, options.rounds, options.device, console)
+        with clock("serving"):
+            served = serve(base, tokenizer, trained, progress)
+        print_served(served, console)
 
     json_file = options.json or options.output / "demo.json"
     picture = json_file.with_suffix(".png")
-    draw_curves(trained, picture)
-    curves = {
-        adapter.plan.method: {"train": adapter.curve.train, "heldout": adapter.curve.heldout} for adapter in trained
-    }
-    settings = {"steps": options.steps, "seed": options.seed, "rounds": options.rounds, "device": options.device}
+    draw_curves(((f"{one.plan.method} on {one.plan.topic}", one.curve) for one in trained), picture)
+    settings = {name: getattr(options, name) for name in ("all", "steps", "seed", "rounds", "device")}
     write_json(
         json_file,
         "demo",
         rows,
-        seconds=round(seconds, 1),
+        **clock.found(),
         settings=settings,
         answers=answers,
         served=served,
-        curves=curves,
+        curves={one.plan.method: {"train": one.curve.train, "heldout": one.curve.heldout} for one in trained},
     )
-    print_answers(answers, console)
-    print_table(rows, options, console)
-    print_served(served, console)
-    console.print(f"adapters  {options.output}/<method>, readable by PEFT", highlight=False, soft_wrap=True)
-    console.print(f"rows      {json_file}", highlight=False, soft_wrap=True)
+    for what, where in (("adapters", f"{options.output}/<method>, readable by PEFT"), ("rows", json_file)):
+        console.print(f"{what:<9} {where}", highlight=False, soft_wrap=True)
     console.print(f"curves    {picture}", highlight=False, soft_wrap=True)
-    console.print(f"{seconds:.0f} s after the model was loaded", highlight=False)
+    console.print(f"{clock.found()['seconds']:.0f} s since the model was loaded: {clock}", highlight=False)
     return rows
+
+
+class Clock:
+    """Seconds by part, on the wall and of processor time."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - started
+
+    def __str__(self) -> str:
+        return ", ".join(f"{part} {seconds:.0f}" for part, seconds in self.parts.items())
+
+    def found(self) -> dict[str, Any]:
+        return {
+            "seconds": round(time.perf_counter() - self.wall, 1),
+            "cpu_seconds": round(time.process_time() - self.cpu, 1),
+            "parts": {part: round(seconds, 1) for part, seconds in self.parts.items()},
+        }
 
 
 def train_one(plan: Plan, base: Any, tokenizer: Any, options: Options, progress: Progress) -> Trained:
@@ -155,10 +191,8 @@ def train_one(plan: Plan, base: Any, tokenizer: Any, options: Options, progress:
     model = inject(training.skeleton(base), config)
     task = progress.add_task(f"{plan.method} on {plan.topic}", total=options.steps, note="held-out rows, before")
     padding = tokenizer.eos_token_id
-    shuffled = random.Random(options.seed).sample(rows, len(rows))
     observed = [
-        collate(shuffled[start : start + OBSERVED_ROWS], padding, model.device)
-        for start in range(0, min(len(rows), OBSERVED_BATCHES * OBSERVED_ROWS), OBSERVED_ROWS)
+        collate(batch, padding, model.device) for batch in training.seeded_batches(rows, OBSERVED_BATCHES, options.seed)
     ]
     recipe.prepare(model, observed, "default")
     between = control(model)
@@ -180,26 +214,19 @@ def train_one(plan: Plan, base: Any, tokenizer: Any, options: Options, progress:
     return Trained(plan, topic, heldout, directory, trainable_parameters(model).trainable, curve, model, between)
 
 
-def answer_all(base: Any, tokenizer: Any, trained: list[Trained], progress: Progress) -> list[dict[str, str]]:
-    """Two questions of each topic, one held out and one from training, answered by the base and by the first adapter
-    that learned it.
+def answer(asked: Any, tokenizer: Any, adapter: Trained) -> list[dict[str, str]]:
+    """Two questions of the adapter's topic, one held out and one from training, before and after.
 
-    One model holds all adapters, loaded back from their directories, and switches between them.
+    `asked` gets the adapter beside those that it has, loaded back from its directory, and switches.
     """
-    model = training.skeleton(base)
-    for adapter in trained:
-        load_adapter(model, adapter.directory, adapter.plan.name)
-    trained = list({adapter.topic.name: adapter for adapter in reversed(trained)}.values())[::-1]
-    task = progress.add_task("answers", total=4 * len(trained), note="")
+    load_adapter(asked, adapter.directory, adapter.plan.name)
     answers = []
-    for adapter in trained:
-        for kind, pair in (("held out", adapter.topic.heldout[0]), ("trained on", adapter.topic.train[0])):
-            entry = {"topic": adapter.topic.name, "kind": kind, "question": pair.question, "corpus": pair.answer}
-            for key, name in (("base", None), ("adapter", adapter.plan.name)):
-                set_adapter(model, name)
-                entry[key] = training.answer(model, tokenizer, pair.question, ANSWER_TOKENS)
-                progress.advance(task)
-            answers.append({"method": adapter.plan.method, **entry})
+    for kind, pair in (("held out", adapter.topic.heldout[0]), ("trained on", adapter.topic.train[0])):
+        entry = {"topic": adapter.topic.name, "kind": kind, "question": pair.question, "corpus": pair.answer}
+        for key, name in (("base", None), ("adapter", adapter.plan.name)):
+            set_adapter(asked, name)
+            entry[key] = training.answer(asked, tokenizer, pair.question, ANSWER_TOKENS)
+        answers.append({"method": adapter.plan.method, **entry})
     return answers
 
 
@@ -261,21 +288,6 @@ def serve(base: Any, tokenizer: Any, trained: list[Trained], progress: Progress)
     return serve_together(base, tokenizer, requests, ANSWER_TOKENS, lambda: progress.advance(task))
 
 
-def print_served(served: dict[str, Any], console: Console) -> None:
-    """What became of the mixed batch, in one paragraph, and the rows that differ."""
-    rows = served["rows"]
-    equal = sum(row["equal"] for row in rows)
-    console.print(
-        f"\nOne batch of {len(rows)} rows, each with another adapter and one with none: {equal} of them have the "
-        f"answer of their adapter alone; {served['seconds']:.1f} s together, "
-        f"{served['seconds_one_at_a_time']:.1f} s one by one; adapters of {served['adapter_bytes'] / 1e6:.0f} MB",
-        highlight=False,
-    )
-    for row in rows:
-        if not row["equal"]:
-            console.print(Text(f"  {row['method']} differs: {row['question']} -> {row['answer']}", style="red"))
-
-
 def adapted(adapter: Trained) -> compare.Adapted:
     """What `compare` needs; what PEFT has no type for is exported to it as the plain LoRA that it amounts to."""
     directory = adapter.directory
@@ -286,79 +298,3 @@ def adapted(adapter: Trained) -> compare.Adapted:
     return compare.Adapted(
         adapter.model, adapter.plan.recipe.optimizer(adapter.model, 0.0, 0.0), adapter.between, directory
     )
-
-
-def draw_curves(trained: list[Trained], path: Path) -> None:
-    """A picture of all loss curves, written whole or not at all."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure = new_figure(9, 5.5)
-    axes = figure.add_subplot()
-    for index, adapter in enumerate(trained):
-        label, color = f"{adapter.plan.method} on {adapter.topic.name}", f"C{index}"
-        losses = adapter.curve.train
-        axes.plot(range(1, len(losses) + 1), losses, color=color, alpha=0.4, linewidth=1)
-        steps, heldout = zip(*adapter.curve.heldout, strict=True)
-        axes.plot(steps, heldout, color=color, marker="o", linewidth=2, label=label)
-    axes.set_xlabel("training step")
-    axes.set_ylabel("loss (nats per answer token)")
-    axes.set_title("Loss: thin, each training batch; thick with dots, held-out rows")
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)
-
-
-def print_answers(answers: list[dict[str, str]], console: Console) -> None:
-    """Each question with the corpus' answer, the base model's and the adapter's."""
-    console.print("\nAnswers, greedy; every adapter was loaded back from its directory", style="bold")
-    for entry in answers:
-        console.print(Text(f"{entry['topic']}, {entry['kind']}: {entry['question']}", style="cyan"))
-        for label, key in (("corpus", "corpus"), ("base", "base"), (entry["method"], "adapter")):
-            console.print(Text(f"  {label:<7} {entry[key]}"))
-
-
-def print_table(rows: list[dict[str, Any]], options: Options, console: Console) -> None:
-    """The one table, under the lines that say what its columns mean."""
-    tokens = rows[0]["batch_tokens"]
-    console.print(
-        "\nloss: mean over the answer tokens of held-out rows, before and after training. step: time of forward, "
-        "backward and AdamW as a multiple of the frozen pass (forward and backward to the embeddings, no adapter) and "
-        f"of PEFT's step, medians of {options.rounds} interleaved rounds on {tokens} tokens ({options.device}). saved: "
-        "what autograd keeps for the backward, whole model. differs: largest difference of our logits from those of "
-        "PEFT, which loads our directory, relative to the largest logit.",
-        highlight=False,
-    )
-    table = Table()
-    for heading in ("method", "topic"):
-        table.add_column(heading, no_wrap=True)
-    for heading in (
-        "trainable",
-        "loss\nbefore",
-        "loss\nafter",
-        "step x\nfrozen",
-        "PEFT x\nfrozen",
-        "ours x\nPEFT",
-        "saved\nMB",
-        "PEFT\nMB",
-        "saved x\nPEFT",
-        "differs\nfrom PEFT",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["method"],
-            row["topic"],
-            f"{row['trainable']:,}",
-            f"{row['loss_before']:.2f}",
-            f"{row['loss_after']:.2f}",
-            f"{row['x_frozen']:.2f}",
-            f"{row['peft_x_frozen']:.2f}",
-            f"{row['x_peft']:.2f}",
-            f"{row['saved_bytes'] / 1e6:.1f}",
-            f"{row['peft_saved_bytes'] / 1e6:.1f}",
-            f"{row['saved_bytes'] / row['peft_saved_bytes']:.2f}",
-            f"{row['difference_from_peft']:.1e}",
-        )
-    console.print(table)

@@ -114,16 +114,15 @@ def train(
 ) -> Curve:
     """`steps` steps of the optimizer, with a descent to a tenth of the rate.
 
-    The held-out rows are measured before the first step, after half of the steps and after the last.
+    The held-out rows are measured before the first step and after the last.
     """
     curve = Curve([], [(0, heldout_loss(model, heldout, padding))])
     batches = (collate(batch, padding, model.device) for batch in seeded_batches(rows, steps, seed))
     losses = losses_of_steps(model, batches, steps, optimizer, between, schedule=lambda done: 1.0 - 0.9 * done)
     for step, loss in enumerate(losses, start=1):
         curve.train.append(loss)
-        if step == steps or step == steps // 2:
-            curve.heldout.append((step, heldout_loss(model, heldout, padding)))
-        report(step, curve.train[-1])
+        report(step, loss)
+    curve.heldout.append((steps, heldout_loss(model, heldout, padding)))
     model.eval()
     return curve
 

@@ -17,6 +17,7 @@ from ...methods import PEFT_TYPES
 from ...model.checkpoint import save_adapter
 from ...model.inject import trainable_parameters
 from ...model.peft_files import CONFIG_FILE, TENSOR_FILE, read_fields
+from ...progress import working
 from ..base_model import Base, load_base
 from ..batches import Row
 from ..quiet import quiet_transformers
@@ -52,14 +53,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             _copy_json(options)
             return dict(json.loads((options.output / JSON_FILE).read_text(encoding="utf-8"))["rows"][0])
         labels = label_names(records) if form == "classification" else []
-        with console.status(f"loading {options.model}"):
+        with working(f"loading {options.model}", console):
             torch.manual_seed(options.seed)  # a new classifier starts at random
             base = load_base(options.model, options.dtype, labels)
             base.model.to(options.torch_device)
         rows, heldout = _rows(options, records, form, base, labels, say)
         training = Training(base.model, options, settings, rows, heldout, base.padding)
         if state is None:
-            with console.status(f"preparing {options.recipe.title}"):
+            with working(f"preparing {options.recipe.title}", console):
                 task = "SEQ_CLS" if labels else "CAUSAL_LM"
                 training.begin(task_type=task, modules_to_save=base.new_modules or None)
         else:

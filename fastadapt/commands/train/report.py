@@ -16,12 +16,12 @@ from .loop import Evaluation
 
 
 class Bar:
-    """A live bar with step, loss, learning rate and the time that is left; plain lines where there is no terminal."""
+    """A live bar with step, loss, learning rate and the time that is left; ten lines where there is no terminal."""
 
     def __init__(self, console: Console, done: int, steps: int) -> None:
-        self.console, self.steps = console, steps
+        self.console = console
         # What is printed meanwhile, the evaluations, goes to the same console.
-        self.progress = progress_bars(TextColumn("{task.fields[note]}"), console=console)
+        self.progress = progress_bars(TextColumn("{task.fields[note]}"), console=console, lines=10)
         self.task = self.progress.add_task("step", total=steps, completed=done, note="")
 
     def __enter__(self) -> Bar:
@@ -34,8 +34,6 @@ class Bar:
     def step(self, step: int, loss: float, rate: float) -> None:
         note = f"loss {loss:.4f}  rate {rate:.2e}"
         self.progress.update(self.task, completed=step, note=note)
-        if self.progress.disable and (step == self.steps or step % max(1, self.steps // 10) == 0):
-            self.console.print(f"step {step}/{self.steps}  {note}", highlight=False)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         accuracy = "" if evaluation.accuracy is None else f", accuracy {evaluation.accuracy:.1%}"
