@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import fastadapt
 from bench import measure, page, report
 from bench.cases import chosen
+from bench.plots import Document
 from bench.road import walked
 from fastadapt.commands.report import write_json
 
@@ -251,7 +252,7 @@ def _repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
 
 
 @page.section("calls", "Microseconds of a call")
-def _section(document: page.Document) -> str:
+def _section(document: Document) -> str:
     """One row a case and phase: microseconds by side, and ours over plain operations and PEFT."""
     found: dict[tuple[str, str], dict[str, report.Row]] = {}
     for row in document["rows"]:

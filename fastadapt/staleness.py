@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,6 +32,11 @@ def optimizer_steps() -> int:
 def version(tensor: Tensor) -> int:
     """How often a tensor was written, except by fused optimizers and through `.data`; inference tensors do not tell."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def content(tensor: Tensor) -> int:
+    """A fingerprint of the bytes of a tensor on a CPU: a change that no version tells shows in it."""
+    return zlib.crc32(tensor.detach().contiguous().view(torch.uint8).numpy().data)
 
 
 class Identity:
@@ -87,9 +93,8 @@ class Kept:
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles start empty
         return Kept, (self.most,)
 
-    def forget(self, name: Hashable | None = None) -> None:
-        """Drops what is kept under a name, or everything."""
-        self._entries = {} if name is None else {key: entry for key, entry in self._entries.items() if key != name}
+    def forget(self) -> None:
+        self._entries = {}
 
     def __call__(
         self,

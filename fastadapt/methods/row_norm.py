@@ -7,13 +7,13 @@ from torch import Tensor
 
 from ..operators.registry import sees_operators
 from ..operators.weight_norm.function import row_squares, weight_norm
-from ..staleness import Kept
+from ..staleness import Kept, content
 
 
 def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *, changing: bool) -> Tensor:
     """n_j = ‖(W0 + s·B·A)_j‖ in fp32, detached, with ‖W0‖² and, outside training, n itself in `kept`.
 
-    changing: whether A or B may have been written untold. A CPU then compares them with copies, so that gradient
+    changing: whether A or B may have been written untold. On a CPU their content is then looked at, so that gradient
     accumulation and recomputed forwards find n again; elsewhere, where that would wait for the device, n is made anew.
     ‖W0‖² is made once of a W0 that stays as it is. Shapes: weight [N, K]; A [R, K]; B [N, R]; n [N].
     Source: Liu et al. 2024, arXiv:2402.09353, section 4.3 (the norm is a constant for the gradient).
@@ -32,12 +32,4 @@ def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *
     if not weight.is_cpu or sees_operators(weight):
         return make()
 
-    def make_with_copies() -> tuple[Tensor, Tensor, Tensor]:
-        return down.clone(), up.clone(), make()
-
-    own = "norm in training"
-    old_down, old_up, norm = kept(own, (base, down, up), make_with_copies, scaling)
-    if not (torch.equal(old_down, down) and torch.equal(old_up, up)):
-        kept.forget(own)
-        *_, norm = kept(own, (base, down, up), make_with_copies, scaling)
-    return norm
+    return kept("norm in training", (base, down, up), make, scaling, content(down), content(up))
