@@ -38,6 +38,7 @@ class AdapterCase:
     r: int
     dropout: float = 0.0
     longer: int = 1  # times as many tokens as the other cases of its bench
+    dtype: str = "float32"  # of the base model; the adapters are in fp32
 
     @property
     def title(self) -> str:
@@ -45,6 +46,7 @@ class AdapterCase:
         method = {"lora": "LoRA", "dora": "DoRA", "vera": "VeRA"}[self.method]
         parts = [method if self.r == 16 else f"{method} r{self.r}"]
         parts += ["dropout"] * bool(self.dropout) + [f"{self.longer} times the tokens"] * (self.longer > 1)
+        parts += [f"{self.dtype} base"] * (self.dtype != "float32")
         return ", ".join(parts)
 
     def config(self, target_modules: str | list[str]) -> Any:
@@ -79,6 +81,9 @@ STEP_CASES = {
         AdapterCase("vera", "vera", 256),
         AdapterCase("dora_dropout", "dora", 16, dropout=0.05),
         AdapterCase("vera_4096", "vera", 256, longer=8),
+        AdapterCase("lora_bf16", "lora", 16, dtype="bfloat16"),
+        AdapterCase("dora_bf16", "dora", 16, dtype="bfloat16"),
+        AdapterCase("vera_bf16", "vera", 256, dtype="bfloat16"),
     )
 }
 

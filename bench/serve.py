@@ -42,6 +42,7 @@ class ServeCase:
     phase: str
     rows: int = 8
     peft: bool = True
+    dtype: str = "float32"  # of the base model and of the adapters that are served
 
 
 _LOW_RANK = (("lora", 8), ("lora", 16), ("lora", 16), ("lora", 32), ("dora", 16), ("dora", 16))
@@ -56,6 +57,9 @@ CASES = {
         ServeCase(f"{phase}_1_dora", (("dora", RANK),), phase),
         # PEFT refuses DoRA in a mixed batch and gives VeRA rows the wrong adapter.
         ServeCase(f"{phase}_8_mixed", _MIXED, phase, peft=False),
+        ServeCase(f"{phase}_1_lora_bf16", (("lora", RANK),), phase, dtype="bfloat16"),
+        ServeCase(f"{phase}_8_lora_bf16", (("lora", RANK),) * 8, phase, dtype="bfloat16"),
+        ServeCase(f"{phase}_8_mixed_bf16", _MIXED, phase, peft=False, dtype="bfloat16"),
     )
 } | {"decode_64_lora": ServeCase("decode_64_lora", (("lora", 8),) * 64, "decode", rows=64)}
 
@@ -181,9 +185,9 @@ def run(
 ) -> list[report.Row]:
     """Measure; one row a case. Cases with the same base pass run among themselves."""
     rows: list[report.Row] = []
-    base = base_model(Shape(layers=layers)).eval()
-    for phase, count in sorted({(case.phase, case.rows) for case in cases}, reverse=True):
-        alike = [case for case in cases if (case.phase, case.rows) == (phase, count)]
+    for phase, count, dtype in sorted({(case.phase, case.rows, case.dtype) for case in cases}, reverse=True):
+        alike = [case for case in cases if (case.phase, case.rows, case.dtype) == (phase, count, dtype)]
+        base = base_model(Shape(layers=layers, dtype=dtype)).eval()
         served, names = ours(base, alike)
         variants: dict[str, Callable[[], None]] = dict.fromkeys(FROZEN, one_pass(base, base, alike[0]))
         for case in alike:
@@ -277,8 +281,8 @@ def section(document: Document) -> str:
         rows.append(" | ".join(cells))
     first = document["rows"][0]
     return (
-        f"SmolLM2-135M's dimensions, fp32, 8 rows, as a multiple of the base model on the same batch, medians of "
-        f"{first['rounds']} rounds; prefill of {PROMPT} tokens, decoding one token behind them. Of rank {RANK}; mixed: "
+        f"SmolLM2-135M's dimensions, fp32 where nothing else is said, 8 rows, as a multiple of the base model "
+        f"on the same batch, medians of {first['rounds']} rounds; prefill of {PROMPT} tokens, decoding one token behind them. Of rank {RANK}; mixed: "
         "LoRA of rank 8, 16, 16 and 32, two DoRA of 16, two VeRA of 256; the last row 64 rows, LoRA of rank 8. The "
         "floor counts the adapters' FLOPs in prefill and the bytes of the distinct adapters in decoding as the "
         "machine's memory would move them; its caches do better. PEFT refuses DoRA in a mixed batch and gives VeRA "
@@ -292,6 +296,9 @@ _TITLES = {
     "1_dora": "one DoRA",
     "8_mixed": "8 of mixed methods",
     "64_lora": "64 LoRA, 64 rows",
+    "1_lora_bf16": "one LoRA, bf16",
+    "8_lora_bf16": "8 LoRA, bf16",
+    "8_mixed_bf16": "8 of mixed methods, bf16",
 }
 
 

@@ -52,6 +52,7 @@ class Shape:
     batch: int = 4
     length: int = 128
     threads: int = 2
+    dtype: str = "float32"
 
 
 def floor(case: AdapterCase, shape: Shape) -> tuple[float, float]:
@@ -86,7 +87,7 @@ def floor(case: AdapterCase, shape: Shape) -> tuple[float, float]:
 
 
 def base_model(shape: Shape) -> Any:
-    """A Llama with SmolLM2-135M's dimensions and random fp32 weights."""
+    """A Llama with SmolLM2-135M's dimensions and random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -100,7 +101,7 @@ def base_model(shape: Shape) -> Any:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).float().requires_grad_(False).train()
+    return LlamaForCausalLM(config).to(getattr(torch, shape.dtype)).requires_grad_(False).train()
 
 
 def adapted(base: nn.Module, case: AdapterCase, side: Side) -> nn.Module:
@@ -153,13 +154,14 @@ def peak(case: AdapterCase, side: Side, shape: Shape) -> float:
 def run(
     cases: list[AdapterCase], shape: Shape, rounds: int, *, peft: bool = True, peaks: bool = True
 ) -> list[report.Row]:
-    """Measure; one row a case. Cases of more tokens run among themselves, in fewer rounds."""
+    """Measure; one row a case. Those of one length and dtype run among themselves, of more tokens in fewer rounds."""
     rows: list[report.Row] = []
-    for longer in sorted({case.longer for case in cases}):
-        chosen = [case for case in cases if case.longer == longer]
-        longer_shape = replace(shape, length=shape.length * longer)
+    for longer, dtype in sorted({(case.longer, case.dtype) for case in cases}, reverse=True):
+        chosen = [case for case in cases if (case.longer, case.dtype) == (longer, dtype)]
+        own_shape = replace(shape, length=shape.length * longer, dtype=dtype)
         fewer = rounds if longer == 1 else max(3, rounds // longer)
-        rows += _run_shape(chosen, longer_shape, fewer, peft=peft, peaks=peaks)
+        rows += _run_shape(chosen, own_shape, fewer, peft=peft, peaks=peaks)
+    rows.sort(key=lambda row: list(STEP_CASES).index(row["case"]))
     return rows
 
 
@@ -243,8 +245,9 @@ def section(document: Document) -> str:
     ]
     return (
         f"SmolLM2-135M's dimensions, rank 16 (VeRA 256) on all {7 * first['layers']} linear layers, {first['batch']} × "
-        f"{first['length']} tokens, fp32, AdamW included, as a multiple of the frozen forward and backward; medians of "
-        f"{first['rounds']} rounds (fewer for more tokens), and the least that the formula allows.\n\n"
+        f"{first['length']} tokens, fp32 where nothing else is said, AdamW included, as a multiple of the frozen "
+        f"forward and backward; medians of {first['rounds']} rounds (fewer for more tokens), and the least that the "
+        "formula allows.\n\n"
     ) + page.table("| ours | PEFT | floor | peak MB | PEFT's", rows)
 
 
