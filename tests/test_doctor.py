@@ -123,6 +123,10 @@ def test_each_operator_that_is_wrong_is_found(operator: str, monkeypatch: pytest
 
 GRADIENTS = {
     "adapter_linear": {"x", "A", "B", "mid_scale", "out_scale", "base_scale", "bias"},
+    "adapter_update": {
+        *("y", "y_dropped", "x", "base_bias"),
+        *("A", "B", "mid_scale", "out_scale", "base_scale", "bias"),
+    },
     "hadamard_linear": {"x", "U", "V", "A", "B", "bias"},
     "bottleneck": {"v", "down", "down_bias", "up", "up_bias", "residual"},
     "weight_norm": {"A", "B"},
@@ -137,7 +141,7 @@ def test_every_gradient_is_held_to_the_reference(operator: str) -> None:
     assert found == {"y"} | {f"d{name}" for name in GRADIENTS[operator]}
 
 
-@pytest.mark.parametrize("operator", ["adapter_linear", "hadamard_linear", "bottleneck"])
+@pytest.mark.parametrize("operator", ["adapter_linear", "adapter_update", "hadamard_linear", "bottleneck"])
 def test_a_wrong_backward_is_found(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"fastadapt.operators.{operator}.op")
     right = getattr(module, f"{operator}_backward")
