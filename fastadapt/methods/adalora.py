@@ -195,8 +195,7 @@ class AdaLoRAConfig(AdapterConfig):
                     "model?"
                 )
         return {
-            path: AdaLoRAAdapter(layer, self, self.rank(path), dtype_of(layer.base_layer.weight))
-            for path, layer in layers.items()
+            path: AdaLoRAAdapter(layer, self, self.rank(path), dtype_of(layer.like)) for path, layer in layers.items()
         }
 
     def control(self, layers: dict[str, AdapterLayer], adapters: dict[str, Adapter]) -> Control:

@@ -172,6 +172,7 @@ def layers_at(
                 layers[path] = adapter_layer(module, backend, strategy)
             except ValueError as error:
                 raise ValueError(f"target_modules: {path}: {error}") from None
+            layers[path].path = path
         config.check_kind(path, layers[path], modules.values())
     return layers
 

@@ -62,7 +62,7 @@ def adapter_update(
         form.mid_scale,
         None if tied else vector,
         form.base_scale,
-        _shift(form, base_bias, sum_dtype(y)),
+        shift(form, base_bias, sum_dtype(y)),
         scaling,
         tied,
     )
@@ -72,8 +72,8 @@ def adapter_update(
     return updated
 
 
-def _shift(form: AdapterForm, base_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """c = β − g ⊙ b0, so that y' = g ⊙ y + … + c; None where it is nothing."""
+def shift(form: AdapterForm, base_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """c = β − g ⊙ b0, in `dtype`, so that y' = g ⊙ y + … + c; None where it is nothing."""
     if base_bias is None:
         return form.bias
     g = form.base_scale
