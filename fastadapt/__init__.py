@@ -18,6 +18,7 @@ from .methods import (
     VeRAConfig,
     VPTConfig,
 )
+from .model.adapted import adapted_layers
 from .model.checkpoint import export_glora, export_lora, load_adapter, save_adapter
 from .model.combine import add_weighted_adapter
 from .model.inject import (
@@ -56,6 +57,7 @@ __all__ = [
     "SSFConfig",
     "VPTConfig",
     "VeRAConfig",
+    "adapted_layers",
     "add_weighted_adapter",
     "control",
     "disable_adapter",

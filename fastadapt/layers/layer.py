@@ -27,6 +27,7 @@ from .ways import (
     agree,
     at_hand,
     bias_of,
+    device_of,
     is_offloaded,
     is_plain,
     plain_kind,
@@ -245,13 +246,18 @@ class AdapterLayer(BaseLayerWrapper):
     def like(self) -> Tensor:
         """A tensor of the base layer's device and dtype: the same one each time."""
         base: Any = self._modules["base_layer"]
-        found: Tensor = self.base_weight
-        if found is base._parameters.get("weight"):
-            return found
-        if self._like is None or (self._like.device, self._like.dtype) != (found.device, found.dtype):
-            self._like = found.new_empty(0)
-        like: Tensor = self._like
-        return like
+        own: Tensor | None = base._parameters.get("weight")
+        if own is None or not is_offloaded(base):
+            found = self.base_weight
+            if found is own:
+                return found
+            device, dtype = found.device, found.dtype
+        else:  # without fetching it
+            device, dtype = device_of(base), own.dtype
+        kept: Tensor | None = self._like
+        if kept is None or (kept.device, kept.dtype) != (device, dtype):
+            self._like = kept = torch.empty(0, dtype=dtype, device=device)
+        return kept
 
     @property
     def base_bias(self) -> nn.Parameter | None:

@@ -19,6 +19,17 @@ from .layer import AdapterLayer, Reads
 from .sharing import MadeOf, circumstances, is_consumed
 from .ways import agree, dropped, is_plain, sample, shape_alone, undisturbed, weight_of
 
+# As torch has it, before anybody replaces it.
+_LINEAR = nn.Linear.forward
+
+
+def plain_forward(base: nn.Module) -> Any:
+    """The forward of torch's Linear, or transformers' Conv1D, which the layer is a kind of."""
+    if isinstance(base, nn.Linear):
+        return _LINEAR
+    kinds = [kind for kind in type(base).__mro__ if kind.__module__ == "transformers.pytorch_utils"]
+    return kinds[0].__dict__.get("forward") if kinds else None
+
 
 class AdapterLinear(AdapterLayer):
     """An adapter over nn.Linear, or over a layer that stores its weight as [in, out] (transformers' Conv1D).
@@ -28,13 +39,10 @@ class AdapterLinear(AdapterLayer):
     Shapes: x [..., in]; y [..., out].
     """
 
-    plain_forward = staticmethod(nn.Linear.forward)
-
     def __init__(self, base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> None:
         super().__init__(base_layer, backend, strategy)
         self.fan_in_fan_out = not isinstance(base_layer, nn.Linear)
-        if self.fan_in_fan_out:
-            self.plain_forward = type(base_layer).forward
+        self.plain_forward = plain_forward(base_layer)
         self.group: ProjectionGroup | None = None
 
     @property

@@ -65,6 +65,16 @@ def is_offloaded(module: nn.Module) -> bool:
     return "_hf_hook" in module.__dict__ and any([p.is_meta for p in module._parameters.values() if p is not None])
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module computes, also while accelerate keeps its tensors elsewhere."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    for part in getattr(hook, "hooks", (hook,)):
+        device = getattr(part, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
+
+
 @contextmanager
 def at_hand(module: nn.Module) -> Iterator[None]:
     """Inside, the module's tensors have their values, also where accelerate keeps them elsewhere between calls."""
@@ -131,7 +141,9 @@ def shape_alone(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def plain_kind(base: nn.Module, forward: Callable[..., Any] | None) -> type[nn.Module]:
-    """The class of torch's that the layer is a kind of: the one whose forward that is."""
+    """The class of torch's that the layer is a kind of: the one whose forward that is; its own where there is none."""
+    if forward is None:
+        return type_before_parametrizations(base)
     return next(kind for kind in type(base).__mro__ if kind.__dict__.get("forward") is forward)
 
 

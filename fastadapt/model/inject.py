@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..layers.fast_path import mind_wrappers
 from ..layers.kinds import AdapterModule
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear, ProjectionGroup
@@ -19,7 +22,8 @@ from ..layers.wrap import adapter_layer
 from ..methods import AdapterConfig, Control
 from ..operators.adapter_linear.strategies import check_strategy
 from ..operators.backends import check_backend
-from .targets import saved_paths, shared_inputs, target_paths
+from .bypassed import expert_weights, why_refused
+from .targets import is_excluded, is_linear, saved_paths, shared_inputs, target_paths
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 PartType = TypeVar("PartType", bound=nn.Module)
@@ -106,13 +110,29 @@ def adapter_dtype(weight: Tensor, autocast_adapter_dtype: bool) -> torch.dtype:
     return torch.float32 if sixteen_bit and autocast_adapter_dtype else weight.dtype
 
 
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts a module in the place that `path` names."""
+Places = Mapping[int, Sequence[tuple[nn.Module, str]]]
+
+
+def shared_places(model: nn.Module) -> Places:
+    """Of the modules that are registered in several places, by id, each parent and name."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(id(child), []).append((parent, name))
+    return {key: places for key, places in found.items() if len(places) > 1}
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module, places: Places | None = None) -> None:
+    """Puts a module in the place that `path` names, and in the others of the one that is there, by `shared_places`."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     while isinstance(parent, AdapterLayer):
         parent = parent.base_layer
+    for other, key in (places or {}).get(id(getattr(parent, name)), ()):
+        setattr(other, key, module)
     setattr(parent, name, module)
+    mind_wrappers(model, path)
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
@@ -165,6 +185,8 @@ def layers_at(
     layers: dict[str, AdapterLayer] = {}
     for path in paths:
         module = modules[path]
+        if why := why_refused(path, modules):
+            raise ValueError(f"target_modules: {path} cannot take an adapter: {why}; name it in exclude_modules")
         if isinstance(module, AdapterLayer):
             layers[path] = module
         else:
@@ -175,6 +197,20 @@ def layers_at(
             layers[path].path = path
         config.check_kind(path, layers[path], modules.values())
     return layers
+
+
+def _warn_of_rest(modules: Mapping[str, nn.Module], config: AdapterConfig) -> None:
+    """One warning that names what "all-linear" does not reach although it multiplies like a linear layer."""
+    refused = {path: why_refused(path, modules) for path, module in modules.items() if is_linear(module)}
+    rest = [*expert_weights(modules), *(path for path, why in refused.items() if why)]
+    rest = [path for path in rest if not is_excluded(path, config)]
+    if rest:
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in rest)
+        warnings.warn(
+            f'target_modules="all-linear" adapts no {", ".join(names)}: expert weights that are stacked in one tensor, '
+            "and layers whose forward does not run or gives a tuple, take no adapter",
+            stacklevel=4,
+        )
 
 
 def prepare(
@@ -199,6 +235,8 @@ def prepare(
     check_strategy(strategy, backend)
     modules = named_modules(model)
     paths = target_paths(model, config, every_name=not from_file)
+    if str(config.target_modules).lower() == "all-linear" and not from_file:
+        _warn_of_rest(modules, config)
     layers = layers_at(paths, modules, config, backend=backend, strategy=strategy)
     adapters = config.build(layers, lambda weight: adapter_dtype(weight, autocast_adapter_dtype))
     for path, adapter in adapters.items():
@@ -231,10 +269,10 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
         model.requires_grad_(False)
         model.__dict__["adapter_configs"] = configs
     modules = named_modules(model)
-    there = {id(layer) for layer in adapter_layers(model).values()}
+    there, places = {id(layer) for layer in adapter_layers(model).values()}, shared_places(model)
     for path, layer in injection.layers.items():
         if id(layer) not in there:
-            replace_module(model, path, layer)
+            replace_module(model, path, layer, places)
         layer.adapters[injection.name] = injection.adapters[path]
     _group(model)
     for path, copy in injection.copies.items():
@@ -268,7 +306,7 @@ def exchange(
     What is active stays active.
     """
     layers = present(model, adapter_name).layers
-    places = {id(layer): path for path, layer in adapter_layers(model).items()}
+    paths, places = {id(layer): path for path, layer in adapter_layers(model).items()}, shared_places(model)
     for path, adapter in adapters.items():
         layer = layers[path]
         if adapter is not None:
@@ -277,7 +315,7 @@ def exchange(
         del layer.adapters[adapter_name]
         layer.active = tuple([name for name in layer.active if name != adapter_name])
         if not layer.adapters:
-            replace_module(model, places[id(layer)], layer.base_layer)
+            replace_module(model, paths[id(layer)], layer.base_layer, places)
     adapter_configs(model)[adapter_name] = config
     _group(model)
 
@@ -476,9 +514,9 @@ def unload(model: nn.Module) -> nn.Module:
     it was before `inject`, frozen.
     """
     layers, modules = adapter_layers(model), saved_modules(model)
-    merged = any(layer.merged for layer in layers.values())
+    merged, places = any(layer.merged for layer in layers.values()), shared_places(model)
     for path, layer in layers.items():
-        replace_module(model, path, layer.base_layer)
+        replace_module(model, path, layer.base_layer, places)
     for path, module in reversed(modules.items()):  # the inner ones first
         replace_module(model, path, module.current if merged else module.original)
     model.__dict__.pop("adapter_configs", None)

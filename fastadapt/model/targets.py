@@ -16,6 +16,7 @@ from ..layers.saved import ModuleToSave
 from ..layers.siblings import readers_of_one_input
 from ..methods import AdapterConfig, patterns
 from ..methods.config import path_suffixes
+from .bypassed import why_refused
 
 # The usual attention projections, by transformers' model_type.
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
@@ -102,6 +103,14 @@ def _excluded(path: str, exclude: Collection[str]) -> bool:
     return _suffix_match(path, exclude)
 
 
+def is_excluded(path: str, config: AdapterConfig) -> bool:
+    """Whether config.exclude_modules leaves out the module at this path, or the one that it is inside of."""
+    exclude = config.exclude_modules or []
+    parts = path.split(".")
+    paths = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(_excluded(part, exclude if isinstance(exclude, str) else set(exclude)) for part in paths)
+
+
 def _in_layers(path: str, config: AdapterConfig, indices: Collection[int]) -> bool:
     """Whether the path's layer index is among `indices`, those of layers_to_transform; none of them means all."""
     if not indices:
@@ -158,7 +167,8 @@ def target_paths(
     """The paths of the modules that `config` adapts, in the model's order.
 
     A list of names matches whole paths or their last parts; a string is a regular expression for the whole path;
-    "all-linear" takes every Linear and Conv1D but the output head; None takes the architecture's usual projections.
+    "all-linear" takes every Linear and Conv1D but the output head and those of which `why_refused` tells why not; None
+    takes the architecture's usual projections.
     modules: the model's modules by path as they were before any of them was wrapped; by default `base_modules`.
     Raises ValueError when the whole selection matches nothing or, with `every_name`, one name of the list, and for a
     regular expression that is none or takes too long.
@@ -183,7 +193,8 @@ def target_paths(
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             head = _output_head(model)
-            chosen = [path for path in paths if is_linear(modules[path]) and _base(modules[path]) is not head]
+            linear = [path for path in paths if is_linear(modules[path]) and _base(modules[path]) is not head]
+            chosen = [path for path in linear if not why_refused(path, modules)]
         else:
             chosen = [path for path in paths if patterns.fullmatch("target_modules", targets, path)]
         missing = [] if chosen else [targets]
