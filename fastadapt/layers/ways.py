@@ -148,20 +148,23 @@ def plain_kind(base: nn.Module, forward: Callable[..., Any] | None) -> type[nn.M
 
 
 def with_tensors(base: nn.Module, weight: Tensor, bias: Tensor | None, kind: type[nn.Module] | None = None) -> Any:
-    """The layer as its class is, or `kind`, with these tensors: without hooks, patches, parametrizations.
+    """The layer as its class is, with these tensors: without hooks, patches and parametrizations.
 
-    The layer itself is not touched, so that threads may call it meanwhile.
+    With a `kind` the layer as that class is, without what the layer holds inside. The layer itself is not touched, so
+    that threads may call it meanwhile.
     """
+    fresh = nn.Module().__dict__
+    own = {name: value for name, value in base.__dict__.items() if name not in _OF_THE_INSTANCE}
+    dropped = [name for name in fresh if name.endswith("_hooks") or (kind is not None and name in _INSIDE)]
     kind = type_before_parametrizations(base) if kind is None else kind
-    plain = kind.__new__(kind)
-    plain.__dict__ = {**nn.Module().__dict__, **base.__dict__}
-    for name, value in nn.Module().__dict__.items():
-        if name.endswith("_hooks") or name in ("_modules", "_non_persistent_buffers_set"):
-            plain.__dict__[name] = value
-    for name in ("forward", "weight", "bias", "_hf_hook", "_old_forward"):
-        plain.__dict__.pop(name, None)
-    plain.__dict__["_parameters"] = {"weight": weight, "bias": bias}
-    return plain
+    layer = kind.__new__(kind)
+    layer.__dict__ = {**own, **{name: fresh[name] for name in dropped}, "_parameters": {"weight": weight, "bias": bias}}
+    return layer
+
+
+# What is put onto a layer beside what its class gives it, and what a layer holds beside its parameters.
+_OF_THE_INSTANCE = ("forward", "weight", "bias", "_hf_hook", "_old_forward")
+_INSIDE = ("_modules", "_buffers", "_non_persistent_buffers_set")
 
 
 def dropped(x: Tensor, p: float) -> Tensor:
