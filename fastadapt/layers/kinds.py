@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..operators.adapter_update.function import shift
 from ..reference import AdapterForm
 from .layer import AdapterLayer
-from .ways import sample, with_tensors
+from .ways import agree, sample, with_tensors
 
 
 def _onto(y: Tensor, form: AdapterForm, base_bias: Tensor | None, low_rank: Tensor | None, *ones: int) -> Tensor:
@@ -31,6 +31,7 @@ class AdapterEmbedding(AdapterLayer):
     """
 
     plain_forward = staticmethod(nn.Embedding.forward)
+    _looks_up = False  # as far as it was found out
 
     @property
     def weight_matrix(self) -> Tensor:
@@ -55,12 +56,21 @@ class AdapterEmbedding(AdapterLayer):
     def called(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_output(x, *args, **kwargs)
         form = self._low_rank_form()
+        if not self._looks_up and not torch.compiler.is_compiling():
+            self._check_looks_up(x, *args, **kwargs)
         u = self._looked_up(form.A.T, x, *args, **kwargs).to(y.device)
-        if u.shape != (*y.shape[:-1], form.A.shape[0]):
-            raise ValueError(f"{self.name} does more than look rows of its weight up: name it in exclude_modules")
         if torch.is_grad_enabled() and form.A.requires_grad and not u.requires_grad:
             raise ValueError(f"{self.name} lets no gradient through to its weight: name it in exclude_modules")
         return y + (u @ form.whole_up().T).to(y.dtype)
+
+    def _check_looks_up(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Raises ValueError where what the layer gives is not a product of rows of its weight, as a norm's is not."""
+        table = sample(self.base_weight.shape[0], 3, like=self.like, seed=0)
+        with torch.no_grad():
+            once, twice = (self._looked_up(size * table, x, *args, **kwargs) for size in (1, 2))
+        if once.shape[-1:] != (3,) or not agree(twice, 2 * once):
+            raise ValueError(f"{self.name} does more than look rows of its weight up: name it in exclude_modules")
+        self._looks_up = True
 
     def _looked_up(self, table: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer's own forward gives, without hooks, for a table [V, r] in the place of its weight."""

@@ -351,7 +351,7 @@ class AdapterLayer(BaseLayerWrapper):
                 "its weight is made by a hook before each call: make it a parameter first "
                 "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove)"
             )
-        if self.reason and not self._keeps_what_is_written():
+        if self.reason and not self._keeps_what_is_written(form):
             with torch.no_grad():
                 weight, shift = self._effective(form)
             if shift is not None:
@@ -370,10 +370,11 @@ class AdapterLayer(BaseLayerWrapper):
             base.bias = nn.Parameter(bias, requires_grad=False)
         self._unmerged = old
 
-    def _keeps_what_is_written(self) -> bool:
+    def _keeps_what_is_written(self, form: AdapterForm) -> bool:
         """Whether what is added to the base layer's parameters comes out as the layer's formula has it.
 
-        Not where they are scaled or quantised on the way, or a hook changes what comes out.
+        Not where they are scaled or quantised on the way, or a hook changes what comes out; for a form that scales the
+        base path, of which a hook's own part is none, all of it has to.
         """
         base: Any = self.base_layer
         own = {name: parameter for name, parameter in base._parameters.items() if parameter is not None}
@@ -386,6 +387,8 @@ class AdapterLayer(BaseLayerWrapper):
         x = self.trial()
         with torch.no_grad(), undisturbed(base), without_autocast(x):
             before = self.base_output(x)
+            if form.base_scale is not None and not agree(before, self.formula(x, own["weight"], own.get("bias"))):
+                return False
             try:
                 base._parameters.update({name: nn.Parameter(own[name] + change) for name, change in changes.items()})
                 after = self.base_output(x)

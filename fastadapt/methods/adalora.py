@@ -331,8 +331,8 @@ class BudgetAllocator(Orthogonality):
         weights = self._weights()
         if weights and all(weight.grad is None for weight in weights.values()):
             raise ValueError(
-                f"{next(iter(weights))} and all others must have their gradients when step is called, got None: call "
-                "it after optimizer.step() and before optimizer.zero_grad()"
+                f"{next(iter(weights))} must have its gradient when step is called, or one of the others must, got "
+                "None: call it after optimizer.step() and before optimizer.zero_grad()"
             )
         # Of a layer that the batch did not go through a step has no gradient: as if it were zero.
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights.values()]
