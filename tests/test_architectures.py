@@ -1,4 +1,4 @@
-"""Small models of many architectures of transformers: a fresh adapter is the base, and the merged model is the adapted."""
+"""Small models of many architectures of transformers: a fresh adapter is the base, the merged model the adapted one."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ SEQ2SEQ: dict[str, Any] = {
     "max_position_embeddings": 32,
     "decoder_start_token_id": 1,
 }
+FALCON = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 # The architecture's config and model, and its sizes.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "LlamaForCausalLM": ("LlamaConfig", LLAMA),
@@ -93,19 +94,19 @@ METHODS: dict[str, Callable[..., Any]] = {"LoRA": LoRAConfig, "DoRA": DoRAConfig
 @pytest.mark.parametrize("name", MODELS)
 def test_fresh_is_the_base_and_merged_is_adapted(name: str, method: str) -> None:
     model = built(name)
-    base = logits(model)
+    with torch.no_grad():  # with gradients torch multiplies some shapes in another way
+        base = logits(model)
     fastadapt.inject(model, METHODS[method](r=4, target_modules="all-linear"))
-    fresh = logits(model)
-    print(float((fresh - base).abs().max()))
-    assert torch.equal(fresh, base)
+    with torch.no_grad():
+        assert torch.equal(logits(model), base)
     randomise(model)
     want = logits(model)
-    assert (want - base).abs().max() > 1e-3
+    assert (want - base).abs().max() > 1e-3 * base.abs().max()
     want.square().sum().backward()
     assert [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     fastadapt.merge(model)
-    torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
+    torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-4 * want.detach().abs().max().item())
     fastadapt.unmerge(model)
     assert torch.equal(logits(model), want)
-    fastadapt.unload(model)
-    assert torch.equal(logits(model), base)
+    with torch.no_grad():
+        assert torch.equal(logits(fastadapt.unload(model)), base)
