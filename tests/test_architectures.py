@@ -76,7 +76,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def built(name: str) -> Any:
     config, sizes = MODELS[name]
     torch.manual_seed(0)
-    return getattr(hf, name)(getattr(hf, config)(**sizes)).eval()
+    return getattr(hf, name)(getattr(hf, config)(**sizes)).eval().requires_grad_(False)
 
 
 def logits(model: Any) -> Tensor:
@@ -94,7 +94,7 @@ METHODS: dict[str, Callable[..., Any]] = {"LoRA": LoRAConfig, "DoRA": DoRAConfig
 @pytest.mark.parametrize("name", MODELS)
 def test_fresh_is_the_base_and_merged_is_adapted(name: str, method: str) -> None:
     model = built(name)
-    with torch.no_grad():  # with gradients torch multiplies some shapes in another way
+    with torch.no_grad():  # where something has a gradient torch multiplies some shapes in another way
         base = logits(model)
     fastadapt.inject(model, METHODS[method](r=4, target_modules="all-linear"))
     with torch.no_grad():
