@@ -73,6 +73,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# They hand a layer a transposed x, of which ours are the products of a copy.
+TRANSPOSED = {"MambaForCausalLM"}
+
+
 def built(name: str) -> Any:
     config, sizes = MODELS[name]
     torch.manual_seed(0)
@@ -98,7 +102,10 @@ def test_fresh_is_the_base_and_merged_is_adapted(name: str, method: str) -> None
         base = logits(model)
     fastadapt.inject(model, METHODS[method](r=4, target_modules="all-linear"))
     with torch.no_grad():
-        assert torch.equal(logits(model), base)
+        if name in TRANSPOSED:
+            torch.testing.assert_close(logits(model), base)
+        else:
+            assert torch.equal(logits(model), base)
     randomise(model)
     want = logits(model)
     assert (want - base).abs().max() > 1e-3 * base.abs().max()
