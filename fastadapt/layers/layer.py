@@ -343,32 +343,59 @@ class AdapterLayer(BaseLayerWrapper):
         """
         if self.merged or not self.active:
             return
-        form, base = self.merged_form(), self.base_layer
-        if is_offloaded(base):
+        form = self.merged_form()
+        if not self.reason:
+            self._write(form)
+            return
+        if is_offloaded(self.base_layer):
             raise ValueError("its weight is offloaded between calls: merge the adapter into a model that is in memory")
-        if "weight" in base.__dict__:
+        if "weight" in self.base_layer.__dict__:
             raise ValueError(
                 "its weight is made by a hook before each call: make it a parameter first "
                 "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove)"
             )
-        if self.reason and not self._keeps_what_is_written(form):
-            with torch.no_grad():
-                weight, shift = self._effective(form)
-            if shift is not None:
-                form = form._replace(bias=shift if form.bias is None else form.bias + shift)
-            weight, bias = self.merged_tensors(weight, form)
-            kind = plain_kind(base, self.plain_forward)
-            plain = nn.Parameter(self.from_matrix(weight), requires_grad=False)
-            beta = None if bias is None else nn.Parameter(bias, requires_grad=False)
-            self.base_layer = with_tensors(base, plain, beta, kind)
-            self._unmerged = base, None, None
-            return
+        x = self.trial()
+        with torch.no_grad(), without_autocast(x):
+            with undisturbed(self):
+                want = self.forward(x)
+            if self._keeps_what_is_written(form):
+                self._write(form)
+            else:
+                self._replace(form)
+            with undisturbed(self):
+                same = agree(self.forward(x), want)
+        if not same:
+            self.unmerge()
+            raise self._unmergeable()
+
+    def _write(self, form: AdapterForm) -> None:
+        """Merges by new parameters of the base layer."""
+        base = self.base_layer
         weight, bias = self.merged_tensors(self.weight_matrix, form)
         old = base, base.weight, self.base_bias
         base.weight = nn.Parameter(self.from_matrix(weight), requires_grad=False)
         if bias is not None:
             base.bias = nn.Parameter(bias, requires_grad=False)
         self._unmerged = old
+
+    def _replace(self, form: AdapterForm) -> None:
+        """Merges by a plain layer in the place of the base layer."""
+        base = self.base_layer
+        weight, shift = self._effective(form)
+        if shift is not None:
+            form = form._replace(bias=shift if form.bias is None else form.bias + shift)
+        weight, bias = self.merged_tensors(weight, form)
+        kind = plain_kind(base, self.plain_forward)
+        plain = nn.Parameter(self.from_matrix(weight), requires_grad=False)
+        beta = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.base_layer = with_tensors(base, plain, beta, kind)
+        self._unmerged = base, None, None
+
+    def _unmergeable(self) -> ValueError:
+        return ValueError(
+            f"an adapter cannot be merged into this layer: {self.reason}, and no weight of a plain one computes the "
+            "same; serve it unmerged"
+        )
 
     def _keeps_what_is_written(self, form: AdapterForm) -> bool:
         """Whether what is added to the base layer's parameters comes out as the layer's formula has it.
@@ -407,10 +434,7 @@ class AdapterLayer(BaseLayerWrapper):
             with undisturbed(base), without_autocast(x):
                 if agree(self.base_output(x), self.formula(x, weight, self.base_bias)):
                     return self.weight_matrix, None
-        raise ValueError(
-            f"an adapter cannot be merged into this layer: {self.reason}, and no weight of a plain one computes the "
-            "same; serve it unmerged"
-        )
+        raise self._unmergeable()
 
     def trial(self) -> Tensor:
         """An input to try the base layer with."""

@@ -124,7 +124,10 @@ class AdapterLinear(AdapterLayer):
                 weight, shift = self._by_unit_vectors()
                 if form.U is not None or not agree(F.linear(x, weight, shift), self.base_output(x)):
                     raise
-            shift = shift if self.base_bias is None else shift - self.base_bias
+            if self.base_bias is not None:
+                shift = shift - self.base_bias
+            elif not shift.any():  # a layer without a bias
+                return weight, None
             return weight, shift if form.base_scale is None else form.base_scale * shift
 
     def _by_unit_vectors(self) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,8 +20,9 @@ from ..layers.wrap import adapter_layer
 from ..methods import AdapterConfig, Control
 from ..operators.adapter_linear.strategies import check_strategy
 from ..operators.backends import check_backend
-from .bypassed import expert_weights, why_refused
-from .targets import is_excluded, is_linear, saved_paths, shared_inputs, target_paths
+from .bypassed import why_refused
+from .places import Places, shared_places
+from .targets import saved_paths, shared_inputs, target_paths, warn_of_rest
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 PartType = TypeVar("PartType", bound=nn.Module)
@@ -110,19 +109,6 @@ def adapter_dtype(weight: Tensor, autocast_adapter_dtype: bool) -> torch.dtype:
     return torch.float32 if sixteen_bit and autocast_adapter_dtype else weight.dtype
 
 
-Places = Mapping[int, Sequence[tuple[nn.Module, str]]]
-
-
-def shared_places(model: nn.Module) -> Places:
-    """Of the modules that are registered in several places, by id, each parent and name."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                found.setdefault(id(child), []).append((parent, name))
-    return {key: places for key, places in found.items() if len(places) > 1}
-
-
 def replace_module(model: nn.Module, path: str, module: nn.Module, places: Places | None = None) -> None:
     """Puts a module in the place that `path` names, and in the others of the one that is there, by `shared_places`."""
     parent_path, _, name = path.rpartition(".")
@@ -199,20 +185,6 @@ def layers_at(
     return layers
 
 
-def _warn_of_rest(modules: Mapping[str, nn.Module], config: AdapterConfig) -> None:
-    """One warning that names what "all-linear" does not reach although it multiplies like a linear layer."""
-    refused = {path: why_refused(path, modules) for path, module in modules.items() if is_linear(module)}
-    rest = [*expert_weights(modules), *(path for path, why in refused.items() if why)]
-    rest = [path for path in rest if not is_excluded(path, config)]
-    if rest:
-        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in rest)
-        warnings.warn(
-            f'target_modules="all-linear" adapts no {", ".join(names)}: expert weights that are stacked in one tensor, '
-            "and layers whose forward does not run or gives a tuple, take no adapter",
-            stacklevel=4,
-        )
-
-
 def prepare(
     model: nn.Module,
     config: AdapterConfig,
@@ -236,7 +208,7 @@ def prepare(
     modules = named_modules(model)
     paths = target_paths(model, config, every_name=not from_file)
     if str(config.target_modules).lower() == "all-linear" and not from_file:
-        _warn_of_rest(modules, config)
+        warn_of_rest(modules, config)
     layers = layers_at(paths, modules, config, backend=backend, strategy=strategy)
     adapters = config.build(layers, lambda weight: adapter_dtype(weight, autocast_adapter_dtype))
     for path, adapter in adapters.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from itertools import accumulate
 from typing import Any
@@ -16,7 +17,7 @@ from ..layers.saved import ModuleToSave
 from ..layers.siblings import readers_of_one_input
 from ..methods import AdapterConfig, patterns
 from ..methods.config import path_suffixes
-from .bypassed import why_refused
+from .bypassed import expert_weights, why_refused
 
 # The usual attention projections, by transformers' model_type.
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
@@ -221,6 +222,20 @@ def target_paths(
             f"{', '.join(kinds)}"
         )
     return chosen
+
+
+def warn_of_rest(modules: Mapping[str, nn.Module], config: AdapterConfig) -> None:
+    """One warning that names what "all-linear" does not reach although it multiplies like a linear layer."""
+    refused = {path: why_refused(path, modules) for path, module in modules.items() if is_linear(module)}
+    rest = [*expert_weights(modules), *(path for path, why in refused.items() if why)]
+    rest = [path for path in rest if not is_excluded(path, config)]
+    if rest:
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in rest)
+        warnings.warn(
+            f'target_modules="all-linear" adapts no {", ".join(names)}: expert weights that are stacked in one tensor, '
+            "and layers whose forward does not run or gives a tuple, take no adapter",
+            stacklevel=4,
+        )
 
 
 def saved_paths(model: nn.Module, config: AdapterConfig, *, needs_head: bool = True) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.inject import adapter_configs, replace_module, shared_places
+from ..model.inject import adapter_configs, replace_module
+from ..model.places import shared_places
 from ..model.targets import base_modules
 from ..operators.backends import check_backend
 from .linear import MultiAdapterLinear, Running, running, runs_directly
