@@ -268,6 +268,20 @@ def test_hooks_come_and_go() -> None:
     assert torch.equal(model(x), want)
 
 
+def test_a_forward_that_is_replaced_in_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of others come in this way, before and after an adapter does."""
+    model, x = nn.Sequential(OrderedDict(fc=nn.Linear(K, N))).eval(), inputs()
+    fastadapt.inject(model, METHODS["LoRA"]())
+    randomise(model)
+    want, base = model(x), model[0].base_layer(x)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * F.linear(x, self.weight, self.bias))
+    torch.testing.assert_close(model(x), want + base)
+    assert fastadapt.adapted_layers(model)[0].reason == "Linear has a forward of its own"
+    with pytest.raises(ValueError, match="fc: an adapter cannot be merged into this layer"):
+        fastadapt.merge(model)
+    torch.testing.assert_close(model(x), want + base)
+
+
 def test_a_hook_on_one_of_a_group_takes_it_out() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

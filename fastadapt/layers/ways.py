@@ -142,9 +142,8 @@ def shape_alone(rows: int, columns: int, like: Tensor) -> Tensor:
 
 def plain_kind(base: nn.Module, forward: Callable[..., Any] | None) -> type[nn.Module]:
     """The class of torch's that the layer is a kind of: the one whose forward that is; its own where there is none."""
-    if forward is None:
-        return type_before_parametrizations(base)
-    return next(kind for kind in type(base).__mro__ if kind.__dict__.get("forward") is forward)
+    own: type[nn.Module] = type_before_parametrizations(base)
+    return next((kind for kind in own.__mro__ if forward is not None and kind.__dict__.get("forward") is forward), own)
 
 
 def with_tensors(base: nn.Module, weight: Tensor, bias: Tensor | None, kind: type[nn.Module] | None = None) -> Any:
