@@ -42,7 +42,8 @@ from bench.operators import (
     refusal,
 )
 from bench.plots import Document, draw_microbench, read
-from fastadapt.commands.doctor import Case, Sizes, values_of
+from fastadapt.commands.case import Case, Sizes
+from fastadapt.commands.doctor import values_of
 from fastadapt.commands.report import write_json
 from fastadapt.environment import commit, machine, versions
 from fastadapt.files import written_whole

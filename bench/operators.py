@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from bench.cases import AdapterCase
 from fastadapt.commands import doctor
+from fastadapt.commands.case import Case
 from fastadapt.functional import (
     adapter_linear,
     adapter_linear_group,
@@ -419,7 +420,7 @@ def prepare(case: OperatorCase, provider: str, operands: Operands) -> Run:
     return _reference(case, same_dtype, compiled=provider == "compile")
 
 
-def prepare_plain(case: doctor.Case, provider: str, values: Outputs) -> Run:
+def prepare_plain(case: Case, provider: str, values: Outputs) -> Run:
     """A case of doctor's on a backend or as "reference": y, and the gradients of all that trains in it."""
     if provider == "reference":  # the formula does not mix dtypes
         dtype = next(values[name].dtype for name in case.in_dtype if name in values)

@@ -281,9 +281,10 @@ def section(document: Document) -> str:
         rows.append(" | ".join(cells))
     first = document["rows"][0]
     return (
-        f"SmolLM2-135M's dimensions, fp32 where nothing else is said, 8 rows, as a multiple of the base model "
-        f"on the same batch, medians of {first['rounds']} rounds; prefill of {PROMPT} tokens, decoding one token behind them. Of rank {RANK}; mixed: "
-        "LoRA of rank 8, 16, 16 and 32, two DoRA of 16, two VeRA of 256; the last row 64 rows, LoRA of rank 8. The "
+        "SmolLM2-135M's dimensions, fp32 where nothing else is said, 8 rows, as a multiple of the base model on the "
+        f"same batch, medians of {first['rounds']} rounds; prefill of {PROMPT} tokens, decoding one token behind "
+        f"them. Of rank {RANK}; mixed: LoRA of rank 8, 16, 16 and 32, two DoRA of 16, two VeRA of 256; 64 rows of LoRA "
+        "of rank 8. The "
         "floor counts the adapters' FLOPs in prefill and the bytes of the distinct adapters in decoding as the "
         "machine's memory would move them; its caches do better. PEFT refuses DoRA in a mixed batch and gives VeRA "
         "rows the wrong adapter.\n\n"

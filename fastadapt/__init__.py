@@ -19,6 +19,7 @@ from .methods import (
     VeRAConfig,
     VPTConfig,
 )
+from .model.adapted import adapted_layers
 from .model.checkpoint import export_glora, export_lora, load_adapter, save_adapter
 from .model.combine import add_weighted_adapter
 from .model.inject import (
@@ -58,6 +59,7 @@ __all__ = [
     "VPTConfig",
     "VeRAConfig",
     "__version__",
+    "adapted_layers",
     "add_weighted_adapter",
     "control",
     "disable_adapter",

@@ -2,6 +2,7 @@
 
 from .forms import merged_weight
 from .operators.adapter_linear.function import adapter_linear, adapter_linear_group
+from .operators.adapter_update.function import adapter_update
 from .operators.bottleneck.function import bottleneck
 from .operators.hadamard_linear.function import hadamard_linear
 from .operators.multi_adapter_linear.function import multi_adapter_linear
@@ -10,6 +11,7 @@ from .operators.weight_norm.function import row_squares, weight_norm
 __all__ = [
     "adapter_linear",
     "adapter_linear_group",
+    "adapter_update",
     "bottleneck",
     "hadamard_linear",
     "merged_weight",

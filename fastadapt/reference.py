@@ -83,6 +83,31 @@ def adapter_linear_reference(
     return y if form.bias is None else y + form.bias
 
 
+def adapter_update_reference(
+    y: Tensor,
+    x: Tensor,
+    form: AdapterForm,
+    *,
+    base_bias: Tensor | None = None,
+    y_dropped: Tensor | None = None,
+) -> Tensor:
+    """The adapter form on what a base layer has given: y' = g ⊙ (y − b0) + h ⊙ (B (d ⊙ (A x̃))) + β.
+
+    With y_dropped, y' = (y − b0) + (g − 1) ⊙ (y_dropped − b0) + h ⊙ (B (d ⊙ (A x̃))) + β.
+    Shapes: y and y_dropped [..., N]; x̃ [..., K]; base_bias b0 [N].
+    """
+    shift = 0 if base_bias is None else base_bias
+    base = y - shift
+    if form.base_scale is not None:
+        g = form.base_scale
+        base = g * base if y_dropped is None else base + (g - 1) * (y_dropped - shift)
+    u = x @ form.A.T
+    if form.mid_scale is not None:
+        u = form.mid_scale * u
+    updated: Tensor = base + form.scaling * form.out_scale * (u @ form.B.T)
+    return updated if form.bias is None else updated + form.bias
+
+
 def merged_weight_reference(weight: Tensor, form: AdapterForm) -> Tensor:
     """W' = diag(g) W0 + W0 ⊙ (U V) + diag(h) B diag(d) A, so that F.linear(x, W', β) is the form without dropout.
 

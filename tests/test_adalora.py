@@ -593,6 +593,39 @@ def test_a_step_without_gradients_says_when_to_call_it() -> None:
     assert budgets.t == 0
 
 
+def test_a_layer_that_a_batch_does_not_use_counts_as_one_with_gradients_of_zero() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, both: bool) -> Tensor:
+            y: Tensor = self.one(x)
+            return y + self.other(x) if both else y
+
+    def trained(zeros: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = inject(Halves(), AdaLoRAConfig(**fields(target_modules=["one", "other"], orth_reg_weight=0.0)))
+        budgets, x = allocator(model), torch.randn(4, 6)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(parameters, 0.01)
+        for step in range(45):
+            model(x, step % 3 > 0).square().mean().backward()
+            for parameter in parameters:
+                if zeros and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            budgets.step()
+            optimizer.zero_grad()
+        return model
+
+    model, same = trained(False), trained(True)
+    assert pattern(model) == pattern(same)
+    assert sum(map(sum, pattern(model).values())) == 4
+    for one, other in zip(model.parameters(), same.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_training_too_short_to_measure_importance_is_refused() -> None:
     model = inject(Net(), AdaLoRAConfig(**fields(tinit=0, tfinal=44)))
     with pytest.raises(ValueError, match="total_step - tfinal must be at least 2 to train, got 1"):

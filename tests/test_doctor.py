@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastadapt.commands import doctor
 from fastadapt.commands.doctor import Case, Normal, Sizes, Values
 from fastadapt.operators import registry
+from fastadapt.operators.adapter_linear import plain, plan
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 from fastadapt.operators.multi_adapter_linear import op as multi
 from fastadapt.operators.registry import OPERATORS
@@ -68,7 +69,7 @@ def test_every_registered_operator_is_tested() -> None:
 
 @pytest.mark.parametrize("operator", doctor.OPERATORS)
 def test_a_case_runs_the_operators_that_it_claims(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (registry, multi):  # so that the dispatcher sees every operator
+    for module in (registry, multi, plan):  # so that the dispatcher sees every operator
         monkeypatch.setattr(module, "sees_operators", lambda x: True)
     for case in BY_OPERATOR[operator]:
         with Seen() as seen:
@@ -123,6 +124,10 @@ def test_each_operator_that_is_wrong_is_found(operator: str, monkeypatch: pytest
 
 GRADIENTS = {
     "adapter_linear": {"x", "A", "B", "mid_scale", "out_scale", "base_scale", "bias"},
+    "adapter_update": {
+        *("y", "y_dropped", "x", "base_bias"),
+        *("A", "B", "mid_scale", "out_scale", "base_scale", "bias"),
+    },
     "hadamard_linear": {"x", "U", "V", "A", "B", "bias"},
     "bottleneck": {"v", "down", "down_bias", "up", "up_bias", "residual"},
     "weight_norm": {"A", "B"},
@@ -137,7 +142,7 @@ def test_every_gradient_is_held_to_the_reference(operator: str) -> None:
     assert found == {"y"} | {f"d{name}" for name in GRADIENTS[operator]}
 
 
-@pytest.mark.parametrize("operator", ["adapter_linear", "hadamard_linear", "bottleneck"])
+@pytest.mark.parametrize("operator", ["adapter_linear", "adapter_update", "hadamard_linear", "bottleneck"])
 def test_a_wrong_backward_is_found(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"fastadapt.operators.{operator}.op")
     right = getattr(module, f"{operator}_backward")
@@ -147,9 +152,17 @@ def test_a_wrong_backward_is_found(operator: str, monkeypatch: pytest.MonkeyPatc
         return type(found)(1.001 * found[0], *found[1:])
 
     monkeypatch.setattr(module, f"{operator}_backward", wrong)
+    monkeypatch.setattr(plan, "sees_operators", lambda x: True)  # no short way beside the operator
     for case in BY_OPERATOR[operator]:
         first = "dv" if operator == "bottleneck" else "dx"
         assert doctor.check(case, DEVICE, "eager", torch.float32).failed == [first], case.name
+
+
+def test_a_wrong_backward_of_lora_by_itself_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = plain._backward
+    monkeypatch.setattr(plain, "_backward", lambda ctx, dy: (1.001 * right(ctx, dy)[0], *right(ctx, dy)[1:]))
+    found = [doctor.check(case, DEVICE, "eager", torch.float32).failed for case in BY_OPERATOR["adapter_linear"]]
+    assert ["dx"] in found
 
 
 @dataclasses.dataclass(frozen=True)

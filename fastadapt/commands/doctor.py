@@ -7,13 +7,20 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..environment import machine
-from ..functional import adapter_linear, hadamard_linear, multi_adapter_linear, row_squares, weight_norm
+from ..functional import (
+    adapter_linear,
+    adapter_update,
+    hadamard_linear,
+    multi_adapter_linear,
+    row_squares,
+    weight_norm,
+)
 from ..methods import LoRAConfig
 from ..operators import masks
 from ..operators.backends import HAS_TRITON, resolve_backend
@@ -23,6 +30,7 @@ from ..operators.registry import not_covered
 from ..reference import (
     AdapterForm,
     adapter_linear_reference,
+    adapter_update_reference,
     bottleneck_reference,
     hadamard_linear_reference,
     multi_adapter_linear_reference,
@@ -31,13 +39,11 @@ from ..reference import (
 )
 from ..serving.loader import LoadedAdapter
 from ..serving.pool import AdapterPool
+from .case import Case, Normal, Sizes, Values
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 DROPOUT = 0.2
-
-Values = dict[str, Tensor]
-Normal = Callable[..., Tensor]
 
 
 def devices() -> list[torch.device]:
@@ -63,57 +69,6 @@ def interprets() -> bool:
     return HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class Sizes(NamedTuple):
-    """Tokens, features in and out, and ranks of a test: the first three are no multiples of a tile."""
-
-    M: int
-    K: int
-    N: int
-    R: int
-
-
-@dataclass(frozen=True)
-class Case:
-    """A filling of an operator's arguments: how they are made, and what the operator and its formula make of them.
-
-    covers: the operators of the registry that run in it. kernels: what they launch on Triton, by the names of their
-    launchers; a kernel is called _name_kernel. limits: where "auto" takes another backend on a GPU than Triton.
-    in_dtype: the arguments that have the tested dtype; the others are in fp32.
-    frozen: the arguments that take no gradient, beside the weight.
-    """
-
-    operator: ClassVar[str]
-    covers: ClassVar[tuple[str, ...]]
-    kernels: ClassVar[tuple[str, ...]]
-    limits: ClassVar[str] = ""
-    in_dtype: ClassVar[tuple[str, ...]] = ("x", "weight")
-    has_gradients: ClassVar[bool] = True
-
-    name: str
-    frozen: tuple[str, ...] = ()
-    dropout: float = 0.0
-
-    def values(self, normal: Normal, sizes: Sizes) -> Values:
-        """The arguments. normal(*shape, std=1.0, mean=0.0) draws values that the tested dtype can hold."""
-        raise NotImplementedError
-
-    def trains(self, name: str) -> bool:
-        """Whether an argument takes a gradient."""
-        return self.has_gradients and name != "weight" and name not in self.frozen
-
-    def dropped(self, values: Values) -> Tensor:
-        """A tensor of the shape that dropout acts on."""
-        return values["x"]
-
-    def ours(self, values: Values, backend: str) -> Tensor:
-        """What the operator makes of them."""
-        raise NotImplementedError
-
-    def reference(self, values: Values, mask: Tensor | None, p: float) -> Tensor:
-        """What the formula makes of them with a dropout mask."""
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
 class AdapterLinearCase(Case):
     """parts: what the adapter form has beside A and B. tied: whether base_scale multiplies the sum of both paths.
@@ -123,7 +78,14 @@ class AdapterLinearCase(Case):
 
     operator = "adapter_linear"
     covers = ("adapter_linear", "adapter_linear_backward")
-    kernels = ("shrink", "adapter_linear", "output_grads", "adapter_linear_dx", "input_grads", "sum_partials")
+    kernels: ClassVar[tuple[str, ...]] = (
+        "shrink",
+        "adapter_linear",
+        "output_grads",
+        "adapter_linear_dx",
+        "input_grads",
+        "sum_partials",
+    )
     limits = "PyTorch's own product where that is expected, or was measured, to be faster"
 
     parts: tuple[str, ...] = ()
@@ -168,6 +130,33 @@ class AdapterLinearCase(Case):
 
     def reference(self, values: Values, mask: Tensor | None, p: float) -> Tensor:
         return adapter_linear_reference(values["x"], values["weight"], self._form(values), mask=mask, p=p)
+
+
+@dataclass(frozen=True)
+class AdapterUpdateCase(AdapterLinearCase):
+    """The same form on what a base layer has given: y, and with dropout_on_base what it gave for a dropped input."""
+
+    operator = "adapter_update"
+    covers = ("adapter_update", "adapter_update_backward")
+    kernels = ()
+    in_dtype = ("x", "y", "y_dropped")
+
+    def values(self, normal: Normal, sizes: Sizes) -> Values:
+        values = super().values(normal, sizes)
+        del values["weight"]
+        values["base_bias"] = normal(sizes.N, std=3.0)
+        outputs = ("y", "y_dropped") if self.dropout_on_base else ("y",)
+        return {**values, **{name: normal(sizes.M, sizes.N, std=3.0) for name in outputs}}
+
+    def _arguments(self, values: Values) -> dict[str, Any]:
+        named: dict[str, Any] = {name: values[name] for name in ("y", "x", "base_bias", "y_dropped") if name in values}
+        return {**named, "form": self._form(values)}
+
+    def ours(self, values: Values, backend: str) -> Tensor:
+        return adapter_update(**self._arguments(values), backend="eager")
+
+    def reference(self, values: Values, mask: Tensor | None, p: float) -> Tensor:
+        return adapter_update_reference(**self._arguments(values))
 
 
 @dataclass(frozen=True)
@@ -358,6 +347,9 @@ CASES: list[Case] = [
     AdapterLinearCase(
         "every part", parts=("mid_scale", "out_scale", "base_scale", "bias"), dropout=DROPOUT, strategy="fused"
     ),
+    AdapterUpdateCase("LoRA", parts=("bias",)),
+    AdapterUpdateCase("DoRA, dropout", parts=("base_scale", "bias"), tied=True, dropout_on_base=True),
+    AdapterUpdateCase("every part", parts=("mid_scale", "out_scale", "base_scale", "bias")),
     HadamardLinearCase("HiRA"),
     HadamardLinearCase("GLoRA", low_rank=True),
     HadamardLinearCase("without W0 x", base=False),
@@ -399,7 +391,7 @@ def choices(device: torch.device) -> list[dict[str, Any]]:
             "operator": operator,
             "kernels": ", ".join(case.kernels),
             "device": str(device),
-            "backend": backend,
+            "backend": backend if case.kernels else "eager",
             "why": f"{why}; {case.limits}" if case.limits and backend == "triton" else why,
         }
         for operator, case in OPERATORS.items()
@@ -523,6 +515,8 @@ def self_test(targets: Iterable[torch.device], report: Callable[[str], None]) ->
         for backend in testable(device):
             for case in CASES:
                 for dtype_name, dtype in DTYPES.items():
+                    if backend == "triton" and not case.kernels:
+                        continue
                     # The interpreter computes with the bit patterns of bf16 (triton issue 11584).
                     if backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16:
                         continue

@@ -10,16 +10,36 @@ AdapterModule carries such adapters over any other module.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import FLOATING
 from ..forms import merged_weight, stacked
 from ..operators.adapter_linear.strategies import STRATEGIES
+from ..operators.calls import without_autocast
 from ..reference import AdapterForm
 from ..staleness import Kept
+from .ways import (
+    agree,
+    at_hand,
+    bias_of,
+    device_of,
+    is_offloaded,
+    is_plain,
+    plain_kind,
+    sample,
+    undisturbed,
+    weight_of,
+    why_called,
+    with_tensors,
+)
+
+# How much of the base weight: its shape, the norms of its rows as well, or its values.
+Reads = Literal["shape", "norms", "values"]
 
 
 class Adapter(nn.Module):
@@ -89,6 +109,11 @@ class Adapter(nn.Module):
         """The adapter form for the base weight [out, in] and bias [out], differentiable in the parameters."""
         raise TypeError(f"{type(self).__name__} does not say its form")
 
+    @property
+    def reads(self) -> Reads:
+        """How much of the base weight `form` and the operator need: a layer that is called has no more at hand."""
+        return "shape"
+
     def on_stream(self, layer: AdapterLayer) -> bool:
         """Whether a forward of the layer goes through `around`, in the place of applying `form`."""
         return False
@@ -132,8 +157,15 @@ class BaseLayerWrapper(nn.Module):
 class AdapterLayer(BaseLayerWrapper):
     """A frozen base layer with named adapters. `active` has the names of those that run; without any the base does.
 
-    While merged, the base layer's own tensors hold the active adapters; `unmerge` puts the untouched ones back.
+    A plain base layer is fused with the form of the active adapters (`adapted`); any other is called, and the form goes
+    onto what it gave (`called`): see ways.py. While merged, the base layer's own tensors hold the active adapters, or
+    a plain layer stands in the place of one that could not; `unmerge` puts the untouched ones back.
     """
+
+    # The forward of torch's that `adapted` stands for; None where there is none.
+    plain_forward: Any = None
+    # Where the layer is in the model that it was injected into, for errors.
+    path: str = ""
 
     def __init__(self, base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> None:
         super().__init__()
@@ -142,7 +174,9 @@ class AdapterLayer(BaseLayerWrapper):
         self.active: tuple[str, ...] = ()
         self.backend = backend
         self.strategy = strategy
-        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        # The base layer, and its own weight and bias where these were replaced.
+        self._unmerged: tuple[nn.Module, nn.Parameter | None, nn.Parameter | None] | None = None
+        self._like: Tensor | None = None  # of a weight that is another tensor at each access
         # Not by train(), which would give this mode to all that is inside of the base layer.
         self.training = self.adapters.training = base_layer.training
 
@@ -182,47 +216,112 @@ class AdapterLayer(BaseLayerWrapper):
         return any(adapter.on_stream(self) for adapter in adapters)
 
     @property
+    def reason(self) -> str:
+        """Why the base layer is called; "" where its formula is fused with the adapters' form."""
+        return why_called(self.base_layer, self.plain_forward)
+
+    @property
+    def way(self) -> str:
+        """What a forward does now: "base", "merged", "stream", "called" or "fused"."""
+        if self.merged or not self.active:
+            return "merged" if self.merged else "base"
+        if self.on_stream:
+            return "stream"
+        return "called" if self.reason else "fused"
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The weight that the base layer says it computes with, in its layout, fetched where it is offloaded.
+
+        Where it has none of floating point, a matrix of its shape without values.
+        """
+        base: Any = self._modules["base_layer"]
+        weight = base._parameters.get("weight")
+        if type(weight) is nn.Parameter and weight.dtype in FLOATING and not weight.is_meta:
+            return weight
+        found = weight_of(base)
+        return self.no_weight() if found is None else found
+
+    def no_weight(self) -> Tensor:
+        """What stands for the weight of a layer that has none in floating point: its shape, in the layer's layout."""
+        raise ValueError(f"{self.name} has no weight in floating point, which an adapter needs here: leave it out")
+
+    @property
     def weight_matrix(self) -> Tensor:
         """The base weight as a view [out, in]."""
-        weight: Tensor = self.base_layer.weight
-        return weight
+        return self.base_weight
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the base layer's device and dtype."""
-        weight: Tensor = self.base_layer.weight
-        return weight
+        """A tensor of the base layer's device and dtype: the same one each time."""
+        base: Any = self._modules["base_layer"]
+        own: Tensor | None = base._parameters.get("weight")
+        if own is None or not is_offloaded(base):
+            found = self.base_weight
+            if found is own:
+                return found
+            device, dtype = found.device, found.dtype
+        else:  # without fetching it
+            device, dtype = device_of(base), own.dtype
+        kept: Tensor | None = self._like
+        if kept is None or (kept.device, kept.dtype) != (device, dtype):
+            self._like = kept = torch.empty(0, dtype=dtype, device=device)
+        return kept
 
     @property
     def base_bias(self) -> nn.Parameter | None:
         base: Any = self._modules["base_layer"]
         parameters = base._parameters
-        return parameters["bias"] if "bias" in parameters else getattr(base, "bias", None)
+        bias: nn.Parameter | None = parameters["bias"] if "bias" in parameters else getattr(base, "bias", None)
+        return bias_of(base) if bias is not None and bias.is_meta else bias
+
+    @property
+    def name(self) -> str:
+        """The layer in the words of an error."""
+        kind = type(self.base_layer).__name__
+        return f"{self.path} ({kind})" if self.path else kind
+
+    @property
+    def reads(self) -> Reads:
+        """How much of the base weight the active adapters need."""
+        found = {adapter.reads for adapter in self.active_adapters}
+        return "values" if "values" in found else "norms" if "norms" in found else "shape"
 
     def form(self) -> AdapterForm:
         """The form that the active adapters have in a forward. Raises ValueError when none is active."""
+        return self._form(self.weight_matrix, self.base_bias)
+
+    def form_on(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
+        """The form that the active adapters have on a weight [out, in] and bias, also where they are offloaded."""
+        with ExitStack() as stack:
+            for adapter in self.active_adapters:
+                stack.enter_context(at_hand(adapter))
+            return self._form(weight, bias)
+
+    def _form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         adapters = self.active_adapters
         if not adapters:
             raise ValueError("no adapter is active on this layer: call set_adapter(model, name) first")
-        weight, bias = self.weight_matrix, self.base_bias
         if len(adapters) == 1:
             return adapters[0].form(weight, bias)
         return stacked([adapter.form(weight, bias) for adapter in adapters if not adapter.on_stream(self)], bias)
+
+    def weight_for(self, reads: Reads) -> Tensor:
+        """The base weight [out, in] with so much of it. Raises ValueError where the layer does not have that."""
+        return self.weight_matrix
 
     def settled_form(self, adapter: Adapter) -> AdapterForm:
         """The form that an adapter has on this layer in eval mode, whatever its mode is."""
         training = adapter.training
         adapter.eval()
         try:
-            return adapter.form(self.weight_matrix, self.base_bias)
+            with at_hand(adapter):
+                return adapter.form(self.weight_for(adapter.reads), self.base_bias)
         finally:
             adapter.train(training)
 
-    def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """(W' as a matrix [out, in], b') of the active adapters.
-
-        Raises ValueError where they are not finite, or more than a form.
-        """
+    def merged_form(self) -> AdapterForm:
+        """The form of all active adapters in eval mode. Raises ValueError where one of them is more than a form."""
         for name, adapter in zip(self.active, self.active_adapters, strict=True):
             if not adapter.merges:
                 raise ValueError(
@@ -230,8 +329,12 @@ class AdapterLayer(BaseLayerWrapper):
                     "no weight of this layer can hold that; serve it unmerged"
                 )
         with torch.no_grad():
-            form = stacked([self.settled_form(adapter) for adapter in self.active_adapters], self.base_bias)
-            weight = merged_weight(self.weight_matrix, form)
+            return stacked([self.settled_form(adapter) for adapter in self.active_adapters], self.base_bias)
+
+    def merged_tensors(self, weight: Tensor, form: AdapterForm) -> tuple[Tensor, Tensor | None]:
+        """(W' as a matrix [out, in], b') of a form on a weight [out, in]. Raises ValueError unless they are finite."""
+        with torch.no_grad():
+            weight = merged_weight(weight, form)
             if not torch.isfinite(weight).all() or (form.bias is not None and not torch.isfinite(form.bias).all()):
                 names = ", ".join(map(repr, self.active))
                 raise ValueError(f"adapter {names} cannot be merged: the merged weight has NaN or infinite values")
@@ -245,40 +348,138 @@ class AdapterLayer(BaseLayerWrapper):
         """Writes the active adapters into the base layer: W' = diag(g) W0 + W0 ⊙ (U V) + diag(h) B diag(d) A, b' = β.
 
         The base layer gets new parameters; the old ones are set aside untouched for `unmerge`, so that whoever shares
-        them (a tied head) is not changed.
+        them (a tied head) is not changed. In the place of a layer that could not give back what is written into it
+        stands a plain one, of the weight that it was found to compute with.
+        Raises ValueError where there is no such weight; the layer is then as it was.
         """
         if self.merged or not self.active:
             return
-        weight, bias = self.merged_tensors()
-        base = self.base_layer
-        if "weight" not in base._parameters:
+        form = self.merged_form()
+        if not self.reason:
+            self._write(form)
+            return
+        if is_offloaded(self.base_layer):
+            raise ValueError("its weight is offloaded between calls: merge the adapter into a model that is in memory")
+        if "weight" in self.base_layer.__dict__:
             raise ValueError(
-                f"the weight of this {type(base).__name__} is made anew at each access (parametrized, pruned): nothing "
-                "can be written into it; make it plain first (torch.nn.utils.parametrize.remove_parametrizations)"
+                "its weight is made by a hook before each call: make it a parameter first "
+                "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove)"
             )
-        old = base.weight, self.base_bias
+        x = self.trial()
+        with torch.no_grad(), without_autocast(x):
+            with undisturbed(self):
+                want = self.forward(x)
+            if self._keeps_what_is_written(form):
+                self._write(form)
+            else:
+                self._replace(form)
+            with undisturbed(self):
+                same = agree(self.forward(x), want)
+        if not same:
+            self.unmerge()
+            raise self._unmergeable()
+
+    def _write(self, form: AdapterForm) -> None:
+        """Merges by new parameters of the base layer."""
+        base = self.base_layer
+        weight, bias = self.merged_tensors(self.weight_matrix, form)
+        old = base, base.weight, self.base_bias
         base.weight = nn.Parameter(self.from_matrix(weight), requires_grad=False)
         if bias is not None:
             base.bias = nn.Parameter(bias, requires_grad=False)
         self._unmerged = old
 
+    def _replace(self, form: AdapterForm) -> None:
+        """Merges by a plain layer in the place of the base layer."""
+        base = self.base_layer
+        weight, shift = self._effective(form)
+        if shift is not None:
+            form = form._replace(bias=shift if form.bias is None else form.bias + shift)
+        weight, bias = self.merged_tensors(weight, form)
+        kind = plain_kind(base, self.plain_forward)
+        plain = nn.Parameter(self.from_matrix(weight), requires_grad=False)
+        beta = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.base_layer = with_tensors(base, plain, beta, kind)
+        self._unmerged = base, None, None
+
+    def _unmergeable(self) -> ValueError:
+        return ValueError(
+            f"an adapter cannot be merged into this layer: {self.reason}, and no weight of a plain one computes the "
+            "same; serve it unmerged"
+        )
+
+    def _keeps_what_is_written(self, form: AdapterForm) -> bool:
+        """Whether what is added to the base layer's parameters comes out as the layer's formula has it.
+
+        Not where they are scaled or quantised on the way, or a hook changes what comes out; for a form that scales the
+        base path, of which a hook's own part is none, all of it has to.
+        """
+        base: Any = self.base_layer
+        own = {name: parameter for name, parameter in base._parameters.items() if parameter is not None}
+        if type(own.get("weight")) is not nn.Parameter or own["weight"].dtype not in FLOATING:
+            return False
+        changes = {}
+        for seed, (name, parameter) in enumerate(own.items()):
+            size = parameter.detach().square().mean().sqrt().clamp(min=1e-3)
+            changes[name] = sample(*parameter.shape, like=parameter, seed=seed) * size
+        x = self.trial()
+        with torch.no_grad(), undisturbed(base), without_autocast(x):
+            before = self.base_output(x)
+            if form.base_scale is not None and not agree(before, self.formula(x, own["weight"], own.get("bias"))):
+                return False
+            try:
+                base._parameters.update({name: nn.Parameter(own[name] + change) for name, change in changes.items()})
+                after = self.base_output(x)
+            finally:
+                base._parameters.update(own)
+            return agree(after - before, self.formula(x, changes["weight"], changes.get("bias")))
+
+    def _effective(self, form: AdapterForm) -> tuple[Tensor, Tensor | None]:
+        """(E [out, in], what β lacks): the weight that a plain layer computes the base layer's output with.
+
+        Raises ValueError where there is none.
+        """
+        base, x = self.base_layer, self.trial()
+        weight = weight_of(base)
+        if weight is not None:
+            with undisturbed(base), without_autocast(x):
+                if agree(self.base_output(x), self.formula(x, weight, self.base_bias)):
+                    return self.weight_matrix, None
+        raise self._unmergeable()
+
+    def trial(self) -> Tensor:
+        """An input to try the base layer with."""
+        raise TypeError(f"{type(self).__name__} does not say how its base layer is tried")
+
+    def formula(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What a plain layer with these tensors, in the base layer's layout, gives for x."""
+        y: Tensor = with_tensors(self.base_layer, weight, bias, plain_kind(self.base_layer, self.plain_forward))(x)
+        return y
+
     def unmerge(self) -> None:
-        """Puts back the parameters that `merge` set aside, bit for bit."""
+        """Puts back what `merge` set aside, bit for bit."""
         if self._unmerged is None:
             return
-        base = self.base_layer
-        for name, parameter in zip(("weight", "bias"), self._unmerged, strict=True):
-            if parameter is not None:  # the model may have been moved meanwhile
-                parameter.data = parameter.data.to(base.weight.device, base.weight.dtype)
-            if hasattr(base, name):
-                setattr(base, name, parameter)
+        base, *parameters = self._unmerged
+        merged = self.base_layer
+        if base is not merged:
+            like = weight_of(base)
+            if like is not None and (like.device, like.dtype) != (merged.weight.device, merged.weight.dtype):
+                base.to(merged.weight.device, merged.weight.dtype)
+            self.base_layer = base
+        else:
+            for name, parameter in zip(("weight", "bias"), parameters, strict=True):
+                if parameter is not None:  # the model may have been moved meanwhile
+                    parameter.data = parameter.data.to(base.weight.device, base.weight.dtype)
+                if hasattr(base, name):
+                    setattr(base, name, parameter)
         self._unmerged = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._unmerged is not None or not self.active:
             return self.base_layer(x, *args, **kwargs)
         if not self.on_stream:
-            return self.grouped(x)
+            return self.with_form(x, *args, **kwargs)
         run: Callable[..., Any] = self.with_forms
         for adapter in reversed(self.active_adapters):
             if adapter.on_stream(self):
@@ -288,15 +489,35 @@ class AdapterLayer(BaseLayerWrapper):
     def with_forms(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base layer with the forms alone of the active adapters applied to x."""
         if not self.merged and not all([adapter.on_stream(self) for adapter in self.active_adapters]):
-            return self.adapted(x)
+            return self.with_form(x, *args, **kwargs)
         return self.base_layer(x, *args, **kwargs)
+
+    def with_form(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer with the form of the active adapters, in the way that it can run now."""
+        if args or kwargs or not is_plain(self._modules["base_layer"], self.plain_forward):  # type: ignore[arg-type]
+            return self.called(x, *args, **kwargs)
+        return self.grouped(x)
+
+    def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base layer gives. Raises ValueError where that is not one tensor."""
+        y = self.base_layer(x, *args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise ValueError(
+                f"{self.name} gives a {type(y).__name__}, and an adapter's form goes onto one tensor: name it in "
+                "exclude_modules"
+            )
+        return y
+
+    def called(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The form of the active adapters on what the base layer gives for x."""
+        raise TypeError(f"{type(self).__name__} does not say how a form goes onto what its base layer gives")
 
     def grouped(self, x: Tensor) -> Tensor:
         """`adapted`, together with layers that read the same x where that pays."""
         return self.adapted(x)
 
     def adapted(self, x: Tensor) -> Tensor:
-        """The base layer with the form of the active adapters applied to x."""
+        """The formula of a plain base layer with the form of the active adapters, for x."""
         raise TypeError(f"{type(self).__name__} does not say how it applies a form")
 
     def _low_rank_form(self) -> AdapterForm:
@@ -306,7 +527,7 @@ class AdapterLayer(BaseLayerWrapper):
                 f'{type(self).__name__} has no Triton kernel: leave backend and strategy "auto" to run this layer in '
                 "eager PyTorch"
             )
-        form = self.form()
+        form = self.form_on(self.weight_matrix, self.base_bias)
         if form.U is not None:
             raise ValueError(
                 f"{type(self).__name__} cannot scale every weight by itself (U and V), only linear layers can: merge "
@@ -315,4 +536,5 @@ class AdapterLayer(BaseLayerWrapper):
         return form
 
     def extra_repr(self) -> str:
-        return f"active={self.active!r}, merged={self.merged}"
+        reason = self.reason
+        return f"active={self.active!r}, way={self.way}" + (f" ({reason})" if reason else "")

@@ -6,11 +6,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import FLOATING
 from ..operators.adapter_linear.function import adapter_linear, adapter_linear_group
-from .layer import AdapterLayer
+from ..operators.adapter_update.function import adapter_update
+from ..operators.calls import without_autocast
+from ..operators.hadamard_linear.function import hadamard_linear
+from ..reference import AdapterForm
+from .layer import AdapterLayer, Reads
 from .sharing import MadeOf, circumstances, is_consumed, makers
+from .ways import agree, dropped, is_plain, sample, shape_alone, undisturbed, weight_of
+
+# As torch has it, before anybody replaces it.
+_LINEAR = nn.Linear.forward
+
+
+def plain_forward(base: nn.Module) -> Any:
+    """The forward of torch's Linear, or transformers' Conv1D, which the layer is a kind of."""
+    if isinstance(base, nn.Linear):
+        return _LINEAR
+    kinds = [kind for kind in type(base).__mro__ if kind.__module__ == "transformers.pytorch_utils"]
+    return kinds[0].__dict__.get("forward") if kinds else None
 
 
 class AdapterLinear(AdapterLayer):
@@ -24,15 +42,33 @@ class AdapterLinear(AdapterLayer):
     def __init__(self, base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> None:
         super().__init__(base_layer, backend, strategy)
         self.fan_in_fan_out = not isinstance(base_layer, nn.Linear)
+        self.plain_forward = plain_forward(base_layer)
         self.group: ProjectionGroup | None = None
 
     @property
     def weight_matrix(self) -> Tensor:
-        base: Any = self._modules["base_layer"]
-        weight: Tensor | None = base._parameters.get("weight")
-        if weight is None:  # made anew at each access: parametrized, pruned
-            weight = base.weight
+        weight = self.base_weight
         return weight.T if self.fan_in_fan_out else weight
+
+    def no_weight(self) -> Tensor:
+        base = self.base_layer
+        floating = [tensor for tensor in (*base.parameters(), *base.buffers()) if tensor.dtype in FLOATING]
+        like = floating[0] if floating else next(base.parameters()).new_empty(0, dtype=torch.get_default_dtype())
+        return shape_alone(base.out_features, base.in_features, like)
+
+    def weight_for(self, reads: Reads) -> Tensor:
+        weight = weight_of(self.base_layer)
+        if weight is not None:
+            return weight.T if self.fan_in_fan_out else weight
+        if reads == "values":
+            raise ValueError(
+                f"{self.name} has no weight in floating point, whose values the adapter computes with: give it another "
+                "method, or leave it out"
+            )
+        if reads == "shape":
+            return self.weight_matrix
+        with torch.no_grad(), undisturbed(self.base_layer):
+            return self._by_unit_vectors()[0]
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous() if self.fan_in_fan_out else matrix
@@ -48,15 +84,64 @@ class AdapterLinear(AdapterLayer):
         return self.adapted(x) if y is None else y
 
     def adapted(self, x: Tensor) -> Tensor:
+        weight = self.weight_matrix
         return adapter_linear(
             x,
-            self.weight_matrix,
-            self.form(),
+            weight,
+            self._form(weight, self.base_bias),
             dropout=self.dropout,
             training=self.training,
             backend=self.backend,
             strategy=self.strategy,
         )
+
+    def called(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_output(x, *args, **kwargs)
+        x = x.to(y.device)  # of the first of the layers that are offloaded it is not there yet
+        reads, bias = self.reads, self.base_bias
+        # A weight that is made at each access is not made for its shape.
+        weight = shape_alone(y.shape[-1], x.shape[-1], y) if reads == "shape" else self.weight_for(reads)
+        form = self.form_on(weight, bias)
+        p = self.dropout if self.training else 0.0
+        x_dropped, y_dropped = x, None
+        if p:
+            x_dropped = dropped(x, p)
+            if form.dropout_on_base:
+                y_dropped = self.base_output(x_dropped, *args, **kwargs)
+        if form.U is not None and form.V is not None:
+            more = hadamard_linear(x_dropped, weight, form.U, form.V, base=False, backend=self.backend)
+            y, form = y + more.to(y.dtype), form._replace(U=None, V=None)
+        return adapter_update(y, x_dropped, form, base_bias=bias, y_dropped=y_dropped)
+
+    def trial(self) -> Tensor:
+        return sample(1, 8, self.weight_matrix.shape[1], like=self.like, seed=0)
+
+    def _effective(self, form: AdapterForm) -> tuple[Tensor, Tensor | None]:
+        try:
+            return super()._effective(form)
+        except ValueError:
+            x = self.trial()
+            with undisturbed(self.base_layer), without_autocast(x):
+                weight, shift = self._by_unit_vectors()
+                if form.U is not None or not agree(F.linear(x, weight, shift), self.base_output(x)):
+                    raise
+            if self.base_bias is not None:
+                shift = shift - self.base_bias
+            elif not shift.any():  # a layer without a bias
+                return weight, None
+            return weight, shift if form.base_scale is None else form.base_scale * shift
+
+    def _by_unit_vectors(self) -> tuple[Tensor, Tensor]:
+        """(E [out, in], e [out]): what base(x) = E x + e is, if it is that, as differences from base(0)."""
+        k = self.weight_matrix.shape[1]
+        zeros = torch.zeros(1, k, dtype=self.like.dtype, device=self.like.device)
+        shift = self.base_output(zeros)[0]
+        columns = []
+        for start in range(0, k, _UNIT_VECTORS):
+            units = torch.zeros(min(_UNIT_VECTORS, k - start), k, dtype=zeros.dtype, device=zeros.device)
+            units.diagonal(start).fill_(1)
+            columns.append(self.base_output(units) - shift)
+        return torch.cat(columns).T, shift
 
     def apart(self, x: Tensor) -> Tensor:
         """y for an x that no other layer reads."""
@@ -67,6 +152,9 @@ class AdapterLinear(AdapterLayer):
         finally:
             self.group = group
 
+
+# So many unit vectors go through a layer at once.
+_UNIT_VECTORS = 512
 
 # After so many rounds in which a layer did not come for its output, the guess that the layers share x was wrong.
 _MISSES = 2
@@ -152,10 +240,11 @@ class ProjectionGroup:
 def _kind(layer: AdapterLinear) -> tuple[Any, ...] | None:
     """What layers that run together have in common, and x with the first of it: (in, device, trained base weight).
 
-    None where a forward is not a form alone: nothing is active, merged, or an adapter works on the stream.
+    None where a forward is not a form alone on a plain layer: nothing is active, merged, an adapter on the stream.
     """
     adapters = layer.active_adapters
-    if layer.merged or not adapters or layer.on_stream:
+    base: Any = layer._modules["base_layer"]
+    if layer.merged or not adapters or layer.on_stream or not is_plain(base, layer.plain_forward):
         return None
     weight = layer.weight_matrix
     return (

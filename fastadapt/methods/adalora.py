@@ -195,8 +195,7 @@ class AdaLoRAConfig(AdapterConfig):
                     "model?"
                 )
         return {
-            path: AdaLoRAAdapter(layer, self, self.rank(path), dtype_of(layer.base_layer.weight))
-            for path, layer in layers.items()
+            path: AdaLoRAAdapter(layer, self, self.rank(path), dtype_of(layer.like)) for path, layer in layers.items()
         }
 
     def control(self, layers: dict[str, AdapterLayer], adapters: dict[str, Adapter]) -> Control:
@@ -303,7 +302,8 @@ class BudgetAllocator(Orthogonality):
     def step(self) -> None:
         """Call once after each optimizer step that was made, not after one that a GradScaler skipped.
 
-        Raises ValueError for a parameter without the gradient of that step, by name; nothing has changed then.
+        A layer that the step did not use, which has no gradients, counts as one with gradients of zero. Raises
+        ValueError where no layer has any; nothing has changed then.
         """
         config, t = self.config, self.t + 1
         settled = t >= config.settled_step
@@ -329,14 +329,13 @@ class BudgetAllocator(Orthogonality):
 
     def _update_importance(self) -> None:
         weights = self._weights()
-        gradients = []
-        for name, weight in weights.items():
-            if weight.grad is None:
-                raise ValueError(
-                    f"{name} must have its gradient when step is called, got None: call it after optimizer.step() and "
-                    "before optimizer.zero_grad()"
-                )
-            gradients.append(weight.grad)
+        if weights and all(weight.grad is None for weight in weights.values()):
+            raise ValueError(
+                f"{next(iter(weights))} must have its gradient when step is called, or one of the others must, got "
+                "None: call it after optimizer.step() and before optimizer.zero_grad()"
+            )
+        # Of a layer that the batch did not go through a step has no gradient: as if it were zero.
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights.values()]
         if not self._sensitivity:
             self._sensitivity = {name: torch.zeros_like(weight) for name, weight in weights.items()}
             self._uncertainty = {name: torch.zeros_like(weight) for name, weight in weights.items()}

@@ -162,6 +162,12 @@ class LiteralUpdate(Control):
         self.steps = 0
         self.masters: dict[str, Tensor] = {}
         for path, layer in layers.items():
+            if layer.reason:
+                raise ValueError(
+                    f"literal Delta-LoRA writes the base weights, and {path} is called: {layer.reason}; take "
+                    "literal=False, which computes the same"
+                )
+        for path, layer in layers.items():
             weight = layer.weight_matrix.detach()
             self.masters[path] = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
             layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.detach().clone(), requires_grad=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import shown
-from ..layers.layer import Adapter, AdapterLayer
+from ..layers.layer import Adapter, AdapterLayer, Reads
 from ..layers.linear import AdapterLinear
 from ..operators.calls import without_autocast
 from ..reference import AdapterForm
@@ -146,6 +146,12 @@ class GLoRAAdapter(Adapter):
         stored = getattr(self, f"glora_{letter}_Xd", None)
         values: Tensor = getattr(self, f"glora_{letter}_X").flatten() if stored is None else stored[:, 0]
         return values[:1] if support == "constant" else values
+
+    @property
+    def reads(self) -> Reads:
+        # A supernet may draw any.
+        largest = self.supports if self.ranks is not None else self.chosen
+        return "values" if lora_rank(largest.A) or largest.C != "none" else "shape"
 
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         supports = self._current()
@@ -323,7 +329,7 @@ class GLoRAConfig(AdapterConfig):
             if layer.base_bias is None:
                 absent = ("D",) if self.create_bias else ("C", "D", "E")
                 supports = supports._replace(**dict.fromkeys(absent, "none"))
-            adapters[path] = GLoRAAdapter(layer, self, supports, dtype_of(layer.base_layer.weight))
+            adapters[path] = GLoRAAdapter(layer, self, supports, dtype_of(layer.like))
         return adapters
 
     def to_peft(self, paths: list[str]) -> dict[str, Any]:
@@ -356,7 +362,7 @@ def glora_of(
         found[path] = adapter
     r = max([1, *(lora_rank(support) for adapter in found.values() for support in adapter.chosen)])
     config = GLoRAConfig(r=r, config_D_E="vector", **fields)
-    weights = {id(layers[path].base_layer.weight): adapter for path, adapter in found.items()}
+    weights = {id(layers[path].like): adapter for path, adapter in found.items()}
     new = config.build(layers, lambda weight: next(weights[id(weight)].parameters(), weight).dtype)
     for path, uniform in new.items():
         assert isinstance(uniform, GLoRAAdapter)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
-from ..layers.layer import Adapter, AdapterLayer
+from ..layers.layer import Adapter, AdapterLayer, Reads
 from ..layers.linear import AdapterLinear
 from ..reference import AdapterForm
 from .config import AdapterConfig, pattern_value
@@ -39,6 +39,10 @@ class HiRAAdapter(Adapter):
         else:
             add("hira_A", torch.randn(r, k) / (r if config.init_weights == "gaussian" else 1))
         add("hira_B", torch.zeros(n, r) if config.init_weights else torch.randn(n, r))
+
+    @property
+    def reads(self) -> Reads:
+        return "values"
 
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         A, B = self.hira_A.detach()[:0], self.hira_B.detach()[:, :0]
@@ -103,7 +107,4 @@ class HiRAConfig(AdapterConfig):
         return pattern_value("rank_pattern", self.rank_pattern, path, self.r)
 
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
-        return {
-            path: HiRAAdapter(layer, self, self.rank(path), dtype_of(layer.base_layer.weight))
-            for path, layer in layers.items()
-        }
+        return {path: HiRAAdapter(layer, self, self.rank(path), dtype_of(layer.like)) for path, layer in layers.items()}

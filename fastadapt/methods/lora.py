@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checks import check_probability
 from ..forms import PlainLoRA
 from ..layers.kinds import AdapterConv2d, AdapterEmbedding
-from ..layers.layer import Adapter, AdapterLayer
+from ..layers.layer import Adapter, AdapterLayer, Reads
 from ..layers.linear import AdapterLinear
 from ..reference import AdapterForm
 from .config import AdapterConfig, pattern_of, pattern_value
@@ -59,7 +59,7 @@ class LoRAAdapter(Adapter):
         in_embedding = isinstance(layer, AdapterEmbedding)
         A, B = _initial(config.init_lora_weights, r, k, n, embedding=in_embedding)
         if isinstance(layer, AdapterConv2d):
-            A, B = A.unflatten(1, layer.base_layer.weight.shape[1:]), B[:, :, None, None]
+            A, B = A.unflatten(1, layer.base_weight.shape[1:]), B[:, :, None, None]
         self._names = ("lora_embedding_A", "lora_embedding_B") if in_embedding else ("lora_A", "lora_B")
         for name, value in zip(self._names, (A, B), strict=True):
             frozen = config.freeze_A and name == "lora_A"
@@ -68,9 +68,13 @@ class LoRAAdapter(Adapter):
         if config.lora_bias:
             add("lora_B_bias", torch.zeros(n))
         if config.use_dora:
-            add("lora_magnitude_vector", self._norm(weight))
+            add("lora_magnitude_vector", self._norm(layer.weight_for("norms")))
         if config.bias == "lora_only" and layer.base_bias is not None:
             add("bias", layer.base_bias)
+
+    @property
+    def reads(self) -> Reads:
+        return "shape" if self.lora_magnitude_vector is None else "norms"
 
     @property
     def up(self) -> nn.Parameter:
@@ -282,7 +286,7 @@ class LoRAConfig(AdapterConfig):
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
         (kind,) = self.adapter_classes
         return {
-            path: kind(layer, self, self.rank(path), self.alpha(path), dtype_of(layer.base_layer.weight))
+            path: kind(layer, self, self.rank(path), self.alpha(path), dtype_of(layer.like))
             for path, layer in layers.items()
         }
 
@@ -311,7 +315,7 @@ def lora_of(
     r = max(ranks.values())
     alphas = {path: lora.scaling * lora.A.shape[0] for path, lora in factors.items()}
     config = LoRAConfig(r=r, rank_pattern=pattern_of(ranks, r), alpha_pattern=pattern_of(alphas, 8.0), **fields)
-    dtypes = {id(layers[path].base_layer.weight): lora.A.dtype for path, lora in factors.items()}
+    dtypes = {id(layers[path].like): lora.A.dtype for path, lora in factors.items()}
     adapters = config.build(layers, lambda weight: dtypes[id(weight)])
     with torch.no_grad():
         for path, lora in factors.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
-from ..layers.layer import Adapter, AdapterLayer
+from ..layers.layer import Adapter, AdapterLayer, Reads
 from ..layers.linear import AdapterLinear
 from ..layers.sharing import MadeOf, circumstances, is_consumed, makers
 from ..layers.siblings import siblings
@@ -74,8 +74,13 @@ class RepAdapter(Adapter):
         super().forget()
         self._read = None
 
+    @property
+    def reads(self) -> Reads:
+        return "values"
+
     def on_stream(self, layer: AdapterLayer) -> bool:
-        if not self.training:
+        # What a layer that is called does with x' only the layer itself can say.
+        if not self.training and not layer.reason:
             return False
         if len(layer.active) == 1:
             return True
@@ -103,7 +108,7 @@ class RepAdapter(Adapter):
             activation="identity",
             groups=self.groups,
             dropout=self.dropout,
-            training=True,
+            training=self.training,
             backend=layer.backend,
         )
 

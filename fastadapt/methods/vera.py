@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
-from ..layers.layer import Adapter, AdapterLayer
+from ..layers.layer import Adapter, AdapterLayer, Reads
 from ..layers.linear import AdapterLinear
 from ..reference import AdapterForm
 from .config import AdapterConfig, SharedTensors
@@ -68,9 +68,13 @@ class VeRAAdapter(Adapter):
         add("vera_lambda_b", torch.zeros(n) if config.init_weights else torch.randn(n))
         add("vera_lambda_d", torch.full((config.r,), config.d_initial))
         if config.use_dora:
-            add("lora_magnitude_vector", self._norm(weight))
+            add("lora_magnitude_vector", self._norm(layer.weight_for("norms")))
         if config.bias == "vera_only" and layer.base_bias is not None:
             add("bias", layer.base_bias)
+
+    @property
+    def reads(self) -> Reads:
+        return "shape" if self.lora_magnitude_vector is None else "norms"
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         n, k = weight.shape
@@ -143,13 +147,10 @@ class VeRAConfig(AdapterConfig):
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
         shapes = [layer.weight_matrix.shape for layer in layers.values()]
         k, n = max(shape[1] for shape in shapes), max(shape[0] for shape in shapes)
-        first = next(iter(layers.values())).base_layer.weight
+        first = next(iter(layers.values())).like
         projection = VeRAProjection(self.r, k, n, self.projection_prng_key, self.save_projection)
         projection.to(first.device, dtype_of(first))
-        return {
-            path: VeRAAdapter(layer, self, projection, dtype_of(layer.base_layer.weight))
-            for path, layer in layers.items()
-        }
+        return {path: VeRAAdapter(layer, self, projection, dtype_of(layer.like)) for path, layer in layers.items()}
 
     def shared_tensors(self, adapters: dict[str, Adapter]) -> dict[str, SharedTensors]:
         """{"": projection} where a file holds the projection: its tensors are named vera_A and vera_B."""

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..layers.fast_path import mind_wrappers
 from ..layers.kinds import AdapterModule
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear, ProjectionGroup
@@ -19,7 +20,9 @@ from ..layers.wrap import adapter_layer
 from ..methods import AdapterConfig, Control
 from ..operators.adapter_linear.strategies import check_strategy
 from ..operators.backends import check_backend
-from .targets import saved_paths, shared_inputs, target_paths
+from .bypassed import why_refused
+from .places import Places, shared_places
+from .targets import saved_paths, shared_inputs, target_paths, warn_of_rest
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 PartType = TypeVar("PartType", bound=nn.Module)
@@ -106,13 +109,16 @@ def adapter_dtype(weight: Tensor, autocast_adapter_dtype: bool) -> torch.dtype:
     return torch.float32 if sixteen_bit and autocast_adapter_dtype else weight.dtype
 
 
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts a module in the place that `path` names."""
+def replace_module(model: nn.Module, path: str, module: nn.Module, places: Places | None = None) -> None:
+    """Puts a module in the place that `path` names, and in the others of the one that is there, by `shared_places`."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     while isinstance(parent, AdapterLayer):
         parent = parent.base_layer
+    for other, key in (places or {}).get(id(getattr(parent, name)), ()):
+        setattr(other, key, module)
     setattr(parent, name, module)
+    mind_wrappers(model, path)
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
@@ -165,6 +171,8 @@ def layers_at(
     layers: dict[str, AdapterLayer] = {}
     for path in paths:
         module = modules[path]
+        if why := why_refused(path, modules):
+            raise ValueError(f"target_modules: {path} cannot take an adapter: {why}; name it in exclude_modules")
         if isinstance(module, AdapterLayer):
             layers[path] = module
         else:
@@ -172,6 +180,7 @@ def layers_at(
                 layers[path] = adapter_layer(module, backend, strategy)
             except ValueError as error:
                 raise ValueError(f"target_modules: {path}: {error}") from None
+            layers[path].path = path
         config.check_kind(path, layers[path], modules.values())
     return layers
 
@@ -198,6 +207,8 @@ def prepare(
     check_strategy(strategy, backend)
     modules = named_modules(model)
     paths = target_paths(model, config, every_name=not from_file)
+    if str(config.target_modules).lower() == "all-linear" and not from_file:
+        warn_of_rest(modules, config)
     layers = layers_at(paths, modules, config, backend=backend, strategy=strategy)
     adapters = config.build(layers, lambda weight: adapter_dtype(weight, autocast_adapter_dtype))
     for path, adapter in adapters.items():
@@ -230,10 +241,10 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
         model.requires_grad_(False)
         model.__dict__["adapter_configs"] = configs
     modules = named_modules(model)
-    there = {id(layer) for layer in adapter_layers(model).values()}
+    there, places = {id(layer) for layer in adapter_layers(model).values()}, shared_places(model)
     for path, layer in injection.layers.items():
         if id(layer) not in there:
-            replace_module(model, path, layer)
+            replace_module(model, path, layer, places)
         layer.adapters[injection.name] = injection.adapters[path]
     _group(model)
     for path, copy in injection.copies.items():
@@ -267,7 +278,7 @@ def exchange(
     What is active stays active.
     """
     layers = present(model, adapter_name).layers
-    places = {id(layer): path for path, layer in adapter_layers(model).items()}
+    paths, places = {id(layer): path for path, layer in adapter_layers(model).items()}, shared_places(model)
     for path, adapter in adapters.items():
         layer = layers[path]
         if adapter is not None:
@@ -276,7 +287,7 @@ def exchange(
         del layer.adapters[adapter_name]
         layer.active = tuple([name for name in layer.active if name != adapter_name])
         if not layer.adapters:
-            replace_module(model, places[id(layer)], layer.base_layer)
+            replace_module(model, paths[id(layer)], layer.base_layer, places)
     adapter_configs(model)[adapter_name] = config
     _group(model)
 
@@ -475,9 +486,9 @@ def unload(model: nn.Module) -> nn.Module:
     it was before `inject`, frozen.
     """
     layers, modules = adapter_layers(model), saved_modules(model)
-    merged = any(layer.merged for layer in layers.values())
+    merged, places = any(layer.merged for layer in layers.values()), shared_places(model)
     for path, layer in layers.items():
-        replace_module(model, path, layer.base_layer)
+        replace_module(model, path, layer.base_layer, places)
     for path, module in reversed(modules.items()):  # the inner ones first
         replace_module(model, path, module.current if merged else module.original)
     model.__dict__.pop("adapter_configs", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from itertools import accumulate
 from typing import Any
@@ -16,6 +17,7 @@ from ..layers.saved import ModuleToSave
 from ..layers.siblings import readers_of_one_input
 from ..methods import AdapterConfig, patterns
 from ..methods.config import path_suffixes
+from .bypassed import expert_weights, why_refused
 
 # The usual attention projections, by transformers' model_type.
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
@@ -102,6 +104,14 @@ def _excluded(path: str, exclude: Collection[str]) -> bool:
     return _suffix_match(path, exclude)
 
 
+def is_excluded(path: str, config: AdapterConfig) -> bool:
+    """Whether config.exclude_modules leaves out the module at this path, or the one that it is inside of."""
+    exclude = config.exclude_modules or []
+    parts = path.split(".")
+    paths = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(_excluded(part, exclude if isinstance(exclude, str) else set(exclude)) for part in paths)
+
+
 def _in_layers(path: str, config: AdapterConfig, indices: Collection[int]) -> bool:
     """Whether the path's layer index is among `indices`, those of layers_to_transform; none of them means all."""
     if not indices:
@@ -158,7 +168,8 @@ def target_paths(
     """The paths of the modules that `config` adapts, in the model's order.
 
     A list of names matches whole paths or their last parts; a string is a regular expression for the whole path;
-    "all-linear" takes every Linear and Conv1D but the output head; None takes the architecture's usual projections.
+    "all-linear" takes every Linear and Conv1D but the output head and those of which `why_refused` tells why not; None
+    takes the architecture's usual projections.
     modules: the model's modules by path as they were before any of them was wrapped; by default `base_modules`.
     Raises ValueError when the whole selection matches nothing or, with `every_name`, one name of the list, and for a
     regular expression that is none or takes too long.
@@ -183,7 +194,8 @@ def target_paths(
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             head = _output_head(model)
-            chosen = [path for path in paths if is_linear(modules[path]) and _base(modules[path]) is not head]
+            linear = [path for path in paths if is_linear(modules[path]) and _base(modules[path]) is not head]
+            chosen = [path for path in linear if not why_refused(path, modules)]
         else:
             chosen = [path for path in paths if patterns.fullmatch("target_modules", targets, path)]
         missing = [] if chosen else [targets]
@@ -210,6 +222,20 @@ def target_paths(
             f"{', '.join(kinds)}"
         )
     return chosen
+
+
+def warn_of_rest(modules: Mapping[str, nn.Module], config: AdapterConfig) -> None:
+    """One warning that names what "all-linear" does not reach although it multiplies like a linear layer."""
+    refused = {path: why_refused(path, modules) for path, module in modules.items() if is_linear(module)}
+    rest = [*expert_weights(modules), *(path for path, why in refused.items() if why)]
+    rest = [path for path in rest if not is_excluded(path, config)]
+    if rest:
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in rest)
+        warnings.warn(
+            f'target_modules="all-linear" adapts no {", ".join(names)}: expert weights that are stacked in one tensor, '
+            "and layers whose forward does not run or gives a tuple, take no adapter",
+            stacklevel=4,
+        )
 
 
 def saved_paths(model: nn.Module, config: AdapterConfig, *, needs_head: bool = True) -> list[str]:

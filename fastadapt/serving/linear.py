@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.layer import BaseLayerWrapper
+from ..layers.linear import plain_forward
+from ..layers.ways import is_plain
 from ..operators.backends import resolve_backend
+from ..operators.calls import autocast_dtype
 from ..operators.multi_adapter_linear import eager, plan
 from ..operators.multi_adapter_linear.batch import AdapterBatch
 from ..operators.multi_adapter_linear.function import multi_adapter_linear
+from .called import updated
 from .pool import AdapterPool, Holding
 
 
@@ -60,12 +64,9 @@ class Running:
 
 def runs_directly(model: nn.Module, backend: str) -> bool:
     """Whether the layers of a model run the eager implementation on plain tensors of their weights' dtype."""
-    device = next(model.parameters()).device
-    return (
-        resolve_backend(backend, next(model.parameters())) == "eager"
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(device.type)
-    )
+    first = next(model.parameters())
+    eager = resolve_backend(backend, first) == "eager"
+    return eager and not torch.compiler.is_compiling() and autocast_dtype(first) is None
 
 
 running: ContextVar[Running | None] = ContextVar("running", default=None)
@@ -81,17 +82,19 @@ class MultiAdapterLinear(BaseLayerWrapper):
     def __init__(self, base_layer: nn.Module, pool: AdapterPool, path: str, backend: str = "auto") -> None:
         super().__init__()
         self.base_layer = base_layer
+        self._plain = plain_forward(base_layer)
         self.backend = backend
         self.path = path
         self._pool = pool
         self._forms = pool.forms(path)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         now = running.get()
         if now is None or now.base_only:
-            y: Tensor = self.base_layer(x)
-            return y
+            return self.base_layer(x)
         base: Any = self._modules["base_layer"]
+        if not is_plain(base, self._plain):
+            return updated(base, x, now.batch(x), self._forms) if self._forms else base(x)
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         if not isinstance(base, nn.Linear):
             weight = weight.T

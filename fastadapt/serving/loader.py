@@ -7,7 +7,6 @@ only for what the files really hold.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import os
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear
+from ..layers.ways import plain_kind, with_tensors
 from ..methods import AdapterConfig, DeltaLoRAConfig
 from ..methods.patterns import time_limit
 from ..model.checkpoint import check_tensors, fill
@@ -235,11 +235,14 @@ def _selected(
 
 def _without_memory(layer: AdapterLayer) -> AdapterLayer:
     """A layer of the same sizes that stands for this one while its adapter is built."""
-    base = copy.copy(layer.base_layer)
-    base._parameters = {
-        name: None if value is None else nn.Parameter(value.detach().to("meta"), requires_grad=False)
-        for name, value in base._parameters.items()
-    }
+    own, bias = layer.base_layer._parameters.get("weight"), layer.base_layer.bias
+    weight = layer.base_weight if own is None else own  # which need not be fetched where it is offloaded
+    base = with_tensors(
+        layer.base_layer,
+        nn.Parameter(weight.detach().to("meta"), requires_grad=False),
+        None if bias is None else nn.Parameter(bias.detach().to("meta"), requires_grad=False),
+        plain_kind(layer.base_layer, layer.plain_forward),
+    )
     return type(layer)(base)
 
 
@@ -256,17 +259,16 @@ def _filled(
     They are built without memory, which costs nothing for any size and draws no random numbers, and get theirs when
     all names and shapes have turned out right.
     """
+    empty = {path: _without_memory(layer) for path, layer in layers.items()}
     with torch.device("meta"):
-        adapters = config.build(
-            {path: _without_memory(layer) for path, layer in layers.items()}, lambda weight: adapter_dtype(weight, True)
-        )
+        adapters = config.build(empty, lambda weight: adapter_dtype(weight, True))
     injection = Injection("", config, layers, adapters, {})
     check_tensors(injection, tensors, source)
     for path, adapter in adapters.items():
-        _give_memory(adapter, layers[path].weight_matrix.device)
+        _give_memory(adapter, layers[path].like.device)
         adapter.requires_grad_(False).eval()
     for shared in config.shared_tensors(adapters).values():
-        _give_memory(shared, next(iter(layers.values())).weight_matrix.device)
+        _give_memory(shared, next(iter(layers.values())).like.device)
         if not shared.state_dict():
             shared.draw()
     fill(injection, tensors, source)
@@ -351,7 +353,7 @@ def read_adapter(
             for name, adapter in adapters.items():
                 layer = layers[name]
                 assert isinstance(layer, AdapterLinear)
-                form = adapter.form(layer.weight_matrix, layer.base_bias)
+                form = adapter.form(layer.weight_for(adapter.reads), layer.base_bias)
                 if form.U is not None:
                     raise ValueError(
                         f"{config.peft_type} scales every weight of {name} by itself, which tokens of other adapters "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.inject import adapter_configs, replace_module
+from ..model.places import shared_places
 from ..model.targets import base_modules
 from ..operators.backends import check_backend
 from .linear import MultiAdapterLinear, Running, running, runs_directly
@@ -52,8 +53,9 @@ class MultiAdapterModel:
         self.backend = backend
         self.pool = AdapterPool(model, base_modules(model), budget=budget, dtype=dtype)
         model.eval().requires_grad_(False)
+        places = shared_places(model)
         for path, layer in self.pool.layers.items():
-            replace_module(model, path, MultiAdapterLinear(layer, self.pool, path, backend))
+            replace_module(model, path, MultiAdapterLinear(layer, self.pool, path, backend), places)
 
     def load(self, directory: str | Path, name: str | None = None, *, root: str | Path | None = None) -> str:
         """Registers the adapter in a PEFT directory: see AdapterPool.load."""
@@ -77,9 +79,10 @@ class MultiAdapterModel:
 
     def unwrap(self) -> Any:
         """Takes the serving layers out of the model and returns it as it was, frozen."""
+        places = shared_places(self.model)
         for path, module in list(self.model.named_modules()):
             if isinstance(module, MultiAdapterLinear):
-                replace_module(self.model, path, module.base_layer)
+                replace_module(self.model, path, module.base_layer, places)
         return self.model
 
     @contextmanager

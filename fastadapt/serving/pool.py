@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layers.linear import AdapterLinear
 from ..model.targets import is_linear
 from ..operators.multi_adapter_linear.batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm
 from ..operators.multi_adapter_linear.plan import part_cuts, rank_rows
@@ -61,18 +62,17 @@ class AdapterPool:
         self.layers = {path: module for path, module in self.modules.items() if is_linear(module)}
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no linear layers: there is nothing to adapt")
-        weights = {path: _matrix(layer) for path, layer in self.layers.items()}
-        first = next(iter(weights.values()))
+        shapes = {path: _shape(layer) for path, layer in self.layers.items()}
+        first = AdapterLinear(next(iter(self.layers.values()))).like
         self.dtype = dtype or first.dtype
         self.device = first.device
-        widest = max(max(weight.shape) for weight in weights.values())
+        widest = max(max(shape) for shape in shapes.values())
         self.arena = Arena(budget, PAGE_RANKS * widest * self.dtype.itemsize, self.device)
         self._pages = self.arena.memory.view(self.dtype)
         self._vectors = self.arena.memory.view(torch.float32)
         self._forms: dict[str, dict[int, SlotForm]] = {path: {} for path in self.layers}
         self._warm: dict[int, Entry] = {}  # by slot, the least recently held first
         self._path_sets: dict[tuple[str, ...], tuple[str, ...]] = {}
-        shapes = {path: (weight.shape[0], weight.shape[1]) for path, weight in weights.items()}
         self._tables = PoolTables(shapes, self._pages, self._vectors)
         self._entries: dict[str, Entry] = {}
         self._leaving: list[Entry] = []  # replaced or removed while in use
@@ -507,10 +507,12 @@ class Holding(NamedTuple):
         return AdapterBatch(slots, tokens, [group for group in self.groups for _ in range(repeat)])
 
 
-def _matrix(layer: nn.Module) -> Tensor:
-    """The weight of a base layer as [out, in]."""
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a base layer, however its weight is stored, and wherever."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight if isinstance(layer, nn.Linear) else weight.T
+    return weight.shape[1], weight.shape[0]
 
 
 def _digest(tensor: Tensor) -> str:
