@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
-from fastadapt.model import checkpoint
+from fastadapt.model import saving
 from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
 
 A = "base_model.model.q.lora_A.weight"
@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.Mon
 
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     model = load_adapter(Model(), saved)
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(saving, "save_file", full)
     with pytest.raises(OSError, match=r"what was there is unchanged: .*No space left"):
         save_adapter(model, saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -173,13 +173,13 @@ def test_a_disk_that_is_really_full(saved: Path) -> None:
         with open(path, "wb", buffering=0) as file:
             file.write(b"x")
 
-    original = checkpoint.save_file
-    checkpoint.save_file = onto_full  # type: ignore[assignment]
+    original = saving.save_file
+    saving.save_file = onto_full  # type: ignore[assignment]
     try:
         with pytest.raises(OSError, match="No space left"):
             save_adapter(model, saved)
     finally:
-        checkpoint.save_file = original  # type: ignore[assignment]
+        saving.save_file = original  # type: ignore[assignment]
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 

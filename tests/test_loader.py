@@ -26,7 +26,7 @@ from bench import fuzz
 from fastadapt import LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
 from fastadapt.methods import patterns
 from fastadapt.model import peft_files
-from fastadapt.model.inject import adapter_layers
+from fastadapt.model.adapted import adapter_layers
 from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
 from fastadapt.model.targets import base_modules
 from fastadapt.serving import AdapterError, Limits, LoadedAdapter, adapter_directory, read_adapter

@@ -2,70 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import written_together
 from ..forms import PlainLoRA, plain_lora
-from ..layers.layer import Adapter
-from ..methods import AdapterConfig
 from ..methods.glora import glora_of
 from ..methods.lora import lora_of
 from ..methods.lora_drop import recognised
-from .inject import Injection, ModelType, attach, check_unmerged, prepare, present
-from .peft_files import CONFIG_FILE, TENSOR_FILE, method_of, read_config, read_tensors
+from .adapted import PREFIX, Injection, check_unmerged, present
+from .inject import ModelType, attach, prepare
+from .peft_files import TENSOR_FILE, method_of, read_config, read_tensors
+from .saving import write_adapter
 from .targets import selection_of
-
-PREFIX = "base_model."
-
-
-def _adapter_tensors(adapters: dict[str, Adapter], config: AdapterConfig) -> Iterator[tuple[str, Tensor]]:
-    """(name in the file, tensor) of everything the adapter's own modules keep in a checkpoint."""
-    for prefix, module in config.shared_tensors(adapters).items():
-        for name, tensor in module.state_dict().items():
-            yield f"{PREFIX}{prefix}{name}", tensor
-    for path, adapter in adapters.items():
-        for suffix, tensor in adapter.checkpoint_tensors().items():
-            yield f"{PREFIX}model.{path}.{suffix}", tensor
-
-
-def _copy_tensors(copies: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    for path, module in copies.items():
-        for name, tensor in module.state_dict().items():
-            yield f"{PREFIX}model.{path}.{name}", tensor
-
-
-def _named_tensors(injection: Injection) -> dict[str, Tensor]:
-    return {
-        **dict(_adapter_tensors(injection.adapters, injection.config)),
-        **dict(_copy_tensors(injection.copies)),
-    }
-
-
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Saves one adapter as a PEFT directory: adapter_config.json and adapter_model.safetensors.
-
-    Both files are written beside their places and then renamed, so that a full disk or any other error leaves an
-    adapter that was there before as it was, and a kill never a mixture of two. Their modes are those that the umask
-    gives. Raises ValueError for an unknown adapter name, OSError where the directory cannot be written.
-    """
-    injection = present(model, adapter_name)
-    if any(adapter.variant is not None for adapter in injection.adapters.values()):
-        warnings.warn(
-            f"adapter {adapter_name!r} is saved as the whole supernet, without the supports that are chosen now: "
-            "export_glora saves the subnet",
-            stacklevel=2,
-        )
-    _write(model, Path(directory), injection.config.to_peft(list(injection.layers)), _named_tensors(injection))
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -112,7 +65,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         for path, bias in biases.items():
             adapters[path].get_parameter("bias").copy_(bias)
     exported = injection._replace(config=config, adapters=adapters)
-    _write(model, Path(directory), config.to_peft(list(factors)), _named_tensors(exported))
+    write_adapter(model, Path(directory), config.to_peft(list(factors)), exported.named_tensors)
 
 
 def export_glora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -137,26 +90,7 @@ def export_glora(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         revision=old.revision,
     )
     exported = injection._replace(config=config, adapters=adapters)
-    _write(model, Path(directory), config.to_peft(paths), _named_tensors(exported))
-
-
-def _write(model: nn.Module, target: Path, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes both files of a PEFT directory, whole or not at all."""
-    if fields.get("base_model_name_or_path") is None:
-        fields["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
-    # Shared tensors are cloned: a safetensors file has no aliases.
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    # A directory without a config is no adapter.
-    with written_together(target, TENSOR_FILE, CONFIG_FILE) as drafts:
-        try:
-            save_file(tensors, drafts / TENSOR_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(
-                f"the adapter could not be written to {target}, what was there is unchanged: {error}"
-            ) from error
-        # Sorted at the top alone: of the patterns in it the first that matches wins.
-        text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
-        (drafts / CONFIG_FILE).write_text(text, encoding="utf-8")
+    write_adapter(model, Path(directory), config.to_peft(paths), exported.named_tensors)
 
 
 class Contents(NamedTuple):
@@ -203,7 +137,7 @@ def check_tensors(injection: Injection, tensors: dict[str, Tensor], source: Path
 
     Takes out of them the base weights that PEFT adds, and gives old names their new spelling.
     """
-    wanted = _named_tensors(injection)
+    wanted = injection.named_tensors
     for name in [name for name in tensors if name not in wanted]:
         # PEFT before 0.21 wrote the trained base bias under the layer's own path.
         layered = name.removesuffix(".bias") + ".base_layer.bias"
@@ -235,7 +169,7 @@ def fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None
     Raises ValueError where the adapter's dtype cannot hold a value.
     """
     with torch.no_grad():
-        for name, parameter in _named_tensors(injection).items():
+        for name, parameter in injection.named_tensors.items():
             value = tensors[name].to(parameter.dtype)
             if value is not tensors[name] and not torch.isfinite(value).all():
                 raise ValueError(f"{source}: {name} has values that {parameter.dtype} cannot hold")

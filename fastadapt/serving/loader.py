@@ -24,8 +24,9 @@ from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear
 from ..methods import AdapterConfig, DeltaLoRAConfig
 from ..methods.patterns import time_limit
+from ..model.adapted import Injection, adapter_layers, check_unmerged
 from ..model.checkpoint import check_tensors, fill
-from ..model.inject import Injection, adapter_dtype, adapter_layers, check_unmerged, layers_at
+from ..model.inject import adapter_dtype, layers_at
 from ..model.peft_files import CONFIG_FILE, TENSOR_FILE, check_present, parse_config, parse_fields, parse_tensors
 from ..model.targets import base_modules, found_names, target_paths
 from ..reference import AdapterForm

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.inject import adapter_configs, replace_module
+from ..model.adapted import adapter_configs, replace_module
+from ..model.saving import hook_saving, unhook_saving
 from ..model.targets import base_modules
 from ..operators.backends import check_backend
 from .linear import MultiAdapterLinear, Running, running, runs_directly
@@ -54,6 +55,7 @@ class MultiAdapterModel:
         model.eval().requires_grad_(False)
         for path, layer in self.pool.layers.items():
             replace_module(model, path, MultiAdapterLinear(layer, self.pool, path, backend))
+        hook_saving(model, MultiAdapterLinear, refuse_saving)
 
     def load(self, directory: str | Path, name: str | None = None, *, root: str | Path | None = None) -> str:
         """Registers the adapter in a PEFT directory: see AdapterPool.load."""
@@ -80,6 +82,7 @@ class MultiAdapterModel:
         for path, module in list(self.model.named_modules()):
             if isinstance(module, MultiAdapterLinear):
                 replace_module(self.model, path, module.base_layer)
+        unhook_saving(self.model)
         return self.model
 
     @contextmanager
@@ -95,6 +98,11 @@ class MultiAdapterModel:
                 yield
             finally:
                 running.reset(token)
+
+
+def refuse_saving(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """The save_pretrained of a served model, whose files from_pretrained could not read. Raises ValueError."""
+    raise ValueError("the model is served, and its layers have other names now: unwrap() it before you save it")
 
 
 def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int:

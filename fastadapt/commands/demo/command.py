@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ...methods import PEFT_TYPES, Control, EVAConfig
-from ...model.checkpoint import export_lora, load_adapter, save_adapter
+from ...model.checkpoint import export_lora, load_adapter
 from ...model.inject import control, inject, set_adapter, trainable_parameters
 from ...model.peft_files import read_fields
+from ...model.saving import save_adapter
 from ...progress import progress_bars
 from ...training.recipes import Recipe, recipes
 from ..batches import Row, collate, length
