@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -69,6 +69,14 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     while isinstance(parent, AdapterLayer):
         parent = parent.base_layer
     setattr(parent, name, module)
+
+
+def base_tensor(model: nn.Module, name: str) -> Tensor:
+    """The tensor that the base model has by this name, whatever has come around its layers."""
+    path, _, leaf = name.rpartition(".")
+    module: Any = named_modules(model)[path]
+    tensor: Tensor = getattr(module.original if isinstance(module, ModuleToSave) else module, leaf)
+    return tensor
 
 
 def _by_base_path(model: nn.Module, parts: Mapping[str, PartType]) -> dict[str, PartType]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,15 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import shown
 from ..forms import PlainLoRA, plain_lora
+from ..methods import AdapterConfig
 from ..methods.glora import glora_of
 from ..methods.lora import lora_of
 from ..methods.lora_drop import recognised
-from .adapted import PREFIX, Injection, check_unmerged, present
-from .inject import ModelType, attach, prepare
+from .adapted import PREFIX, Injection, adapter_configs, check_unmerged, present
+from .inject import ModelType, attach, prepare, replace_base
+from .matching import check_names, respell
 from .peft_files import TENSOR_FILE, method_of, read_config, read_tensors
 from .saving import write_adapter
-from .targets import selection_of
+from .targets import base_modules, output_head, selection_of
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -132,10 +136,19 @@ def contents(fields: Mapping[str, Any], names: Iterable[str]) -> Contents:
     return found
 
 
-def check_tensors(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
+def check_tensors(
+    injection: Injection,
+    tensors: dict[str, Tensor],
+    source: Path,
+    modules: Mapping[str, nn.Module],
+    head: nn.Module | None = None,
+) -> dict[str, Tensor]:
     """Raises ValueError unless the file's tensors are those of the built adapter, in name and shape.
 
-    Takes out of them the base weights that PEFT adds, and gives old names their new spelling.
+    Gives old and other libraries' names the spelling of today, and takes out the base weights that PEFT adds. modules:
+    the model's, by path as they were before any injection. head: that which gives its logits. Returns those base
+    weights, by "path.weight", that are not the model's own: of embeddings that were trained, or had grown, before the
+    adapter was saved.
     """
     wanted = injection.named_tensors
     for name in [name for name in tensors if name not in wanted]:
@@ -143,13 +156,14 @@ def check_tensors(injection: Injection, tensors: dict[str, Tensor], source: Path
         layered = name.removesuffix(".bias") + ".base_layer.bias"
         if name.endswith(".bias") and layered in wanted:
             tensors[layered] = tensors.pop(name)
-    _drop_base_weights(injection, tensors, source)
-    _drop_zeros(injection, tensors, source)
-    missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    for kind, names in (("is missing", missing), ("does not belong to this config and model", surplus)):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise ValueError(f"{source}: tensor {names[0]} {kind}{more}: is this adapter for another model?")
+    ends = _base_tensors(injection, modules, head)
+    stems = {suffix.split(".")[0] for kind in injection.config.adapter_classes for suffix in kind.suffixes.values()}
+    respell(tensors, {*wanted, *ends, *_zeros(injection)}, stems)
+    changed = _changed(ends, tensors, source)
+    for name in _zeros(injection):
+        if name in tensors and tensors.pop(name).any():
+            raise ValueError(f"{source}: {name} must be zero: the adapter is damaged, save it again")
+    check_names(tensors, wanted, source)
     for name, parameter in wanted.items():
         if tensors[name].shape != parameter.shape:
             raise ValueError(
@@ -161,6 +175,7 @@ def check_tensors(injection: Injection, tensors: dict[str, Tensor], source: Path
         same = first.setdefault(id(parameter), name)
         if not torch.equal(tensors[same], tensors[name]):
             raise ValueError(f"{source}: {same} and {name} must be equal: their layers share one tensor")
+    return changed
 
 
 def fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
@@ -176,27 +191,69 @@ def fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None
             parameter.copy_(value)
 
 
-def _drop_base_weights(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
-    """PEFT saves the base weight of an adapted embedding or head too: it must be the one that the model has."""
-    for path, layer in injection.layers.items():
-        name = f"{PREFIX}model.{path}.base_layer.weight"
+def _zeros(injection: Injection) -> list[str]:
+    """What PEFT's GLoRA saves as zeros of full size where it does not have it."""
+    return [f"{PREFIX}model.{path}.{suffix}" for path in injection.layers for suffix in injection.config.zero_tensors]
+
+
+class BaseTensor(NamedTuple):
+    """A tensor of the base model that PEFT saves with an adapter.
+
+    key: "path.weight". is_end: whether it is an embedding's or the head's.
+    """
+
+    key: str
+    value: Tensor
+    is_end: bool
+
+
+def _base_tensors(
+    injection: Injection, modules: Mapping[str, nn.Module], head: nn.Module | None
+) -> dict[str, BaseTensor]:
+    """The tensors of embeddings, the head and adapted layers, by the names that PEFT's files have for them."""
+    wanted, found = injection.named_tensors, {}
+    for path, module in modules.items():
+        module = getattr(module, "base_layer", module)
+        layered = path in injection.layers
+        is_end = isinstance(module, nn.Embedding) or module is head
+        for leaf in ("weight", "bias"):
+            value = getattr(module, leaf, None) if layered or is_end else None
+            name = f"{PREFIX}model.{path}.{'base_layer.' if layered else ''}{leaf}"
+            if isinstance(value, Tensor) and name not in wanted:
+                found[name] = BaseTensor(f"{path}.{leaf}", value, is_end)
+    return found
+
+
+def _changed(ends: Mapping[str, BaseTensor], tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Takes the base model's tensors out of the file's, and returns those that this model has otherwise."""
+    changed: dict[str, Tensor] = {}
+    places: dict[int, str] = {}
+    for name, (key, value, is_end) in ends.items():
         if name not in tensors:
             continue
-        weight, saved = layer.base_layer.weight, tensors.pop(name)
-        if saved.shape != weight.shape or not torch.equal(saved.to(weight.device, weight.dtype), weight):
+        saved = tensors.pop(name)
+        given = saved.to(value.device, value.dtype)
+        if not is_end and not (saved.shape == value.shape and torch.equal(given, value)):
             raise ValueError(
-                f"{source}: {name} is not the base weight of this model: the adapter was saved with a trained or "
-                "resized embedding; give the model that weight first"
+                f"{source}: {name} is not the base weight of this model: the adapter was trained on another model"
             )
-
-
-def _drop_zeros(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
-    """PEFT's GLoRA saves what it does not have as zeros of full size."""
-    for path in injection.layers:
-        for suffix in injection.config.zero_tensors:
-            name = f"{PREFIX}model.{path}.{suffix}"
-            if name in tensors and tensors.pop(name).any():
-                raise ValueError(f"{source}: {name} must be zero: the adapter is damaged, save it again")
+        if saved.shape != value.shape:
+            raise ValueError(
+                f"{source}: {name} is an embedding or a head of shape {tuple(saved.shape)}, and this model's has "
+                f"{tuple(value.shape)}: the vocabulary had grown before the adapter was trained; call "
+                f"resize_token_embeddings({saved.shape[0]}) on this model first"
+            )
+        same = places.setdefault(id(value), name)
+        if same != name and not torch.equal(changed.get(ends[same].key, value), given):
+            raise ValueError(
+                f"{source}: {same} and {name} must be equal, since they are one weight in this model: untie it first "
+                "(tie_word_embeddings=False)"
+            )
+        if not torch.isfinite(given).all():
+            raise ValueError(f"{source}: {name} has values that {value.dtype} cannot hold")
+        if not torch.equal(given, value):
+            changed[key] = given
+    return changed
 
 
 def load_adapter(
@@ -218,16 +275,45 @@ def load_adapter(
     """
     tensors = read_tensors(directory)
     config = recognised(read_config(directory), tensors)
-    injection = prepare(
-        model,
-        config,
-        adapter_name,
-        backend=backend,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        from_file=True,  # whose tensors decide
-    )
+    # What is drawn at random is overwritten: the caller's own numbers go on as if nothing had been drawn.
+    with torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})):
+        injection = prepare(
+            model,
+            config,
+            adapter_name,
+            backend=backend,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            from_file=True,  # whose tensors decide
+        )
     source = Path(directory, TENSOR_FILE)
-    check_tensors(injection, tensors, source)
+    changed = check_tensors(injection, tensors, source, base_modules(model), output_head(model))
+    if changed and adapter_configs(model):
+        raise ValueError(
+            f"{source} holds another {', '.join(changed)} than this model has, trained or grown before the adapter "
+            "was, and the adapters that are in the model already go with its own: unload(model) first"
+        )
     fill(injection, tensors, source)
     attach(model, injection, trainable=trainable)
+    _warn_of_another_base(model, config)
+    if changed:
+        replace_base(model, changed)
+        warnings.warn(
+            f"{source} holds another {', '.join(changed)} than this model had, trained or grown before the adapter "
+            "was: the model has that one until unload(model)",
+            stacklevel=2,
+        )
     return model
+
+
+def _warn_of_another_base(model: nn.Module, config: AdapterConfig) -> None:
+    """Warns where an adapter was trained on a model of another name; the same one may lie elsewhere here."""
+    theirs, ours = [
+        str(name or "").rstrip("/\\").replace("\\", "/").split("/")[-1]
+        for name in (config.base_model_name_or_path, getattr(model, "name_or_path", None))
+    ]
+    if theirs and ours and theirs.lower() != ours.lower():
+        warnings.warn(
+            f"the adapter was trained on {shown(config.base_model_name_or_path)}, and this model is "
+            f"{shown(model.name_or_path)}: its shapes fit, whether its weights do nobody can see",
+            stacklevel=3,
+        )

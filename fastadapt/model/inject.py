@@ -23,6 +23,7 @@ from .adapted import (
     Injection,
     adapter_configs,
     adapter_layers,
+    base_tensor,
     check_known,
     check_unmerged,
     named_modules,
@@ -172,6 +173,16 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
     configs[injection.name] = replace(injection.config, inference_mode=not trainable)
     hook_saving(model, AdapterLayer, partial(save_pretrained, configs))
     set_adapter(model, injection.name)
+
+
+def replace_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives parameters of the base model, by "path.weight", other values until `unload`."""
+    kept = model.__dict__.setdefault("replaced_base", {})
+    with torch.no_grad():
+        for name, value in tensors.items():
+            parameter = base_tensor(model, name)
+            kept[name] = parameter.detach().clone()
+            parameter.copy_(value)
 
 
 def _group(model: nn.Module) -> None:
@@ -401,6 +412,10 @@ def unload(model: nn.Module) -> nn.Module:
         replace_module(model, path, module.current if merged else module.original)
     model.__dict__.pop("adapter_configs", None)
     unhook_saving(model)
+    for name, value in reversed(model.__dict__.pop("replaced_base", {}).items()):
+        if not merged:
+            with torch.no_grad():
+                base_tensor(model, name).copy_(value)
     if merged:
         for config in untied(model):
             config.tie_word_embeddings = False

@@ -89,7 +89,7 @@ def _no_constant(name: str) -> Any:
 def _json(text: bytes) -> Any:
     """The value that JSON text stands for. Raises ValueError for text that another reader could read otherwise."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -138,7 +138,7 @@ def parse_config(fields: dict[str, Any], path: Path) -> tuple[AdapterConfig, lis
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     known = {*vars(config), *type(config).neutral_fields, *_SILENT_FIELDS}
-    unknown = [name for name, value in fields.items() if name not in known and value not in (None, False, {}, [])]
+    unknown = [name for name, value in fields.items() if name not in known and value not in (None, False, {}, [], "")]
     return config, sorted(unknown)
 
 

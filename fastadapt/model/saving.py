@@ -20,7 +20,7 @@ from ..files import written_together, written_whole
 from ..layers.layer import AdapterLayer
 from ..layers.saved import ModuleToSave
 from ..methods import AdapterConfig
-from .adapted import Injection, active_adapters, adapter_layers, part_of, present
+from .adapted import PREFIX, Injection, active_adapters, adapter_layers, base_tensor, part_of, present
 from .peft_files import CONFIG_FILE, TENSOR_FILE
 from .targets import selection_of
 from .tying import untied
@@ -53,6 +53,11 @@ def write_adapter(model: nn.Module, target: Path, fields: dict[str, Any], tensor
     """Writes both files of a PEFT directory, whole or not at all."""
     if fields.get("base_model_name_or_path") is None:
         fields["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
+    for name in model.__dict__.get("replaced_base", ()):
+        path, _, leaf = name.rpartition(".")
+        layered = any(other.startswith(f"{PREFIX}model.{path}.") for other in tensors)
+        spelled = f"{PREFIX}model.{path}.{'base_layer.' if layered else ''}{leaf}"
+        tensors = {spelled: base_tensor(model, name), **tensors}
     # Shared tensors are cloned: a safetensors file has no aliases.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     # A directory without a config is no adapter.

@@ -142,7 +142,8 @@ def _saved_whole(paths: Collection[str], config: AdapterConfig) -> set[str]:
     return {path for path in paths if whole(path)}
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that gives a transformers model's logits, without what is around it; None where it has none."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return getattr(head, "base_layer", head)  # it may be wrapped
@@ -182,7 +183,7 @@ def target_paths(
         raise ValueError("target_modules is empty: name the layers, or take 'all-linear'")
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
-            head = _output_head(model)
+            head = output_head(model)
             chosen = [path for path in paths if is_linear(modules[path]) and _base(modules[path]) is not head]
         else:
             chosen = [path for path in paths if patterns.fullmatch("target_modules", targets, path)]

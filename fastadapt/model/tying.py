@@ -32,7 +32,7 @@ def _ties(module: Any, apart: set[int]) -> list[bool]:
     """
     if not callable(names := getattr(module, "get_expanded_tied_weights_keys", None)):
         # Before transformers 5 a class names the head alone.
-        ends = [getattr(module, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+        ends: list[Any] = [getattr(module, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
         return [ends[0].weight is ends[1].weight] if None not in ends else []
     found = []
     for target, source in names().items():

@@ -28,7 +28,7 @@ from ..model.adapted import Injection, adapter_layers, check_unmerged
 from ..model.checkpoint import check_tensors, fill
 from ..model.inject import adapter_dtype, layers_at
 from ..model.peft_files import CONFIG_FILE, TENSOR_FILE, check_present, parse_config, parse_fields, parse_tensors
-from ..model.targets import base_modules, found_names, target_paths
+from ..model.targets import base_modules, found_names, output_head, target_paths
 from ..reference import AdapterForm
 
 T = TypeVar("T")
@@ -250,7 +250,12 @@ def _give_memory(module: nn.Module, device: torch.device) -> None:
 
 
 def _filled(
-    config: AdapterConfig, layers: dict[str, AdapterLayer], tensors: dict[str, Tensor], source: Path
+    config: AdapterConfig,
+    layers: dict[str, AdapterLayer],
+    tensors: dict[str, Tensor],
+    source: Path,
+    modules: Mapping[str, nn.Module],
+    head: nn.Module | None,
 ) -> dict[str, Adapter]:
     """The adapters with the file's tensors. Raises ValueError where these are not what config and layers ask for.
 
@@ -262,7 +267,13 @@ def _filled(
             {path: _without_memory(layer) for path, layer in layers.items()}, lambda weight: adapter_dtype(weight, True)
         )
     injection = Injection("", config, layers, adapters, {})
-    check_tensors(injection, tensors, source)
+    changed = check_tensors(injection, tensors, source, modules, head)
+    if changed:
+        raise ValueError(
+            f"{source} holds another {', '.join(changed)} than this model has, trained or grown before the adapter "
+            "was, which rows of other adapters cannot share: give the model that weight, merge the adapter into its "
+            "base (fastadapt merge), or load it alone with load_adapter"
+        )
     for path, adapter in adapters.items():
         _give_memory(adapter, layers[path].weight_matrix.device)
         adapter.requires_grad_(False).eval()
@@ -346,7 +357,7 @@ def read_adapter(
         layers = _selected(model, config, modules, limits)
         tensors = parse_tensors(tensor_content, path / TENSOR_FILE, limits.max_tensors)
         del tensor_content
-        adapters = _filled(config, layers, tensors, path / TENSOR_FILE)
+        adapters = _filled(config, layers, tensors, path / TENSOR_FILE, modules, output_head(model))
         forms = {}
         with torch.no_grad():
             for name, adapter in adapters.items():
