@@ -20,7 +20,7 @@ from ..methods.lora_drop import recognised
 from .adapted import PREFIX, Injection, adapter_configs, check_unmerged, present
 from .inject import ModelType, attach, prepare, replace_base
 from .matching import check_names, respell
-from .peft_files import TENSOR_FILE, method_of, read_config, read_tensors
+from .peft_files import TENSOR_FILE, method_of, read_directory
 from .saving import write_adapter
 from .targets import base_modules, output_head, selection_of
 
@@ -273,8 +273,8 @@ def load_adapter(
     parameters require grad. Returns the model. Raises FileNotFoundError or ValueError that names the file, the tensor
     or the field and the cure; the model is then as it was.
     """
-    tensors = read_tensors(directory)
-    config = recognised(read_config(directory), tensors)
+    config, tensors = read_directory(directory)
+    config = recognised(config, tensors)
     # What is drawn at random is overwritten: the caller's own numbers go on as if nothing had been drawn.
     with torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})):
         injection = prepare(

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import written_together, written_whole
+from ..files import sha256_of, written_together, written_whole
 from ..layers.layer import AdapterLayer
 from ..layers.saved import ModuleToSave
 from ..methods import AdapterConfig
 from .adapted import PREFIX, Injection, active_adapters, adapter_layers, base_tensor, part_of, present
-from .peft_files import CONFIG_FILE, TENSOR_FILE
+from .peft_files import CONFIG_FILE, OWN_CONFIG, REPLACED, TENSOR_FILE
 from .targets import selection_of
 from .tying import untied
 
@@ -60,17 +60,20 @@ def write_adapter(model: nn.Module, target: Path, fields: dict[str, Any], tensor
         tensors = {spelled: base_tensor(model, name), **tensors}
     # Shared tensors are cloned: a safetensors file has no aliases.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    # A directory without a config is no adapter.
+    # Sorted at the top alone: of the patterns in it the first that matches wins.
+    text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
+    metadata = {"format": "pt", OWN_CONFIG: text}
+    old = target / CONFIG_FILE
+    if old.is_file() and old.read_bytes() != text.encode():
+        metadata[REPLACED] = sha256_of(old)
     with written_together(target, TENSOR_FILE, CONFIG_FILE) as drafts:
         try:
-            save_file(tensors, drafts / TENSOR_FILE, metadata={"format": "pt"})
+            save_file(tensors, drafts / TENSOR_FILE, metadata=metadata)
         except SafetensorError as error:
             raise OSError(
                 f"the adapter could not be written to {target}, what was there is unchanged: {error}"
             ) from error
-        # Sorted at the top alone: of the patterns in it the first that matches wins.
-        text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
-        (drafts / CONFIG_FILE).write_text(text, encoding="utf-8")
+        (drafts / CONFIG_FILE).write_bytes(text.encode())
 
 
 def hook_saving(model: nn.Module, kind: type[nn.Module], save: Callable[..., Any]) -> None:

@@ -27,7 +27,15 @@ from ..methods.patterns import time_limit
 from ..model.adapted import Injection, adapter_layers, check_unmerged
 from ..model.checkpoint import check_tensors, fill
 from ..model.inject import adapter_dtype, layers_at
-from ..model.peft_files import CONFIG_FILE, TENSOR_FILE, check_present, parse_config, parse_fields, parse_tensors
+from ..model.peft_files import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    check_present,
+    of_one_save,
+    parse_config,
+    parse_fields,
+    parse_tensors,
+)
 from ..model.targets import base_modules, found_names, output_head, target_paths
 from ..reference import AdapterForm
 
@@ -340,8 +348,10 @@ def read_adapter(
     modules = base_modules(model) if modules is None else modules
     path = Path(directory)
     with _refused(path), time_limit(limits.max_pattern_seconds):
-        config_content = _content(path / CONFIG_FILE, root, limits.max_config_bytes)
-        tensor_content = _content(path / TENSOR_FILE, root, limits.max_file_bytes)
+        sizes = {CONFIG_FILE: limits.max_config_bytes, TENSOR_FILE: limits.max_file_bytes}
+        config_content, tensor_content = of_one_save(lambda name: _content(path / name, root, sizes[name]))
+        if len(config_content) > limits.max_config_bytes:
+            raise ValueError(f"{path / TENSOR_FILE} may hold a config of {limits.max_config_bytes} bytes")
         size = len(config_content) + len(tensor_content)
         # The length keeps a byte that moves from one file to the other from going unseen.
         identity = hashlib.sha256(len(config_content).to_bytes(8, "little"))
