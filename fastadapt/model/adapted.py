@@ -11,6 +11,7 @@ from ..layers.kinds import AdapterModule
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.saved import ModuleToSave
 from ..methods import AdapterConfig
+from .wrappers import inside
 
 PartType = TypeVar("PartType", bound=nn.Module)
 
@@ -20,13 +21,13 @@ PREFIX = "base_model."
 
 def adapter_configs(model: nn.Module) -> dict[str, AdapterConfig]:
     """The configs of the adapters in `model`, by name; empty for a model without."""
-    configs: dict[str, AdapterConfig] = model.__dict__.get("adapter_configs", {})
+    configs: dict[str, AdapterConfig] = inside(model).__dict__.get("adapter_configs", {})
     return configs
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of `model` by path, those inside of an AdapterModule by the path that they had before it came."""
-    modules = dict(model.named_modules())
+    modules = dict(inside(model).named_modules())
     around = [f"{path}.base_layer." for path, module in modules.items() if isinstance(module, AdapterModule)]
     if not around:
         return modules
@@ -59,13 +60,21 @@ def check_known(model: nn.Module, name: str) -> None:
     """Raises ValueError for a name that no adapter in `model` has."""
     configs = adapter_configs(model)
     if name not in configs:
-        raise ValueError(f"adapter {name!r} is not in the model: it has {', '.join(map(repr, configs)) or 'none'}")
+        inner = [
+            path
+            for path, part in inside(model).named_modules()
+            if path and name in part.__dict__.get("adapter_configs", ())
+        ]
+        cure = f"; {inner[0]}, inside of this {type(model).__name__}, has it: give that" if inner else ""
+        raise ValueError(
+            f"adapter {name!r} is not in the model: it has {', '.join(map(repr, configs)) or 'none'}{cure}"
+        )
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Puts a module in the place that `path` names."""
     parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
+    parent = inside(model).get_submodule(parent_path)
     while isinstance(parent, AdapterLayer):
         parent = parent.base_layer
     setattr(parent, name, module)

@@ -23,6 +23,7 @@ from .matching import check_names, respell
 from .peft_files import TENSOR_FILE, method_of, read_directory
 from .saving import write_adapter
 from .targets import base_modules, output_head, selection_of
+from .wrappers import inside
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -307,6 +308,7 @@ def load_adapter(
 
 def _warn_of_another_base(model: nn.Module, config: AdapterConfig) -> None:
     """Warns where an adapter was trained on a model of another name; the same one may lie elsewhere here."""
+    model = inside(model)
     theirs, ours = [
         str(name or "").rstrip("/\\").replace("\\", "/").split("/")[-1]
         for name in (config.base_model_name_or_path, getattr(model, "name_or_path", None))

@@ -34,6 +34,7 @@ from .adapted import (
 from .saving import hook_saving, save_pretrained, unhook_saving
 from .targets import saved_paths, shared_inputs, target_paths
 from .tying import untied
+from .wrappers import check_open, inside
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 PartType = TypeVar("PartType", bound=nn.Module)
@@ -129,6 +130,7 @@ def prepare(
     from_file: whether a file says the config. It may name modules that only other models have, as long as one name in
     target_modules matches, and its modules_to_save are complete. Raises ValueError as `inject` does.
     """
+    check_open(model)
     check_new(model, adapter_name)
     if not from_file:
         config = config.with_task_heads()
@@ -152,6 +154,7 @@ def prepare(
 
 def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
     """Puts a built adapter into the model, freezes the base and activates the adapter."""
+    model = inside(model)
     configs = adapter_configs(model)
     if not configs:
         model.requires_grad_(False)
@@ -177,7 +180,7 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
 
 def replace_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Gives parameters of the base model, by "path.weight", other values until `unload`."""
-    kept = model.__dict__.setdefault("replaced_base", {})
+    kept = inside(model).__dict__.setdefault("replaced_base", {})
     with torch.no_grad():
         for name, value in tensors.items():
             parameter = base_tensor(model, name)
@@ -410,9 +413,9 @@ def unload(model: nn.Module) -> nn.Module:
         replace_module(model, path, layer.base_layer)
     for path, module in reversed(modules.items()):  # the inner ones first
         replace_module(model, path, module.current if merged else module.original)
-    model.__dict__.pop("adapter_configs", None)
+    inside(model).__dict__.pop("adapter_configs", None)
     unhook_saving(model)
-    for name, value in reversed(model.__dict__.pop("replaced_base", {}).items()):
+    for name, value in reversed(inside(model).__dict__.pop("replaced_base", {}).items()):
         if not merged:
             with torch.no_grad():
                 base_tensor(model, name).copy_(value)

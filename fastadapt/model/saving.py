@@ -24,6 +24,7 @@ from .adapted import PREFIX, Injection, active_adapters, adapter_layers, base_te
 from .peft_files import CONFIG_FILE, OWN_CONFIG, REPLACED, TENSOR_FILE
 from .targets import selection_of
 from .tying import untied
+from .wrappers import inside
 
 # What transformers calls a model's own two files.
 MODEL_CONFIG, MODEL_TENSORS = "config.json", "model.safetensors"
@@ -51,6 +52,7 @@ def _save(model: nn.Module, target: Path, injection: Injection) -> None:
 
 def write_adapter(model: nn.Module, target: Path, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes both files of a PEFT directory, whole or not at all."""
+    model = inside(model)
     if fields.get("base_model_name_or_path") is None:
         fields["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     for name in model.__dict__.get("replaced_base", ()):

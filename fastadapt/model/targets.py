@@ -16,6 +16,7 @@ from ..layers.saved import ModuleToSave
 from ..layers.siblings import readers_of_one_input
 from ..methods import AdapterConfig, patterns
 from ..methods.config import path_suffixes
+from .wrappers import inside
 
 # The usual attention projections, by transformers' model_type.
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
@@ -62,7 +63,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name, child in module.named_children():
             visit(f"{path}.{name}" if path else name, child)
 
-    visit("", model)
+    visit("", inside(model))
     return modules
 
 
@@ -144,7 +145,7 @@ def _saved_whole(paths: Collection[str], config: AdapterConfig) -> set[str]:
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """The module that gives a transformers model's logits, without what is around it; None where it has none."""
-    get = getattr(model, "get_output_embeddings", None)
+    get = getattr(inside(model), "get_output_embeddings", None)
     head = get() if callable(get) else None
     return getattr(head, "base_layer", head)  # it may be wrapped
 
@@ -164,6 +165,7 @@ def target_paths(
     Raises ValueError when the whole selection matches nothing or, with `every_name`, one name of the list, and for a
     regular expression that is none or takes too long.
     """
+    model = inside(model)
     modules = base_modules(model) if modules is None else modules
     targets = config.target_modules
     if targets is None:
@@ -219,6 +221,7 @@ def saved_paths(model: nn.Module, config: AdapterConfig, *, needs_head: bool = T
     Of the names that the task type brings the model need have only one, and none beside the user's own or without
     needs_head. Raises ValueError for any other name that matches nothing.
     """
+    model = inside(model)
     modules = base_modules(model)
     names, found = config.modules_to_save or [], set(found_names(modules, config))
     for name in names:
@@ -240,7 +243,7 @@ def shared_inputs(model: nn.Module) -> list[list[AdapterLinear]]:
     """The adapter layers of `model` in groups that read the same input, as the names of siblings tell; groups of two
     and more. A group checks that at run time."""
     found = []
-    for path, parent in model.named_modules():
+    for path, parent in inside(model).named_modules():
         if isinstance(parent, AdapterModule):  # it answers with its base layer's children, which come next
             continue
         for names in readers_of_one_input(path):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..model.adapted import adapter_configs, replace_module
 from ..model.saving import hook_saving, unhook_saving
 from ..model.targets import base_modules
+from ..model.wrappers import check_open, inside
 from ..operators.backends import check_backend
 from .linear import MultiAdapterLinear, Running, running, runs_directly
 from .pool import AdapterPool
@@ -49,6 +50,7 @@ class MultiAdapterModel:
             raise ValueError("the model has injected adapters: unload(model) first, and load them here by directory")
         if any(isinstance(module, MultiAdapterLinear) for module in model.modules()):
             raise ValueError("the model is served already: unwrap() the other MultiAdapterModel first")
+        check_open(model)
         self.model: Any = model
         self.backend = backend
         self.pool = AdapterPool(model, base_modules(model), budget=budget, dtype=dtype)
@@ -79,7 +81,7 @@ class MultiAdapterModel:
 
     def unwrap(self) -> Any:
         """Takes the serving layers out of the model and returns it as it was, frozen."""
-        for path, module in list(self.model.named_modules()):
+        for path, module in list(inside(self.model).named_modules()):
             if isinstance(module, MultiAdapterLinear):
                 replace_module(self.model, path, module.base_layer)
         unhook_saving(self.model)
