@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checks import shown
 from ..forms import PlainLoRA, plain_lora
-from ..methods import AdapterConfig
+from ..methods import AdapterConfig, LoRAConfig
 from ..methods.glora import glora_of
 from ..methods.lora import lora_of
 from ..methods.lora_drop import recognised
@@ -23,6 +23,7 @@ from .matching import check_names, respell
 from .peft_files import TENSOR_FILE, method_of, read_directory
 from .saving import write_adapter
 from .targets import base_modules, output_head, selection_of
+from .tying import check_equal, tie_adapters, tied_ends
 from .wrappers import inside
 
 
@@ -294,6 +295,10 @@ def load_adapter(
             "was, and the adapters that are in the model already go with its own: unload(model) first"
         )
     fill(injection, tensors, source)
+    if trainable and isinstance(config, LoRAConfig) and config.ensure_weight_tying:
+        ends = tied_ends(model)
+        check_equal(injection.adapters, ends)
+        tie_adapters(injection.adapters, ends)
     attach(model, injection, trainable=trainable)
     _warn_of_another_base(model, config)
     if changed:

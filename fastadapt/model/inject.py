@@ -16,7 +16,7 @@ from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear, ProjectionGroup
 from ..layers.saved import ModuleToSave
 from ..layers.wrap import adapter_layer
-from ..methods import AdapterConfig, Control
+from ..methods import AdapterConfig, Control, LoRAConfig
 from ..operators.adapter_linear.strategies import check_strategy
 from ..operators.backends import check_backend
 from .adapted import (
@@ -33,7 +33,7 @@ from .adapted import (
 )
 from .saving import hook_saving, save_pretrained, unhook_saving
 from .targets import saved_paths, shared_inputs, target_paths
-from .tying import untied
+from .tying import tie_adapters, tie_copies, untied, with_ties
 from .wrappers import check_open, inside
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
@@ -137,6 +137,9 @@ def prepare(
     check_backend(backend)
     check_strategy(strategy, backend)
     modules = named_modules(model)
+    ends: list[str] = []
+    if isinstance(config, LoRAConfig) and config.ensure_weight_tying:
+        config, ends = with_ties(model, config)
     paths = target_paths(model, config, every_name=not from_file)
     layers = layers_at(paths, modules, config, backend=backend, strategy=strategy)
     adapters = config.build(layers, lambda weight: adapter_dtype(weight, autocast_adapter_dtype))
@@ -145,6 +148,9 @@ def prepare(
     copies: dict[str, nn.Module] = {}
     for path in saved_paths(model, config, needs_head=not from_file):
         copies[path] = _bare_copy(modules[path])
+    tie_copies(copies, ends)
+    if not from_file:  # whose numbers may differ
+        tie_adapters(adapters, ends)
     config = replace(
         config,
         fan_in_fan_out=any(isinstance(layer, AdapterLinear) and layer.fan_in_fan_out for layer in layers.values()),
