@@ -251,11 +251,11 @@ def test_a_config_that_was_edited_counts(between: bool, saved: Path) -> None:
 
 
 def test_what_is_read_while_it_is_written_is_of_one_save(tmp_path: Path) -> None:
-    """Whichever of five saves, of two configs and then a third, each step of a reader falls between."""
+    """Whichever of six saves, of two configs, one of them twice, and a third, each step of a reader falls between."""
     model = inject(Model(), LoRAConfig(r=2, target_modules=["q", "v"]))
     states: list[dict[str, bytes]] = []
     versions: dict[bytes, bytes] = {}
-    for number, alpha in enumerate([2, 4, 2, 6, 2]):
+    for number, alpha in enumerate([2, 4, 4, 2, 6, 2]):
         adapter_configs(model)["default"].lora_alpha = alpha
         with torch.no_grad():
             model.q.adapters["default"].lora_B.fill_(number)
@@ -265,18 +265,28 @@ def test_what_is_read_while_it_is_written_is_of_one_save(tmp_path: Path) -> None
         if states:
             states.append({**states[-1], TENSOR_FILE: new[TENSOR_FILE]})
         states.append(new)
-    assert len(versions) == 5
-    for times in itertools.combinations_with_replacement(range(len(states)), 4):
+    assert len(versions) == 6
+    for times in itertools.combinations_with_replacement(range(len(states)), 5):
         clock = iter([*times, *[len(states) - 1] * 10])
-        config, tensors = of_one_save(lambda name, clock=clock: states[next(clock)][name])
+        config, tensors = of_one_save(
+            lambda name, clock=clock: states[next(clock)][name], lambda clock=clock: states[next(clock)][TENSOR_FILE]
+        )
         assert config == versions[tensors]
+
+
+def test_the_same_adapter_is_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    model = load_adapter(Model(), saved)
+    for name in "ab":
+        save_adapter(model, tmp_path / name)
+    save_adapter(model, tmp_path / "b")
+    assert (tmp_path / "a" / TENSOR_FILE).read_bytes() == (tmp_path / "b" / TENSOR_FILE).read_bytes()
 
 
 def test_a_directory_that_never_rests_is_refused_at_last(saved: Path) -> None:
     numbers = itertools.count()
-    tensors = (saved / TENSOR_FILE).read_bytes()
+    content = {name: (saved / name).read_bytes() for name in (CONFIG_FILE, TENSOR_FILE)}
     with pytest.raises(ValueError, match="change each time that they are read"):
-        of_one_save(lambda name: tensors if name == TENSOR_FILE else b"%d" % next(numbers))
+        of_one_save(content.__getitem__, lambda: next(numbers))
 
 
 def test_peft_reads_what_says_its_own_config(saved: Path) -> None:

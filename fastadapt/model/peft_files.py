@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -38,8 +39,8 @@ DTYPES = ("F16", "BF16", "F32", "F64")
 HEADER_BYTES = 512
 
 
-# What the metadata of a tensor file that fastadapt writes hold: the text of the config that goes with it, and the hash
-# of that which was in its place, where that was another.
+# What the metadata of a tensor file hold that fastadapt writes over another config's: the text of the config that goes
+# with it, and the hash of that which was in its place. Without one the same adapter is the same bytes.
 OWN_CONFIG, REPLACED = "fastadapt_config", "fastadapt_replaces"
 
 
@@ -119,27 +120,36 @@ def parse_fields(content: bytes, path: Path) -> dict[str, Any]:
     return fields
 
 
-def of_one_save(read: Callable[[str], bytes]) -> tuple[bytes, bytes]:
+def of_one_save(read: Callable[[str], bytes], stamp: Callable[[], object]) -> tuple[bytes, bytes]:
     """The content of a directory's config and tensor file as one save wrote them, though it may be written meanwhile.
 
-    A save of fastadapt replaces the tensors first and then the config, and the tensors say which config is theirs and
-    which it replaces: where that one is there still, theirs counts. One that was edited since counts as it is. read:
-    gives the content of the file of that name, of the tensors at least the header. Raises what `read` does, and
-    ValueError where another writer never ceases.
+    A save of fastadapt replaces the tensors first and then the config, and tensors that replace another config's say
+    which that was and which is theirs: where the old one is there still, theirs counts. One that was edited since
+    counts as it is. read: gives the content of the file of that name, of the tensors at least the header. stamp: what
+    changes when the tensor file is replaced. Raises what `read` does, and ValueError where a writer never ceases.
     """
     for _ in range(100):
+        before = stamp()
         config, tensors = read(CONFIG_FILE), read(TENSOR_FILE)
         own, replaced = _own_config(tensors)
-        if own is None or config == own:
+        if own is not None and config == own:
             return config, tensors
-        if replaced == hashlib.sha256(config).hexdigest():
+        if own is not None and replaced == hashlib.sha256(config).hexdigest():
             return own, tensors
-        # An edited one, unless both have been replaced between the reads.
-        if read(CONFIG_FILE) == config and read(TENSOR_FILE) == tensors:
+        # Edited since, or never another one's; unless both have been replaced between the reads.
+        if read(CONFIG_FILE) == config and stamp() == before:
             return config, tensors
     raise ValueError(
         f"{CONFIG_FILE} and {TENSOR_FILE} change each time that they are read: load them when all is saved"
     )
+
+
+def tensor_stamp(directory: str | os.PathLike[str]) -> object:
+    """What changes when a directory's tensor file is replaced; None where there is none."""
+    with contextlib.suppress(OSError):
+        status = Path(directory, TENSOR_FILE).stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+    return None
 
 
 def _own_config(content: bytes) -> tuple[bytes | None, str | None]:
@@ -179,7 +189,7 @@ def read_fields(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises FileNotFoundError where there is none, ValueError for JSON that is broken or holds no object.
     """
-    content, _ = of_one_save(partial(_beginning, directory))
+    content, _ = of_one_save(partial(_beginning, directory), partial(tensor_stamp, directory))
     return parse_fields(content, Path(directory, CONFIG_FILE))
 
 
@@ -221,7 +231,7 @@ def _known_config(fields: dict[str, Any], path: Path) -> AdapterConfig:
 
 def read_directory(directory: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """The config and the tensors of a PEFT directory, of one save. Raises as `read_config` and `read_tensors` do."""
-    config, tensors = of_one_save(partial(_content, directory))
+    config, tensors = of_one_save(partial(_content, directory), partial(tensor_stamp, directory))
     config_path, tensor_path = Path(directory, CONFIG_FILE), Path(directory, TENSOR_FILE)
     return _known_config(parse_fields(config, config_path), config_path), parse_tensors(tensors, tensor_path)
 

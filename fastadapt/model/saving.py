@@ -64,10 +64,10 @@ def write_adapter(model: nn.Module, target: Path, fields: dict[str, Any], tensor
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     # Sorted at the top alone: of the patterns in it the first that matches wins.
     text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
-    metadata = {"format": "pt", OWN_CONFIG: text}
+    metadata = {"format": "pt"}
     old = target / CONFIG_FILE
     if old.is_file() and old.read_bytes() != text.encode():
-        metadata[REPLACED] = sha256_of(old)
+        metadata |= {OWN_CONFIG: text, REPLACED: sha256_of(old)}
     with written_together(target, TENSOR_FILE, CONFIG_FILE) as drafts:
         try:
             save_file(tensors, drafts / TENSOR_FILE, metadata=metadata)

@@ -35,6 +35,7 @@ from ..model.peft_files import (
     parse_config,
     parse_fields,
     parse_tensors,
+    tensor_stamp,
 )
 from ..model.targets import base_modules, found_names, output_head, target_paths
 from ..reference import AdapterForm
@@ -349,7 +350,9 @@ def read_adapter(
     path = Path(directory)
     with _refused(path), time_limit(limits.max_pattern_seconds):
         sizes = {CONFIG_FILE: limits.max_config_bytes, TENSOR_FILE: limits.max_file_bytes}
-        config_content, tensor_content = of_one_save(lambda name: _content(path / name, root, sizes[name]))
+        config_content, tensor_content = of_one_save(
+            lambda name: _content(path / name, root, sizes[name]), lambda: tensor_stamp(path)
+        )
         if len(config_content) > limits.max_config_bytes:
             raise ValueError(f"{path / TENSOR_FILE} may hold a config of {limits.max_config_bytes} bytes")
         size = len(config_content) + len(tensor_content)
