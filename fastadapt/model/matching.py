@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Iterable
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
@@ -30,7 +32,10 @@ def respell(tensors: dict[str, Tensor], known: Collection[str], stems: Collectio
     stems: what the names of an adapter's own tensors begin with after the module's path; PEFT has the adapter's name
     behind it while it is in a model.
     """
-    lost, free = _by_core((n for n in tensors if n not in known), stems), _by_core(set(known) - tensors.keys(), stems)
+    others = [name for name in tensors if name not in known]
+    if len(others) > len(known):  # some are of no module, however they are spelled
+        return
+    lost, free = _by_core(others, stems), _by_core(set(known) - tensors.keys(), stems)
     for core, names in lost.items():
         places = free.get(core, [])
         if len(names) == len(places) == 1:
@@ -79,5 +84,5 @@ def _nearest(name: str, others: Iterable[str], most: int = 3) -> str:
         same = [first == second for first, second in zip(parts, theirs, strict=False)]
         return (same.index(False) if False in same else len(same)), len({*parts}.intersection(theirs))
 
-    found = sorted(others, key=near, reverse=True)
+    found = heapq.nlargest(most + 1, islice(others, 10_000), key=near)
     return ", ".join(shown(other) for other in found[:most]) + (", ..." if len(found) > most else "")

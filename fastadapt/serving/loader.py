@@ -339,9 +339,10 @@ def read_adapter(
 ) -> LoadedAdapter:
     """The adapter in a PEFT directory, as forms for the linear layers of `model`, which is not changed.
 
-    The files are opened and read once, and what is hashed is what is parsed. root: the directory that they must lie in,
-    symlinks resolved; None where the caller answers for `directory`, whose links are then followed. modules: the
-    model's modules by path as they were before any was wrapped to serve adapters; by default `targets.base_modules`.
+    What is hashed is what is parsed: the content of both files of one save, see `of_one_save`. root: the directory that
+    they must lie in, symlinks resolved; None where the caller answers for `directory`, whose links are then followed.
+    modules: the model's modules by path as they were before any was wrapped to serve adapters; by default
+    `targets.base_modules`.
     Forms have the dtype that `load_adapter` gives them: fp32 beside a 16-bit weight.
     Raises AdapterError for whatever is wrong with the adapter, ValueError for a merged model.
     """
