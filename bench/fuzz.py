@@ -55,7 +55,7 @@ from fastadapt import (
 )
 from fastadapt.commands.report import write_json
 from fastadapt.methods import METHODS
-from fastadapt.model.inject import adapter_layers
+from fastadapt.model.adapted import adapter_layers
 from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
 from fastadapt.progress import progress_bars
 from fastadapt.serving import AdapterError, Limits, LoadedAdapter, adapter_directory, read_adapter

@@ -27,7 +27,8 @@ from fastadapt.commands.demo.training import losses_of_steps, seeded_batches, sk
 from fastadapt.commands.report import write_json
 from fastadapt.commands.train.loop import evaluate
 from fastadapt.commands.train.options import SCHEDULES
-from fastadapt.model.inject import control, inject, saved_modules, trainable_parameters
+from fastadapt.model.adapted import saved_modules
+from fastadapt.model.inject import control, inject, trainable_parameters
 from fastadapt.progress import progress_bar
 from fastadapt.training.recipes import Recipe, recipes
 

@@ -55,7 +55,8 @@ from fastadapt.methods import (
     SSFConfig,
     VPTConfig,
 )
-from fastadapt.model.inject import adapter_configs, control, inject, merge, trainable_parameters, unload
+from fastadapt.model.adapted import adapter_configs
+from fastadapt.model.inject import control, inject, merge, trainable_parameters, unload
 from fastadapt.progress import progress_bar
 from fastadapt.training.recipes import RECIPES, adamw, nothing
 

@@ -20,7 +20,7 @@ from .methods import (
     VPTConfig,
 )
 from .model.adapted import adapted_layers
-from .model.checkpoint import export_glora, export_lora, load_adapter, save_adapter
+from .model.checkpoint import export_glora, export_lora, load_adapter
 from .model.combine import add_weighted_adapter
 from .model.inject import (
     control,
@@ -33,6 +33,7 @@ from .model.inject import (
     unload,
     unmerge,
 )
+from .model.saving import save_adapter
 from .reference import AdapterForm
 from .training.eva import initialize_eva
 from .training.search import evolve

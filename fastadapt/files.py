@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -67,8 +68,9 @@ def written_whole(path: Path) -> Iterator[Path]:
 def written_together(directory: Path, *names: str) -> Iterator[Path]:
     """Gives a directory for the drafts of files that belong together, which take these names in `directory` at the end.
 
-    As `written_whole` does, for all of them: after an error the old ones are there still. The last must be the one
-    without which nobody reads the others: it goes first and comes last, so that a kill between them leaves no mixture.
+    As `written_whole` does, for all of them: after an error the old ones are there still. They take their places in the
+    order of the names, each in one step: a kill between them leaves new ones beside old ones, and so whoever reads them
+    must know by the first whether the others go with it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=DRAFTS, ignore_cleanup_errors=True) as scratch:
@@ -88,10 +90,12 @@ def _exchange(drafts: Path, directory: Path, aside: Path, names: tuple[str, ...]
         if (directory / name).is_dir() != (drafts / name).is_dir():
             what = "a directory" if (drafts / name).is_dir() else "a file"
             raise FileExistsError(f"{directory / name} must be {what} to be replaced by one: choose another place")
-    # A single file is replaced in one step.
-    going = [name for name in reversed(there) if len(names) > 1 or (drafts / name).is_dir()]
-    moves = [(directory / name, aside / name) for name in going]
+    moves = [(directory / name, aside / name) for name in there if (directory / name).is_dir()]
     moves += [(drafts / name, directory / name) for name in names]
+    # A single file is replaced in one step.
+    kept = {directory / name: aside / name for name in there if len(names) > 1 and (directory / name).is_file()}
+    for path, place in kept.items():
+        _keep(path, place)
     done: list[tuple[Path, Path]] = []
     try:
         for source, place in moves:
@@ -99,8 +103,19 @@ def _exchange(drafts: Path, directory: Path, aside: Path, names: tuple[str, ...]
             done.append((source, place))
     except BaseException:
         for source, place in reversed(done):
-            os.replace(place, source)
+            if place in kept:
+                os.replace(kept[place], place)
+            else:
+                os.replace(place, source)
         raise
+
+
+def _keep(path: Path, place: Path) -> None:
+    """A second name for a file, or a second file where the system has no second names."""
+    try:
+        os.link(path, place)
+    except OSError:
+        shutil.copy2(path, place)
 
 
 def _settle(drafts: Path) -> None:

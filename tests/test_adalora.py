@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastadapt import AdaLoRAConfig, inject, load_adapter, merge, save_adapter
 from fastadapt.methods.adalora import AdaLoRAAdapter, BudgetAllocator, Orthogonality
-from fastadapt.model.inject import adapter_configs, adapter_layers, control
+from fastadapt.model.adapted import adapter_configs, adapter_layers
+from fastadapt.model.inject import control
 
 LAYERS = ["conv", "up", "across", "down"]
 STEPS = 50

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -18,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
-from fastadapt.model import checkpoint
-from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
+from fastadapt.commands.info import describe_adapter
+from fastadapt.model import saving
+from fastadapt.model.adapted import adapter_configs
+from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE, of_one_save, read_fields
+from fastadapt.serving.loader import read_adapter
 
 A = "base_model.model.q.lora_A.weight"
 
@@ -155,7 +159,7 @@ def test_a_full_disk_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.Mon
 
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     model = load_adapter(Model(), saved)
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(saving, "save_file", full)
     with pytest.raises(OSError, match=r"what was there is unchanged: .*No space left"):
         save_adapter(model, saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -173,13 +177,13 @@ def test_a_disk_that_is_really_full(saved: Path) -> None:
         with open(path, "wb", buffering=0) as file:
             file.write(b"x")
 
-    original = checkpoint.save_file
-    checkpoint.save_file = onto_full  # type: ignore[assignment]
+    original = saving.save_file
+    saving.save_file = onto_full  # type: ignore[assignment]
     try:
         with pytest.raises(OSError, match="No space left"):
             save_adapter(model, saved)
     finally:
-        checkpoint.save_file = original  # type: ignore[assignment]
+        saving.save_file = original  # type: ignore[assignment]
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
@@ -199,23 +203,99 @@ save_adapter(model, sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("point", range(5))
-def test_a_save_that_is_killed_leaves_one_of_both_or_what_is_refused(point: int, tmp_path: Path) -> None:
+def killed(directory: Path, point: int) -> None:
+    """A save of a scaling of 32 into the directory that is killed before that step, the third being the end."""
+    root = Path(__file__).parent.parent
+    paths = {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(directory), str(point)], env={**os.environ, **paths})
+    assert (done.returncode == 0) == (point == 2)
+
+
+@pytest.mark.parametrize("point", range(3))
+def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new(point: int, tmp_path: Path) -> None:
     """New tensors under the old config would load, and compute something else."""
     new = nn.Sequential(nn.Linear(4, 4))
     old = inject(copy.deepcopy(new), LoRAConfig(r=2, lora_alpha=2, target_modules=["0"]))
     save_adapter(old, tmp_path)
-    root = Path(__file__).parent.parent
-    paths = {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(point)], env={**os.environ, **paths})
-    assert (done.returncode == 0) == (point == 4)
-    if point in (1, 2, 3):
-        with pytest.raises(FileNotFoundError, match=r"adapter_\S+ does not exist: .*; \.writing-\S+ in it has"):
-            load_adapter(new, tmp_path)
-        return
-    loaded = load_adapter(new, tmp_path)[0].adapters["default"]
-    assert loaded.scaling == (32 if point == 4 else 1)
-    assert torch.equal(loaded.lora_A, old[0].adapters["default"].lora_A) == (point == 0)
+    (tmp_path / "README.md").write_text("of its owner")
+    killed(tmp_path, point)
+    loaded = load_adapter(copy.deepcopy(new), tmp_path)[0].adapters["default"]
+    A = old[0].adapters["default"].lora_A
+    assert loaded.scaling == (1 if point == 0 else 32)
+    assert torch.equal(loaded.lora_A, A) == (point == 0)
+    served = read_adapter(new, tmp_path)
+    assert served.forms["0"].out_scale == loaded.scaling
+    assert torch.equal(served.forms["0"].A, loaded.lora_A)
+    assert read_fields(tmp_path)["lora_alpha"] == 2 * loaded.scaling
+    assert describe_adapter(tmp_path)["alpha"] == str(read_fields(tmp_path)["lora_alpha"])
+    assert (tmp_path / "README.md").read_text() == "of its owner"
+    save_adapter(old, tmp_path)  # over what is left
+    assert load_adapter(new, tmp_path)[0].adapters["default"].scaling == 1
+
+
+@pytest.mark.parametrize("point", range(2))
+def test_a_first_save_that_is_killed_is_no_adapter(point: int, tmp_path: Path) -> None:
+    killed(tmp_path, point)
+    with pytest.raises(FileNotFoundError, match=r"adapter_\S+ does not exist: .*; \.writing-\S+ in it has"):
+        load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path)
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_config_that_was_edited_counts(between: bool, saved: Path) -> None:
+    if between:  # after a save over another config
+        save_adapter(inject(Model(), LoRAConfig(r=2, lora_alpha=4, target_modules=["q", "v"])), saved)
+    edit_config(lora_alpha=6)(saved)
+    assert load_adapter(Model(), saved).q.adapters["default"].scaling == 3
+    assert read_adapter(Model(), saved).forms["q"].out_scale == 3
+    assert read_fields(saved)["lora_alpha"] == 6
+
+
+def test_what_is_read_while_it_is_written_is_of_one_save(tmp_path: Path) -> None:
+    """Whichever of six saves, of two configs, one of them twice, and a third, each step of a reader falls between."""
+    model = inject(Model(), LoRAConfig(r=2, target_modules=["q", "v"]))
+    states: list[dict[str, bytes]] = []
+    versions: dict[bytes, bytes] = {}
+    for number, alpha in enumerate([2, 4, 4, 2, 6, 2]):
+        adapter_configs(model)["default"].lora_alpha = alpha
+        with torch.no_grad():
+            model.q.adapters["default"].lora_B.fill_(number)
+        save_adapter(model, tmp_path)
+        new = {name: (tmp_path / name).read_bytes() for name in (CONFIG_FILE, TENSOR_FILE)}
+        versions[new[TENSOR_FILE]] = new[CONFIG_FILE]
+        if states:
+            states.append({**states[-1], TENSOR_FILE: new[TENSOR_FILE]})
+        states.append(new)
+    assert len(versions) == 6
+    for times in itertools.combinations_with_replacement(range(len(states)), 5):
+        clock = iter([*times, *[len(states) - 1] * 10])
+        config, tensors = of_one_save(
+            lambda name, clock=clock: states[next(clock)][name], lambda clock=clock: states[next(clock)][TENSOR_FILE]
+        )
+        assert config == versions[tensors]
+
+
+def test_the_same_adapter_is_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    model = load_adapter(Model(), saved)
+    for name in "ab":
+        save_adapter(model, tmp_path / name)
+    save_adapter(model, tmp_path / "b")
+    assert (tmp_path / "a" / TENSOR_FILE).read_bytes() == (tmp_path / "b" / TENSOR_FILE).read_bytes()
+
+
+def test_a_directory_that_never_rests_is_refused_at_last(saved: Path) -> None:
+    numbers = itertools.count()
+    content = {name: (saved / name).read_bytes() for name in (CONFIG_FILE, TENSOR_FILE)}
+    with pytest.raises(ValueError, match="change each time that they are read"):
+        of_one_save(content.__getitem__, lambda: next(numbers))
+
+
+def test_peft_reads_what_says_its_own_config(saved: Path) -> None:
+    import peft
+
+    model = inject(Model(), LoRAConfig(r=3, lora_alpha=5, target_modules=["q"], init_lora_weights=False))
+    save_adapter(model, saved)
+    x = torch.randn(2, 6)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(Model(), saved)(x), model(x))
 
 
 def test_saving_over_an_adapter_replaces_it_whole(saved: Path) -> None:

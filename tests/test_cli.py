@@ -28,7 +28,7 @@ from fastadapt.commands import doctor
 from fastadapt.commands.cli import app, require_writable
 from fastadapt.commands.info import describe_adapter, method_name
 from fastadapt.methods import METHODS, AdapterConfig
-from fastadapt.model.inject import present
+from fastadapt.model.adapted import present
 
 TARGETS = ["q_proj", "down_proj"]
 CONFIGS = {

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fastadapt
 from fastadapt import DoRAConfig, EVAConfig, LoRAConfig, VeRAConfig
-from fastadapt.model.inject import adapter_configs, adapter_layers
+from fastadapt.model.adapted import adapter_configs, adapter_layers
 from fastadapt.training.eva import eva_factors, initialize_eva
 
 PREFIX = "base_model.model."

@@ -26,10 +26,11 @@ from bench import fuzz
 from fastadapt import LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
 from fastadapt.methods import patterns
 from fastadapt.model import peft_files
-from fastadapt.model.inject import adapter_layers
-from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
+from fastadapt.model.adapted import adapter_layers
+from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE, of_one_save
 from fastadapt.model.targets import base_modules
 from fastadapt.serving import AdapterError, Limits, LoadedAdapter, adapter_directory, read_adapter
+from fastadapt.serving import loader as loader_module
 
 A = "base_model.model.q.lora_A.weight"
 B = "base_model.model.q.lora_B.weight"
@@ -318,22 +319,17 @@ def test_a_link_that_comes_after_the_check_is_not_followed(saved: Path, monkeypa
 
 
 def test_what_is_hashed_is_what_is_parsed(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file is opened once: one that is exchanged right after is not seen."""
+    """Once both files have been found to be of one save nothing is read again: an exchange after that is not seen."""
     first = read_adapter(Model(), saved)
-    opened: list[str] = []
-    open_once = os.open
 
-    def watch(path: Any, *args: Any, **kwargs: Any) -> int:
-        descriptor = open_once(path, *args, **kwargs)
-        if str(path).endswith((CONFIG_FILE, TENSOR_FILE)):
-            opened.append(Path(path).name)
-            os.replace(saved / Path(path).name, saved / "gone")
-            (saved / Path(path).name).write_bytes(b"other")
-        return descriptor
+    def exchanged(*args: Any) -> tuple[bytes, bytes]:
+        found = of_one_save(*args)
+        for name in (CONFIG_FILE, TENSOR_FILE):
+            (saved / name).write_bytes(b"other")
+        return found
 
-    monkeypatch.setattr(os, "open", watch)
+    monkeypatch.setattr(loader_module, "of_one_save", exchanged)
     again = read_adapter(Model(), saved)
-    assert opened == [CONFIG_FILE, TENSOR_FILE]
     assert again.identity == first.identity
     assert torch.equal(again.forms["q"].A, first.forms["q"].A)
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import fastadapt
 from fastadapt import LoRAConfig, LoRADropConfig, select_layers
-from fastadapt.model.inject import adapter_configs, adapter_layers
+from fastadapt.model.adapted import adapter_configs, adapter_layers
 from fastadapt.training.recipes import RECIPES
 
 PATHS = [f"model.layers.{i}.self_attn.{name}" for i in range(4) for name in ("q_proj", "v_proj")]

@@ -257,7 +257,7 @@ DORA = ("q", "k", "v", "up", "down")
     [
         ("LoRA", 8, 12, qv(768), 294_912),  # RoBERTa-base and ViT-B/16
         ("LoRA", 8, 24, qv(1024), 786_432),  # RoBERTa-large
-        ("LoRA", 16, 48, qv(1536), 4_718_592),  # DeBERTa-XXL
+        ("LoRA", 16, 48, qv(1536), 4_718_592),  # DeBERTa-L
         ("LoRA", 1, 96, qv(12288), 4_718_592),  # GPT-3
         ("LoRA", 8, 96, qv(12288), 37_748_736),
         ("LoRA", 16, 96, qv(12288), 75_497_472),

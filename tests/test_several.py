@@ -18,7 +18,7 @@ import fastadapt
 from fastadapt import AdaLoRAConfig, AdapterForm, DoRAConfig, LoRAConfig, VeRAConfig, functional
 from fastadapt.forms import plain_lora, stacked
 from fastadapt.methods import AdapterConfig
-from fastadapt.model.inject import active_adapters, adapter_configs, adapter_layers
+from fastadapt.model.adapted import active_adapters, adapter_configs, adapter_layers
 from fastadapt.reference import adapter_linear_reference, merged_weight_reference
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

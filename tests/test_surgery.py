@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import fastadapt
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig
-from fastadapt.model.inject import adapter_configs, adapter_layers, exchange
+from fastadapt.model.adapted import adapter_configs, adapter_layers
+from fastadapt.model.inject import exchange
 
 CONFIGS: dict[str, Callable[..., Any]] = {
     "lora": lambda **fields: LoRAConfig(r=4, lora_alpha=6, **fields),

@@ -33,7 +33,8 @@ from fastadapt import (
 )
 from fastadapt.methods import AdapterConfig
 from fastadapt.methods.noah import NOAHControl, parameters_of, sizes_of
-from fastadapt.model.inject import adapter_layers, control, present
+from fastadapt.model.adapted import adapter_layers, present
+from fastadapt.model.inject import control
 from fastadapt.serving import AdapterError, read_adapter
 from tests.tiny_models import images, randomise, vit
 

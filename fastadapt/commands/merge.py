@@ -11,9 +11,10 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
     import transformers
 
     from ..files import written_whole
+    from ..model.adapted import saved_modules
     from ..model.checkpoint import load_adapter
     from ..model.inject import merge as merge_adapter
-    from ..model.inject import saved_modules, unload
+    from ..model.inject import unload
     from ..model.peft_files import read_config
 
     config = read_config(adapter_dir)
@@ -77,7 +78,7 @@ def _count_classes(kind: Any, classes: Any, heads: tuple[str, ...], adapter_dir:
     """Gives a transformers config as many classes as the adapter's head has: PEFT's files do not say it."""
     import torch
 
-    from ..model.checkpoint import PREFIX
+    from ..model.adapted import PREFIX
     from ..model.peft_files import read_tensors
 
     with torch.device("meta"):

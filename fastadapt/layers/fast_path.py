@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .layer import BaseLayerWrapper
+from .wrapper import BaseLayerWrapper
 
 _NESTED = "_nested_tensors_before_wrapping"
 

@@ -37,6 +37,7 @@ from .ways import (
     why_called,
     with_tensors,
 )
+from .wrapper import BaseLayerWrapper
 
 # How much of the base weight: its shape, the norms of its rows as well, or its values.
 Reads = Literal["shape", "norms", "values"]
@@ -136,22 +137,6 @@ class StreamAdapter(Adapter):
 
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         raise ValueError(f"{type(self).__name__} works on the stream of tokens: it has no form")
-
-
-class BaseLayerWrapper(nn.Module):
-    """A module over `base_layer`, which answers for every attribute that the module does not have itself."""
-
-    base_layer: Any
-
-    def __getattr__(self, name: str) -> Any:
-        # Model code asks its layers for `weight`, `in_features`, `kernel_size`, ...: the base layer answers.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # Python's own names (__deepcopy__) are this module's or nobody's.
-            if name == "base_layer" or name.startswith("__"):
-                raise
-            return getattr(self.base_layer, name)
 
 
 class AdapterLayer(BaseLayerWrapper):

@@ -353,13 +353,30 @@ class AdapterConfig:
         Raises ValueError for a field that would change the function and is not supported, by its name.
         """
         for name, neutral in cls.neutral_fields.items():
-            if name in fields and fields[name] not in neutral:
+            if name in fields and not _says_nothing(fields[name]) and fields[name] not in neutral:
                 raise ValueError(
                     f"{name}={fields[name]!r} changes what the adapter computes and is not supported by fastadapt: "
                     "load this adapter with PEFT, or merge it there"
                 )
         known = {field.name for field in dataclasses.fields(cls) if field.init}
-        return cls(**{name: value for name, value in fields.items() if name in known})
+        hints = _hints(cls)  # type: ignore[arg-type]
+        said: dict[str, Any] = {}
+        for name in known.intersection(fields):
+            value = fields[name]
+            if _says_nothing(value) and name != "target_modules":
+                if _is_a(None, hints[name]):
+                    value = None
+                elif hints[name] is bool:
+                    value = False
+                elif value is None and name.startswith("init_"):  # of no account once the adapter is trained
+                    continue
+            said[name] = value
+        return cls(**said)
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a field's value is null or empty, which PEFT takes for a field that is not there."""
+    return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
 ConfigType = TypeVar("ConfigType", bound=AdapterConfig)

@@ -116,6 +116,31 @@ class LoRAAdapter(Adapter):
         return f"r={self.factors[0].shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
+class TiedLoRAAdapter(LoRAAdapter):
+    """The adapter of a head whose weight is an embedding's: that of the embedding, A = Bₑᵀ and B = Aₑᵀ.
+
+    It has no parameters of its own but a trained bias.
+    """
+
+    def __init__(self, source: LoRAAdapter, own: LoRAAdapter) -> None:
+        Adapter.__init__(self, own.dropout)
+        self.scaling = own.scaling
+        # In a tuple it is no module inside of this one, whose parameters would be there twice.
+        self._source = (source,)
+        self._names = ("lora_A", "lora_B")
+        self.register_parameter("lora_B_bias", None)
+        self.register_parameter("bias", own.bias)
+        self.checkpoint_names = dict(own.checkpoint_names)
+
+    @property
+    def lora_A(self) -> Tensor:  # noqa: N802 (A is the factor's name)
+        return self._source[0].factors[1].T
+
+    @property
+    def lora_B(self) -> Tensor:  # noqa: N802
+        return self._source[0].factors[0].T
+
+
 def _initial(init: bool | str, r: int, k: int, n: int, *, embedding: bool) -> tuple[Tensor, Tensor]:
     """A [r, k] and B [n, r] at the start: one of them zero (not with init False, which PEFT has for its tests)."""
     if embedding and init is not False:
@@ -168,6 +193,8 @@ class LoRAConfig(AdapterConfig):
     `initialize_eva` is called, which goes by eva_config), or False (B is not zero).
     freeze_A: LoRA-FA, A stays as it was drawn, so that nothing needs to keep x for a backward (Zhang et al. 2023,
         arXiv:2308.03303); its optimizer is optim.LoRAFAAdamW. An adapter file does not say it: it is an ordinary LoRA.
+    ensure_weight_tying: what target_modules or modules_to_save name of tied embeddings and heads stands for all of
+        them: they are adapted by the same parameters, a head by those of the embedding turned round.
     Linear and Conv1D layers; Embedding and Conv2d without use_dora and lora_bias, Embedding without freeze_A too.
     Raises ValueError for a value outside its range, by name.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
@@ -229,6 +256,7 @@ class LoRAConfig(AdapterConfig):
     init_lora_weights: bool | str = True
     eva_config: EVAConfig | None = None
     freeze_A: bool = False
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

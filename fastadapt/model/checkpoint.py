@@ -2,70 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import written_together
+from ..checks import shown
 from ..forms import PlainLoRA, plain_lora
-from ..layers.layer import Adapter
-from ..methods import AdapterConfig
+from ..methods import AdapterConfig, LoRAConfig
 from ..methods.glora import glora_of
 from ..methods.lora import lora_of
 from ..methods.lora_drop import recognised
-from .inject import Injection, ModelType, attach, check_unmerged, prepare, present
-from .peft_files import CONFIG_FILE, TENSOR_FILE, method_of, read_config, read_tensors
-from .targets import selection_of
-
-PREFIX = "base_model."
-
-
-def _adapter_tensors(adapters: dict[str, Adapter], config: AdapterConfig) -> Iterator[tuple[str, Tensor]]:
-    """(name in the file, tensor) of everything the adapter's own modules keep in a checkpoint."""
-    for prefix, module in config.shared_tensors(adapters).items():
-        for name, tensor in module.state_dict().items():
-            yield f"{PREFIX}{prefix}{name}", tensor
-    for path, adapter in adapters.items():
-        for suffix, tensor in adapter.checkpoint_tensors().items():
-            yield f"{PREFIX}model.{path}.{suffix}", tensor
-
-
-def _copy_tensors(copies: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    for path, module in copies.items():
-        for name, tensor in module.state_dict().items():
-            yield f"{PREFIX}model.{path}.{name}", tensor
-
-
-def _named_tensors(injection: Injection) -> dict[str, Tensor]:
-    return {
-        **dict(_adapter_tensors(injection.adapters, injection.config)),
-        **dict(_copy_tensors(injection.copies)),
-    }
-
-
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Saves one adapter as a PEFT directory: adapter_config.json and adapter_model.safetensors.
-
-    Both files are written beside their places and then renamed, so that a full disk or any other error leaves an
-    adapter that was there before as it was, and a kill never a mixture of two. Their modes are those that the umask
-    gives. Raises ValueError for an unknown adapter name, OSError where the directory cannot be written.
-    """
-    injection = present(model, adapter_name)
-    if any(adapter.variant is not None for adapter in injection.adapters.values()):
-        warnings.warn(
-            f"adapter {adapter_name!r} is saved as the whole supernet, without the supports that are chosen now: "
-            "export_glora saves the subnet",
-            stacklevel=2,
-        )
-    _write(model, Path(directory), injection.config.to_peft(list(injection.layers)), _named_tensors(injection))
+from .adapted import PREFIX, Injection, adapter_configs, check_unmerged, present
+from .inject import ModelType, attach, prepare, replace_base
+from .matching import check_names, respell
+from .peft_files import TENSOR_FILE, method_of, read_directory
+from .saving import write_adapter
+from .targets import base_modules, output_head, selection_of
+from .tying import check_equal, tie_adapters, tied_ends
+from .wrappers import inside
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -112,7 +71,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         for path, bias in biases.items():
             adapters[path].get_parameter("bias").copy_(bias)
     exported = injection._replace(config=config, adapters=adapters)
-    _write(model, Path(directory), config.to_peft(list(factors)), _named_tensors(exported))
+    write_adapter(model, Path(directory), config.to_peft(list(factors)), exported.named_tensors)
 
 
 def export_glora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -137,26 +96,7 @@ def export_glora(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         revision=old.revision,
     )
     exported = injection._replace(config=config, adapters=adapters)
-    _write(model, Path(directory), config.to_peft(paths), _named_tensors(exported))
-
-
-def _write(model: nn.Module, target: Path, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes both files of a PEFT directory, whole or not at all."""
-    if fields.get("base_model_name_or_path") is None:
-        fields["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
-    # Shared tensors are cloned: a safetensors file has no aliases.
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    # A directory without a config is no adapter.
-    with written_together(target, TENSOR_FILE, CONFIG_FILE) as drafts:
-        try:
-            save_file(tensors, drafts / TENSOR_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(
-                f"the adapter could not be written to {target}, what was there is unchanged: {error}"
-            ) from error
-        # Sorted at the top alone: of the patterns in it the first that matches wins.
-        text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
-        (drafts / CONFIG_FILE).write_text(text, encoding="utf-8")
+    write_adapter(model, Path(directory), config.to_peft(paths), exported.named_tensors)
 
 
 class Contents(NamedTuple):
@@ -198,24 +138,34 @@ def contents(fields: Mapping[str, Any], names: Iterable[str]) -> Contents:
     return found
 
 
-def check_tensors(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
+def check_tensors(
+    injection: Injection,
+    tensors: dict[str, Tensor],
+    source: Path,
+    modules: Mapping[str, nn.Module],
+    head: nn.Module | None = None,
+) -> dict[str, Tensor]:
     """Raises ValueError unless the file's tensors are those of the built adapter, in name and shape.
 
-    Takes out of them the base weights that PEFT adds, and gives old names their new spelling.
+    Gives old and other libraries' names the spelling of today, and takes out the base weights that PEFT adds. modules:
+    the model's, by path as they were before any injection. head: that which gives its logits. Returns those base
+    weights, by "path.weight", that are not the model's own: of embeddings that were trained, or had grown, before the
+    adapter was saved.
     """
-    wanted = _named_tensors(injection)
+    wanted = injection.named_tensors
     for name in [name for name in tensors if name not in wanted]:
         # PEFT before 0.21 wrote the trained base bias under the layer's own path.
         layered = name.removesuffix(".bias") + ".base_layer.bias"
         if name.endswith(".bias") and layered in wanted:
             tensors[layered] = tensors.pop(name)
-    _drop_base_weights(injection, tensors, source)
-    _drop_zeros(injection, tensors, source)
-    missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    for kind, names in (("is missing", missing), ("does not belong to this config and model", surplus)):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise ValueError(f"{source}: tensor {names[0]} {kind}{more}: is this adapter for another model?")
+    ends = _base_tensors(injection, modules, head)
+    stems = {suffix.split(".")[0] for kind in injection.config.adapter_classes for suffix in kind.suffixes.values()}
+    respell(tensors, {*wanted, *ends, *_zeros(injection)}, stems)
+    changed = _changed(ends, tensors, source)
+    for name in _zeros(injection):
+        if name in tensors and tensors.pop(name).any():
+            raise ValueError(f"{source}: {name} must be zero: the adapter is damaged, save it again")
+    check_names(tensors, wanted, source)
     for name, parameter in wanted.items():
         if tensors[name].shape != parameter.shape:
             raise ValueError(
@@ -227,6 +177,7 @@ def check_tensors(injection: Injection, tensors: dict[str, Tensor], source: Path
         same = first.setdefault(id(parameter), name)
         if not torch.equal(tensors[same], tensors[name]):
             raise ValueError(f"{source}: {same} and {name} must be equal: their layers share one tensor")
+    return changed
 
 
 def fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
@@ -235,34 +186,76 @@ def fill(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None
     Raises ValueError where the adapter's dtype cannot hold a value.
     """
     with torch.no_grad():
-        for name, parameter in _named_tensors(injection).items():
+        for name, parameter in injection.named_tensors.items():
             value = tensors[name].to(parameter.dtype)
             if value is not tensors[name] and not torch.isfinite(value).all():
                 raise ValueError(f"{source}: {name} has values that {parameter.dtype} cannot hold")
             parameter.copy_(value)
 
 
-def _drop_base_weights(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
-    """PEFT saves the base weight of an adapted embedding or head too: it must be the one that the model has."""
-    for path, layer in injection.layers.items():
-        name = f"{PREFIX}model.{path}.base_layer.weight"
+def _zeros(injection: Injection) -> list[str]:
+    """What PEFT's GLoRA saves as zeros of full size where it does not have it."""
+    return [f"{PREFIX}model.{path}.{suffix}" for path in injection.layers for suffix in injection.config.zero_tensors]
+
+
+class BaseTensor(NamedTuple):
+    """A tensor of the base model that PEFT saves with an adapter.
+
+    key: "path.weight". is_end: whether it is an embedding's or the head's.
+    """
+
+    key: str
+    value: Tensor
+    is_end: bool
+
+
+def _base_tensors(
+    injection: Injection, modules: Mapping[str, nn.Module], head: nn.Module | None
+) -> dict[str, BaseTensor]:
+    """The tensors of embeddings, the head and adapted layers, by the names that PEFT's files have for them."""
+    wanted, found = injection.named_tensors, {}
+    for path, module in modules.items():
+        module = getattr(module, "base_layer", module)
+        layered = path in injection.layers
+        is_end = isinstance(module, nn.Embedding) or module is head
+        for leaf in ("weight", "bias"):
+            value = getattr(module, leaf, None) if layered or is_end else None
+            name = f"{PREFIX}model.{path}.{'base_layer.' if layered else ''}{leaf}"
+            if isinstance(value, Tensor) and name not in wanted:
+                found[name] = BaseTensor(f"{path}.{leaf}", value, is_end)
+    return found
+
+
+def _changed(ends: Mapping[str, BaseTensor], tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Takes the base model's tensors out of the file's, and returns those that this model has otherwise."""
+    changed: dict[str, Tensor] = {}
+    places: dict[int, str] = {}
+    for name, (key, value, is_end) in ends.items():
         if name not in tensors:
             continue
-        weight, saved = layer.base_layer.weight, tensors.pop(name)
-        if saved.shape != weight.shape or not torch.equal(saved.to(weight.device, weight.dtype), weight):
+        saved = tensors.pop(name)
+        given = saved.to(value.device, value.dtype)
+        if not is_end and not (saved.shape == value.shape and torch.equal(given, value)):
             raise ValueError(
-                f"{source}: {name} is not the base weight of this model: the adapter was saved with a trained or "
-                "resized embedding; give the model that weight first"
+                f"{source}: {name} is not the base weight of this model: the adapter was trained on another model"
             )
-
-
-def _drop_zeros(injection: Injection, tensors: dict[str, Tensor], source: Path) -> None:
-    """PEFT's GLoRA saves what it does not have as zeros of full size."""
-    for path in injection.layers:
-        for suffix in injection.config.zero_tensors:
-            name = f"{PREFIX}model.{path}.{suffix}"
-            if name in tensors and tensors.pop(name).any():
-                raise ValueError(f"{source}: {name} must be zero: the adapter is damaged, save it again")
+        if saved.shape != value.shape:
+            raise ValueError(
+                f"{source}: {name} is an embedding or a head of shape {tuple(saved.shape)}, and this model's has "
+                f"{tuple(value.shape)}: the vocabulary had grown before the adapter was trained; call "
+                f"resize_token_embeddings({saved.shape[0]}) on this model first"
+            )
+        same = places.setdefault(id(value), name)
+        if same != name and not torch.equal(changed.get(ends[same].key, value), given):
+            raise ValueError(
+                f"{source}: {same} and {name} must be equal, since they are one weight in this model: untie it first "
+                "(tie_word_embeddings=False)"
+            )
+        if not torch.isfinite(given).all():
+            raise ValueError(f"{source}: {name} has values that {value.dtype} cannot hold")
+        if not torch.equal(given, value):
+            changed[key] = given
+    return changed
 
 
 def load_adapter(
@@ -282,18 +275,52 @@ def load_adapter(
     parameters require grad. Returns the model. Raises FileNotFoundError or ValueError that names the file, the tensor
     or the field and the cure; the model is then as it was.
     """
-    tensors = read_tensors(directory)
-    config = recognised(read_config(directory), tensors)
-    injection = prepare(
-        model,
-        config,
-        adapter_name,
-        backend=backend,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        from_file=True,  # whose tensors decide
-    )
+    config, tensors = read_directory(directory)
+    config = recognised(config, tensors)
+    # What is drawn at random is overwritten: the caller's own numbers go on as if nothing had been drawn.
+    with torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})):
+        injection = prepare(
+            model,
+            config,
+            adapter_name,
+            backend=backend,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            from_file=True,  # whose tensors decide
+        )
     source = Path(directory, TENSOR_FILE)
-    check_tensors(injection, tensors, source)
+    changed = check_tensors(injection, tensors, source, base_modules(model), output_head(model))
+    if changed and adapter_configs(model):
+        raise ValueError(
+            f"{source} holds another {', '.join(changed)} than this model has, trained or grown before the adapter "
+            "was, and the adapters that are in the model already go with its own: unload(model) first"
+        )
     fill(injection, tensors, source)
+    if trainable and isinstance(config, LoRAConfig) and config.ensure_weight_tying:
+        ends = tied_ends(model)
+        check_equal(injection.adapters, ends)
+        tie_adapters(injection.adapters, ends)
     attach(model, injection, trainable=trainable)
+    _warn_of_another_base(model, config)
+    if changed:
+        replace_base(model, changed)
+        warnings.warn(
+            f"{source} holds another {', '.join(changed)} than this model had, trained or grown before the adapter "
+            "was: the model has that one until unload(model)",
+            stacklevel=2,
+        )
     return model
+
+
+def _warn_of_another_base(model: nn.Module, config: AdapterConfig) -> None:
+    """Warns where an adapter was trained on a model of another name; the same one may lie elsewhere here."""
+    model = inside(model)
+    theirs, ours = [
+        str(name or "").rstrip("/\\").replace("\\", "/").split("/")[-1]
+        for name in (config.base_model_name_or_path, getattr(model, "name_or_path", None))
+    ]
+    if theirs and ours and theirs.lower() != ours.lower():
+        warnings.warn(
+            f"the adapter was trained on {shown(config.base_model_name_or_path)}, and this model is "
+            f"{shown(model.name_or_path)}: its shapes fit, whether its weights do nobody can see",
+            stacklevel=3,
+        )

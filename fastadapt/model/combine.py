@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..forms import PlainLoRA, plain_lora
 from ..layers.layer import AdapterLayer
 from ..methods.lora import lora_of
-from .inject import Injection, active_adapters, attach, check_new, present, set_adapter
+from .adapted import Injection, active_adapters, present
+from .inject import attach, check_new, set_adapter
 from .targets import selection_of
 
 COMBINATIONS = ("svd", "linear", "cat")

@@ -6,23 +6,37 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.fast_path import mind_wrappers
-from ..layers.kinds import AdapterModule
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear, ProjectionGroup
 from ..layers.saved import ModuleToSave
 from ..layers.wrap import adapter_layer
-from ..methods import AdapterConfig, Control
+from ..methods import AdapterConfig, Control, LoRAConfig
 from ..operators.adapter_linear.strategies import check_strategy
 from ..operators.backends import check_backend
+from .adapted import (
+    Injection,
+    adapter_configs,
+    adapter_layers,
+    base_tensor,
+    check_known,
+    check_unmerged,
+    named_modules,
+    present,
+    replace_module,
+    saved_modules,
+)
 from .bypassed import why_refused
-from .places import Places, shared_places
+from .places import shared_places
+from .saving import hook_saving, save_pretrained, unhook_saving
 from .targets import saved_paths, shared_inputs, target_paths, warn_of_rest
+from .tying import tie_adapters, tie_copies, untied, with_ties
+from .wrappers import check_open, inside
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 PartType = TypeVar("PartType", bound=nn.Module)
@@ -42,37 +56,6 @@ class ParameterCount(NamedTuple):
         return f"trainable parameters: {self.trainable:,} of {self.total:,} ({100 * self.share:.4f}%)"
 
 
-def adapter_configs(model: nn.Module) -> dict[str, AdapterConfig]:
-    """The configs of the adapters in `model`, by name; empty for a model without."""
-    configs: dict[str, AdapterConfig] = model.__dict__.get("adapter_configs", {})
-    return configs
-
-
-def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of `model` by path, those inside of an AdapterModule by the path that they had before it came."""
-    modules = dict(model.named_modules())
-    around = [f"{path}.base_layer." for path, module in modules.items() if isinstance(module, AdapterModule)]
-    if not around:
-        return modules
-    found: dict[str, nn.Module] = {}
-    for path, module in modules.items():
-        for prefix in reversed(around):  # the inner ones first
-            if path.startswith(prefix):
-                path = prefix.removesuffix("base_layer.") + path.removeprefix(prefix)
-        found[path] = module
-    return found
-
-
-def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The adapter layers of `model` by module path."""
-    return {path: module for path, module in named_modules(model).items() if isinstance(module, AdapterLayer)}
-
-
-def saved_modules(model: nn.Module) -> dict[str, ModuleToSave]:
-    """The modules of modules_to_save of `model` by module path."""
-    return {path: module for path, module in named_modules(model).items() if isinstance(module, ModuleToSave)}
-
-
 def trainable_parameters(model: nn.Module) -> ParameterCount:
     """How many parameters of `model` require grad, and how many there are; shared ones count once."""
     parameters = list(model.parameters())
@@ -90,35 +73,10 @@ def check_new(model: nn.Module, name: str) -> None:
     check_unmerged(adapter_layers(model).values(), "adding another")
 
 
-def check_unmerged(layers: Iterable[AdapterLayer], before: str) -> None:
-    """Raises ValueError where one of the layers is merged; `before` says what unmerge has to come before."""
-    if any(layer.merged for layer in layers):
-        raise ValueError(f"the model has a merged adapter: call unmerge(model) before {before}")
-
-
-def check_known(model: nn.Module, name: str) -> None:
-    """Raises ValueError for a name that no adapter in `model` has."""
-    configs = adapter_configs(model)
-    if name not in configs:
-        raise ValueError(f"adapter {name!r} is not in the model: it has {', '.join(map(repr, configs)) or 'none'}")
-
-
 def adapter_dtype(weight: Tensor, autocast_adapter_dtype: bool) -> torch.dtype:
     """The dtype of an adapter's parameters beside that base weight."""
     sixteen_bit = weight.dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if sixteen_bit and autocast_adapter_dtype else weight.dtype
-
-
-def replace_module(model: nn.Module, path: str, module: nn.Module, places: Places | None = None) -> None:
-    """Puts a module in the place that `path` names, and in the others of the one that is there, by `shared_places`."""
-    parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    while isinstance(parent, AdapterLayer):
-        parent = parent.base_layer
-    for other, key in (places or {}).get(id(getattr(parent, name)), ()):
-        setattr(other, key, module)
-    setattr(parent, name, module)
-    mind_wrappers(model, path)
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
@@ -131,29 +89,6 @@ def _bare_copy(module: nn.Module) -> nn.Module:
     for path, saved in saved_modules(copied).items():
         replace_module(copied, path, saved.original)
     return copied
-
-
-def _by_base_path(model: nn.Module, parts: Mapping[str, PartType]) -> dict[str, PartType]:
-    """Adapter layers or saved modules by the path that they had before others came to be saved whole around them."""
-    found = {}
-    around = list(saved_modules(model))
-    for path, part in parts.items():
-        for outer in reversed(around):  # the inner ones first
-            original = f"{outer}.original"
-            if path == original or path.startswith(f"{original}."):
-                path = outer + path.removeprefix(original)
-        found[path] = part
-    return found
-
-
-class Injection(NamedTuple):
-    """An adapter that is built but not yet in the model: what `attach` puts in."""
-
-    name: str
-    config: AdapterConfig
-    layers: dict[str, AdapterLayer]
-    adapters: dict[str, Adapter]
-    copies: dict[str, nn.Module]
 
 
 def layers_at(
@@ -200,12 +135,16 @@ def prepare(
     from_file: whether a file says the config. It may name modules that only other models have, as long as one name in
     target_modules matches, and its modules_to_save are complete. Raises ValueError as `inject` does.
     """
+    check_open(model)
     check_new(model, adapter_name)
     if not from_file:
         config = config.with_task_heads()
     check_backend(backend)
     check_strategy(strategy, backend)
     modules = named_modules(model)
+    ends: list[str] = []
+    if isinstance(config, LoRAConfig) and config.ensure_weight_tying:
+        config, ends = with_ties(model, config)
     paths = target_paths(model, config, every_name=not from_file)
     if str(config.target_modules).lower() == "all-linear" and not from_file:
         warn_of_rest(modules, config)
@@ -216,6 +155,9 @@ def prepare(
     copies: dict[str, nn.Module] = {}
     for path in saved_paths(model, config, needs_head=not from_file):
         copies[path] = _bare_copy(modules[path])
+    tie_copies(copies, ends)
+    if not from_file:  # whose numbers may differ
+        tie_adapters(adapters, ends)
     config = replace(
         config,
         fan_in_fan_out=any(isinstance(layer, AdapterLinear) and layer.fan_in_fan_out for layer in layers.values()),
@@ -223,19 +165,9 @@ def prepare(
     return Injection(adapter_name, config, layers, adapters, copies)
 
 
-def present(model: nn.Module, adapter_name: str) -> Injection:
-    """An adapter that is in the model, as an Injection. Raises ValueError for an unknown name."""
-    check_known(model, adapter_name)
-    layers = {path: layer for path, layer in adapter_layers(model).items() if adapter_name in layer.adapters}
-    layers = _by_base_path(model, layers)
-    adapters: dict[str, Adapter] = {path: layer.adapters[adapter_name] for path, layer in layers.items()}  # type: ignore[misc]
-    saved = {path: module for path, module in saved_modules(model).items() if adapter_name in module.copies}
-    copies = {path: module.copies[adapter_name] for path, module in _by_base_path(model, saved).items()}
-    return Injection(adapter_name, adapter_configs(model)[adapter_name], layers, adapters, copies)
-
-
 def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
     """Puts a built adapter into the model, freezes the base and activates the adapter."""
+    model = inside(model)
     configs = adapter_configs(model)
     if not configs:
         model.requires_grad_(False)
@@ -255,7 +187,18 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
             replace_module(model, path, module)
         module.copies[injection.name] = copy
     configs[injection.name] = replace(injection.config, inference_mode=not trainable)
+    hook_saving(model, AdapterLayer, partial(save_pretrained, configs))
     set_adapter(model, injection.name)
+
+
+def replace_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives parameters of the base model, by "path.weight", other values until `unload`."""
+    kept = inside(model).__dict__.setdefault("replaced_base", {})
+    with torch.no_grad():
+        for name, value in tensors.items():
+            parameter = base_tensor(model, name)
+            kept[name] = parameter.detach().clone()
+            parameter.copy_(value)
 
 
 def _group(model: nn.Module) -> None:
@@ -350,14 +293,6 @@ def _switch(model: nn.Module, names: Sequence[str]) -> None:
         layer.active = tuple([name for name in names if name in layer.adapters])
     for module in saved_modules(model).values():
         module.active = next((name for name in names if name in module.copies), None)
-
-
-def active_adapters(model: nn.Module) -> list[str]:
-    """The names of the active adapters, in the order in which they were added to the model."""
-    parts = [*(layer.active for layer in adapter_layers(model).values())]
-    parts += [(module.active,) for module in saved_modules(model).values() if module.active is not None]
-    active = {name for names in parts for name in names}
-    return [name for name in adapter_configs(model) if name in active]
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str] | None) -> None:
@@ -491,18 +426,13 @@ def unload(model: nn.Module) -> nn.Module:
         replace_module(model, path, layer.base_layer, places)
     for path, module in reversed(modules.items()):  # the inner ones first
         replace_module(model, path, module.current if merged else module.original)
-    model.__dict__.pop("adapter_configs", None)
+    inside(model).__dict__.pop("adapter_configs", None)
+    unhook_saving(model)
+    for name, value in reversed(inside(model).__dict__.pop("replaced_base", {}).items()):
+        if not merged:
+            with torch.no_grad():
+                base_tensor(model, name).copy_(value)
     if merged:
-        _untie(model)
+        for config in untied(model):
+            config.tie_word_embeddings = False
     return model
-
-
-def _untie(model: nn.Module) -> None:
-    """Tells a transformers config when merging has given input and output embeddings different weights."""
-    get_input, get_output = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
-    config = getattr(model, "config", None)
-    if config is None or not getattr(config, "tie_word_embeddings", False) or get_input is None or get_output is None:
-        return
-    head = get_output()
-    if head is not None and head.weight is not get_input().weight:
-        config.tie_word_embeddings = False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,15 @@ DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 HEADER_BYTES = 512
+
+
+# What the metadata of a tensor file hold that fastadapt writes over another config's: the text of the config that goes
+# with it, and the hash of that which was in its place. Without one the same adapter is the same bytes.
+OWN_CONFIG, REPLACED = "fastadapt_config", "fastadapt_replaces"
+
+
+# Headers that are longer are not searched for it.
+_METADATA_BYTES = 1 << 25
 
 
 # Fields of PEFT's files that say nothing about the function once the adapter is trained.
@@ -89,7 +101,7 @@ def _no_constant(name: str) -> Any:
 def _json(text: bytes) -> Any:
     """The value that JSON text stands for. Raises ValueError for text that another reader could read otherwise."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -108,14 +120,77 @@ def parse_fields(content: bytes, path: Path) -> dict[str, Any]:
     return fields
 
 
+def of_one_save(read: Callable[[str], bytes], stamp: Callable[[], object]) -> tuple[bytes, bytes]:
+    """The content of a directory's config and tensor file as one save wrote them, though it may be written meanwhile.
+
+    A save of fastadapt replaces the tensors first and then the config, and tensors that replace another config's say
+    which that was and which is theirs: where the old one is there still, theirs counts. One that was edited since
+    counts as it is. read: gives the content of the file of that name, of the tensors at least the header. stamp: what
+    changes when the tensor file is replaced. Raises what `read` does, and ValueError where a writer never ceases.
+    """
+    for _ in range(100):
+        before = stamp()
+        config, tensors = read(CONFIG_FILE), read(TENSOR_FILE)
+        own, replaced = _own_config(tensors)
+        if own is not None and config == own:
+            return config, tensors
+        if own is not None and replaced == hashlib.sha256(config).hexdigest():
+            return own, tensors
+        # Edited since, or never another one's; unless both have been replaced between the reads.
+        if read(CONFIG_FILE) == config and stamp() == before:
+            return config, tensors
+    raise ValueError(
+        f"{CONFIG_FILE} and {TENSOR_FILE} change each time that they are read: load them when all is saved"
+    )
+
+
+def tensor_stamp(directory: str | os.PathLike[str]) -> object:
+    """What changes when a directory's tensor file is replaced; None where there is none."""
+    with contextlib.suppress(OSError):
+        status = Path(directory, TENSOR_FILE).stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+    return None
+
+
+def _own_config(content: bytes) -> tuple[bytes | None, str | None]:
+    """The config that a tensor file says is its own, and the hash of the one that was there before."""
+    length = int.from_bytes(content[:8], "little")
+    if length > min(len(content) - 8, _METADATA_BYTES):
+        return None, None
+    try:
+        header = _json(content[8 : 8 + length])
+    except ValueError:  # the parser of tensors says what is wrong
+        return None, None
+    said = header.get("__metadata__") if isinstance(header, dict) else None
+    own, replaced = (said.get(key) if isinstance(said, dict) else None for key in (OWN_CONFIG, REPLACED))
+    return own.encode() if isinstance(own, str) else None, replaced if isinstance(replaced, str) else None
+
+
+def _content(directory: str | os.PathLike[str], name: str) -> bytes:
+    check_present(directory, name)
+    return Path(directory, name).read_bytes()
+
+
+def _beginning(directory: str | os.PathLike[str], name: str) -> bytes:
+    """The content of the config, or of the tensor file as far as its header; nothing where there are no tensors."""
+    if name == CONFIG_FILE:
+        return _content(directory, name)
+    try:
+        with Path(directory, name).open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            return start + file.read(length) if length <= _METADATA_BYTES else start
+    except OSError:
+        return b""
+
+
 def read_fields(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of a PEFT directory's adapter_config.json, whatever they say.
+    """The fields of a PEFT directory's adapter_config.json, whatever they say, as `of_one_save` finds it.
 
     Raises FileNotFoundError where there is none, ValueError for JSON that is broken or holds no object.
     """
-    check_present(directory, CONFIG_FILE)
-    path = Path(directory, CONFIG_FILE)
-    return parse_fields(path.read_bytes(), path)
+    content, _ = of_one_save(partial(_beginning, directory), partial(tensor_stamp, directory))
+    return parse_fields(content, Path(directory, CONFIG_FILE))
 
 
 def method_of(fields: Mapping[str, Any]) -> type[AdapterConfig]:
@@ -138,17 +213,27 @@ def parse_config(fields: dict[str, Any], path: Path) -> tuple[AdapterConfig, lis
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     known = {*vars(config), *type(config).neutral_fields, *_SILENT_FIELDS}
-    unknown = [name for name, value in fields.items() if name not in known and value not in (None, False, {}, [])]
+    unknown = [name for name, value in fields.items() if name not in known and value not in (None, False, {}, [], "")]
     return config, sorted(unknown)
 
 
 def read_config(directory: str | os.PathLike[str]) -> AdapterConfig:
     """The config of a PEFT directory. Raises as `read_fields` and `parse_config` do."""
-    path = Path(directory, CONFIG_FILE)
-    config, unknown = parse_config(read_fields(directory), path)
+    return _known_config(read_fields(directory), Path(directory, CONFIG_FILE))
+
+
+def _known_config(fields: dict[str, Any], path: Path) -> AdapterConfig:
+    config, unknown = parse_config(fields, path)
     if unknown:
-        warnings.warn(f"{path}: ignored fields that fastadapt does not know: {', '.join(unknown)}", stacklevel=3)
+        warnings.warn(f"{path}: ignored fields that fastadapt does not know: {', '.join(unknown)}", stacklevel=4)
     return config
+
+
+def read_directory(directory: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The config and the tensors of a PEFT directory, of one save. Raises as `read_config` and `read_tensors` do."""
+    config, tensors = of_one_save(partial(_content, directory), partial(tensor_stamp, directory))
+    config_path, tensor_path = Path(directory, CONFIG_FILE), Path(directory, TENSOR_FILE)
+    return _known_config(parse_fields(config, config_path), config_path), parse_tensors(tensors, tensor_path)
 
 
 def parse_header(content: bytes, path: Path, max_tensors: int | None = None) -> dict[str, Any]:
@@ -207,6 +292,4 @@ def read_tensors(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises FileNotFoundError where there are none, ValueError for a pickle and as `parse_tensors` does.
     """
-    check_present(directory, TENSOR_FILE)
-    path = Path(directory, TENSOR_FILE)
-    return parse_tensors(path.read_bytes(), path)
+    return parse_tensors(_content(directory, TENSOR_FILE), Path(directory, TENSOR_FILE))

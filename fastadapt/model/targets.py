@@ -18,6 +18,7 @@ from ..layers.siblings import readers_of_one_input
 from ..methods import AdapterConfig, patterns
 from ..methods.config import path_suffixes
 from .bypassed import expert_weights, why_refused
+from .wrappers import inside
 
 # The usual attention projections, by transformers' model_type.
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
@@ -64,7 +65,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name, child in module.named_children():
             visit(f"{path}.{name}" if path else name, child)
 
-    visit("", model)
+    visit("", inside(model))
     return modules
 
 
@@ -152,8 +153,9 @@ def _saved_whole(paths: Collection[str], config: AdapterConfig) -> set[str]:
     return {path for path in paths if whole(path)}
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that gives a transformers model's logits, without what is around it; None where it has none."""
+    get = getattr(inside(model), "get_output_embeddings", None)
     head = get() if callable(get) else None
     return getattr(head, "base_layer", head)  # it may be wrapped
 
@@ -174,6 +176,7 @@ def target_paths(
     Raises ValueError when the whole selection matches nothing or, with `every_name`, one name of the list, and for a
     regular expression that is none or takes too long.
     """
+    model = inside(model)
     modules = base_modules(model) if modules is None else modules
     targets = config.target_modules
     if targets is None:
@@ -193,7 +196,7 @@ def target_paths(
         raise ValueError("target_modules is empty: name the layers, or take 'all-linear'")
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
-            head = _output_head(model)
+            head = output_head(model)
             linear = [path for path in paths if is_linear(modules[path]) and _base(modules[path]) is not head]
             chosen = [path for path in linear if not why_refused(path, modules)]
         else:
@@ -244,6 +247,7 @@ def saved_paths(model: nn.Module, config: AdapterConfig, *, needs_head: bool = T
     Of the names that the task type brings the model need have only one, and none beside the user's own or without
     needs_head. Raises ValueError for any other name that matches nothing.
     """
+    model = inside(model)
     modules = base_modules(model)
     names, found = config.modules_to_save or [], set(found_names(modules, config))
     for name in names:
@@ -265,7 +269,7 @@ def shared_inputs(model: nn.Module) -> list[list[AdapterLinear]]:
     """The adapter layers of `model` in groups that read the same input, as the names of siblings tell; groups of two
     and more. A group checks that at run time."""
     found = []
-    for path, parent in model.named_modules():
+    for path, parent in inside(model).named_modules():
         if isinstance(parent, AdapterModule):  # it answers with its base layer's children, which come next
             continue
         for names in readers_of_one_input(path):

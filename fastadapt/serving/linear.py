@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.layer import BaseLayerWrapper
 from ..layers.linear import plain_forward
 from ..layers.ways import is_plain
+from ..layers.wrapper import BaseLayerWrapper
 from ..operators.backends import resolve_backend
 from ..operators.calls import autocast_dtype
 from ..operators.multi_adapter_linear import eager, plan

@@ -24,10 +24,20 @@ from ..layers.linear import AdapterLinear
 from ..layers.ways import plain_kind, with_tensors
 from ..methods import AdapterConfig, DeltaLoRAConfig
 from ..methods.patterns import time_limit
+from ..model.adapted import Injection, adapter_layers, check_unmerged
 from ..model.checkpoint import check_tensors, fill
-from ..model.inject import Injection, adapter_dtype, adapter_layers, check_unmerged, layers_at
-from ..model.peft_files import CONFIG_FILE, TENSOR_FILE, check_present, parse_config, parse_fields, parse_tensors
-from ..model.targets import base_modules, found_names, target_paths
+from ..model.inject import adapter_dtype, layers_at
+from ..model.peft_files import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    check_present,
+    of_one_save,
+    parse_config,
+    parse_fields,
+    parse_tensors,
+    tensor_stamp,
+)
+from ..model.targets import base_modules, found_names, output_head, target_paths
 from ..reference import AdapterForm
 
 T = TypeVar("T")
@@ -252,7 +262,12 @@ def _give_memory(module: nn.Module, device: torch.device) -> None:
 
 
 def _filled(
-    config: AdapterConfig, layers: dict[str, AdapterLayer], tensors: dict[str, Tensor], source: Path
+    config: AdapterConfig,
+    layers: dict[str, AdapterLayer],
+    tensors: dict[str, Tensor],
+    source: Path,
+    modules: Mapping[str, nn.Module],
+    head: nn.Module | None,
 ) -> dict[str, Adapter]:
     """The adapters with the file's tensors. Raises ValueError where these are not what config and layers ask for.
 
@@ -263,7 +278,13 @@ def _filled(
     with torch.device("meta"):
         adapters = config.build(empty, lambda weight: adapter_dtype(weight, True))
     injection = Injection("", config, layers, adapters, {})
-    check_tensors(injection, tensors, source)
+    changed = check_tensors(injection, tensors, source, modules, head)
+    if changed:
+        raise ValueError(
+            f"{source} holds another {', '.join(changed)} than this model has, trained or grown before the adapter "
+            "was, which rows of other adapters cannot share: give the model that weight, merge the adapter into its "
+            "base (fastadapt merge), or load it alone with load_adapter"
+        )
     for path, adapter in adapters.items():
         _give_memory(adapter, layers[path].like.device)
         adapter.requires_grad_(False).eval()
@@ -320,9 +341,10 @@ def read_adapter(
 ) -> LoadedAdapter:
     """The adapter in a PEFT directory, as forms for the linear layers of `model`, which is not changed.
 
-    The files are opened and read once, and what is hashed is what is parsed. root: the directory that they must lie in,
-    symlinks resolved; None where the caller answers for `directory`, whose links are then followed. modules: the
-    model's modules by path as they were before any was wrapped to serve adapters; by default `targets.base_modules`.
+    What is hashed is what is parsed: the content of both files of one save, see `of_one_save`. root: the directory that
+    they must lie in, symlinks resolved; None where the caller answers for `directory`, whose links are then followed.
+    modules: the model's modules by path as they were before any was wrapped to serve adapters; by default
+    `targets.base_modules`.
     Forms have the dtype that `load_adapter` gives them: fp32 beside a 16-bit weight.
     Raises AdapterError for whatever is wrong with the adapter, ValueError for a merged model.
     """
@@ -330,8 +352,12 @@ def read_adapter(
     modules = base_modules(model) if modules is None else modules
     path = Path(directory)
     with _refused(path), time_limit(limits.max_pattern_seconds):
-        config_content = _content(path / CONFIG_FILE, root, limits.max_config_bytes)
-        tensor_content = _content(path / TENSOR_FILE, root, limits.max_file_bytes)
+        sizes = {CONFIG_FILE: limits.max_config_bytes, TENSOR_FILE: limits.max_file_bytes}
+        config_content, tensor_content = of_one_save(
+            lambda name: _content(path / name, root, sizes[name]), lambda: tensor_stamp(path)
+        )
+        if len(config_content) > limits.max_config_bytes:
+            raise ValueError(f"{path / TENSOR_FILE} may hold a config of {limits.max_config_bytes} bytes")
         size = len(config_content) + len(tensor_content)
         # The length keeps a byte that moves from one file to the other from going unseen.
         identity = hashlib.sha256(len(config_content).to_bytes(8, "little"))
@@ -347,7 +373,7 @@ def read_adapter(
         layers = _selected(model, config, modules, limits)
         tensors = parse_tensors(tensor_content, path / TENSOR_FILE, limits.max_tensors)
         del tensor_content
-        adapters = _filled(config, layers, tensors, path / TENSOR_FILE)
+        adapters = _filled(config, layers, tensors, path / TENSOR_FILE, modules, output_head(model))
         forms = {}
         with torch.no_grad():
             for name, adapter in adapters.items():

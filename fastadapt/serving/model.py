@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.inject import adapter_configs, replace_module
+from ..model.adapted import adapter_configs, replace_module
 from ..model.places import shared_places
+from ..model.saving import hook_saving, unhook_saving
 from ..model.targets import base_modules
+from ..model.wrappers import check_open, inside
 from ..operators.backends import check_backend
 from .linear import MultiAdapterLinear, Running, running, runs_directly
 from .pool import AdapterPool
@@ -49,6 +51,7 @@ class MultiAdapterModel:
             raise ValueError("the model has injected adapters: unload(model) first, and load them here by directory")
         if any(isinstance(module, MultiAdapterLinear) for module in model.modules()):
             raise ValueError("the model is served already: unwrap() the other MultiAdapterModel first")
+        check_open(model)
         self.model: Any = model
         self.backend = backend
         self.pool = AdapterPool(model, base_modules(model), budget=budget, dtype=dtype)
@@ -56,6 +59,7 @@ class MultiAdapterModel:
         places = shared_places(model)
         for path, layer in self.pool.layers.items():
             replace_module(model, path, MultiAdapterLinear(layer, self.pool, path, backend), places)
+        hook_saving(model, MultiAdapterLinear, refuse_saving)
 
     def load(self, directory: str | Path, name: str | None = None, *, root: str | Path | None = None) -> str:
         """Registers the adapter in a PEFT directory: see AdapterPool.load."""
@@ -80,9 +84,10 @@ class MultiAdapterModel:
     def unwrap(self) -> Any:
         """Takes the serving layers out of the model and returns it as it was, frozen."""
         places = shared_places(self.model)
-        for path, module in list(self.model.named_modules()):
+        for path, module in list(inside(self.model).named_modules()):
             if isinstance(module, MultiAdapterLinear):
                 replace_module(self.model, path, module.base_layer, places)
+        unhook_saving(self.model)
         return self.model
 
     @contextmanager
@@ -98,6 +103,11 @@ class MultiAdapterModel:
                 yield
             finally:
                 running.reset(token)
+
+
+def refuse_saving(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """The save_pretrained of a served model, whose files from_pretrained could not read. Raises ValueError."""
+    raise ValueError("the model is served, and its layers have other names now: unwrap() it before you save it")
 
 
 def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int:

@@ -24,16 +24,8 @@ from ..layers.layer import Adapter
 from ..layers.linear import AdapterLinear
 from ..methods import EVAConfig, LoRAConfig, LoRADropConfig
 from ..methods.config import pattern_of
-from ..model.inject import (
-    adapter_configs,
-    adapter_layers,
-    check_known,
-    check_unmerged,
-    disable_adapter,
-    exchange,
-    in_mode,
-    present,
-)
+from ..model.adapted import adapter_configs, adapter_layers, check_known, check_unmerged, present
+from ..model.inject import disable_adapter, exchange, in_mode
 from ..model.targets import selection_of
 from ..progress import progress_bar
 from .batches import on_device

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers.kinds import AdapterEmbedding
 from ..methods.lora import LoRAAdapter
-from ..model.inject import adapter_layers
+from ..model.adapted import adapter_layers
 from ..operators.calls import without_autocast
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..methods.glora import GLoRAAdapter, GLoRAConfig, Supports, lora_rank
 from ..methods.noah import MODULES, NOAHConfig, parameters_of, sizes_of
 from ..methods.vpt import Prompts
-from ..model.inject import present
+from ..model.adapted import present
 
 GLoRACandidate = dict[str, list[str]]
 NOAHCandidate = dict[str, list[int]]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.lora_drop import LoRADropConfig, output_energy
-from ..model.inject import adapter_configs, check_known, check_unmerged, in_mode, present, rebuild
+from ..model.adapted import adapter_configs, check_known, check_unmerged, present
+from ..model.inject import in_mode, rebuild
 from .batches import on_device
 
 

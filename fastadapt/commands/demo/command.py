@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from ...methods import PEFT_TYPES, Control, EVAConfig
-from ...model.checkpoint import export_lora, load_adapter, save_adapter
+from ...model.checkpoint import export_lora, load_adapter
 from ...model.inject import control, inject, set_adapter, trainable_parameters
 from ...model.peft_files import read_fields
+from ...model.saving import save_adapter
 from ...progress import progress_bars, working
 from ...training.recipes import Recipe, recipes
 from ..batches import Row, collate, length

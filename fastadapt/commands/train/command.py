@@ -14,9 +14,9 @@ from rich.console import Console
 
 from ...files import written_whole
 from ...methods import PEFT_TYPES
-from ...model.checkpoint import save_adapter
 from ...model.inject import trainable_parameters
 from ...model.peft_files import CONFIG_FILE, TENSOR_FILE, read_fields
+from ...model.saving import save_adapter
 from ...progress import working
 from ..base_model import Base, load_base
 from ..batches import Row

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...methods import METHODS, AdapterConfig
-from ...model.inject import adapter_configs, adapter_layers, control, inject, saved_modules
+from ...model.adapted import adapter_configs, adapter_layers, saved_modules
+from ...model.inject import control, inject
 from ..batches import Batch, Row, collate, epoch_batches, length
 from . import state as train_state
 from .options import Options
