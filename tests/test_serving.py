@@ -21,6 +21,7 @@ from torch import Tensor
 from fastadapt import AdaLoRAConfig, DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter, unload
 from fastadapt.serving import AdapterError, AdapterPool, MultiAdapterModel, PoolFullError
 from fastadapt.serving.arena import Arena, ArenaFullError, page_bytes
+from fastadapt.serving.requests import Running
 
 ROWS, TOKENS = 8, 6
 
@@ -326,11 +327,9 @@ def test_a_changed_adapter_is_another_one(base: Any, tmp_path: Path) -> None:
         assert second != first
         assert served.pool.used_bytes == 2 * used
         # Whoever held the old one still has it.
-        from fastadapt.serving.linear import Running, running
-
-        token = running.set(Running(holding._replace(slots=holding.slots * ROWS, groups=holding.groups * ROWS)))
-        assert close(served.model(**batch).logits, old)
-        running.reset(token)
+        request = Running(holding._replace(slots=holding.slots * ROWS, groups=holding.groups * ROWS))
+        with served.requests.running(request):
+            assert close(served.model(**batch).logits, old)
         assert close(served(**batch, adapter_ids="dora").logits, alone(base, changed, batch))
     assert served.pool.used_bytes == used
     served.pool.evict("dora")

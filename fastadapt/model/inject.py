@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..layers.fast_path import mind_wrappers
 from ..layers.kinds import AdapterModule
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear, ProjectionGroup
@@ -113,6 +114,7 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     while isinstance(parent, AdapterLayer):
         parent = parent.base_layer
     setattr(parent, name, module)
+    mind_wrappers(model, path)
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:

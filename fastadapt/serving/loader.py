@@ -225,6 +225,11 @@ def _selected(
                 f"target_modules: {path} is a {type(layer.base_layer).__name__}, and only Linear and Conv1D layers can "
                 "serve many adapters: merge this adapter or serve it alone"
             )
+        if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
+            raise ValueError(
+                f"target_modules: {path} is inside of torch's MultiheadAttention, which reads its weight and never "
+                "calls it: nothing can be added to it; leave it out, or merge the adapter"
+            )
         if config.rank(path) > limits.max_rank:
             raise ValueError(
                 f"the rank of {path} may be {limits.max_rank}, got {config.rank(path)}: export it with a smaller rank, "

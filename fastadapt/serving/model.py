@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor, nn
 from ..model.inject import adapter_configs, replace_module
 from ..model.targets import base_modules
 from ..operators.backends import check_backend
-from .linear import MultiAdapterLinear, Running, running, runs_directly
+from .linear import MultiAdapterLinear, runs_directly
 from .pool import AdapterPool
+from .requests import Place, Repeats, Requests, Running
+from .trace import main_input, trace
 
 DEFAULT_BUDGET = 1 << 30
 
@@ -51,9 +55,15 @@ class MultiAdapterModel:
         self.model: Any = model
         self.backend = backend
         self.pool = AdapterPool(model, base_modules(model), budget=budget, dtype=dtype)
+        self.requests = Requests()
+        self._traced: set[tuple[str, ...]] = set()
+        self._tracing = threading.Lock()
         model.eval().requires_grad_(False)
-        for path, layer in self.pool.layers.items():
-            replace_module(model, path, MultiAdapterLinear(layer, self.pool, path, backend))
+        self._places: list[Place] = []
+        for path, base in self.pool.layers.items():
+            layer = MultiAdapterLinear(base, self.pool, path, self.requests, backend)
+            self._places.append(layer.place)
+            replace_module(model, path, layer)
 
     def load(self, directory: str | Path, name: str | None = None, *, root: str | Path | None = None) -> str:
         """Registers the adapter in a PEFT directory: see AdapterPool.load."""
@@ -65,14 +75,14 @@ class MultiAdapterModel:
         adapter_ids: a name for each row of the batch, or None for the base model; one name, or None, for all of them.
         Raises KeyError for a name that was not loaded, ValueError for another number of rows.
         """
-        with self._running(adapter_ids, args, kwargs):
+        with self.running(adapter_ids, args, kwargs):
             return self.model(*args, **kwargs)
 
     __call__ = forward
 
     def generate(self, *args: Any, adapter_ids: AdapterIds = None, **kwargs: Any) -> Any:
         """transformers' generate, with all that it can do, each row through its adapter: see forward."""
-        with self._running(adapter_ids, args, kwargs):
+        with self.running(adapter_ids, args, kwargs, _repeats(self.model, args, kwargs)):
             return self.model.generate(*args, **kwargs)
 
     def unwrap(self) -> Any:
@@ -83,24 +93,73 @@ class MultiAdapterModel:
         return self.model
 
     @contextmanager
-    def _running(self, adapter_ids: AdapterIds, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
-        rows = _rows(args, kwargs)
+    def running(
+        self,
+        adapter_ids: AdapterIds,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+        repeats: Repeats | None = None,
+    ) -> Iterator[Running]:
+        """Inside, what this thread calls of the model is a request of these adapters; args and kwargs are its inputs.
+
+        Raises as forward does.
+        """
+        rows = main_input(args, kwargs)[1].shape[0]
         if adapter_ids is None or isinstance(adapter_ids, str):
             adapter_ids = [adapter_ids] * rows
         elif len(adapter_ids) != rows:
             raise ValueError(f"adapter_ids must have one entry a row, got {len(adapter_ids)} for {rows} rows")
         with self.pool.hold(adapter_ids) as holding:
-            token = running.set(Running(holding, direct=runs_directly(self.model, self.backend)))
-            try:
-                yield
-            finally:
-                running.reset(token)
+            mixed = len(set(adapter_ids)) > 1
+            if mixed:
+                self._trace(args, kwargs)
+            request = Running(
+                holding,
+                direct=runs_directly(self.model, self.backend),
+                repeats=repeats,
+                even=mixed and _images_are_even(self.model, rows, kwargs),
+            )
+            with self.requests.running(request):
+                yield request
+
+    def _trace(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Sees to it that layers know how rows lie in what they are called with, once for inputs of this kind."""
+        name, value = main_input(args, kwargs)
+        kind = (str(name), str(value.dtype), str(value.dim()))
+        with self._tracing:
+            if kind not in self._traced and trace(self.model, self._places, self.requests, args, kwargs):
+                self._traced.add(kind)
 
 
-def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """How many rows the inputs of a forward or of generate have. Raises ValueError where none is a batch."""
-    named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_features")]
-    for value in (*args, *named, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 1:
-            return int(value.shape[0])
-    raise ValueError("adapter_ids need a batch to go with: pass input_ids [rows, tokens], or another input with rows")
+def _repeats(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Repeats:
+    """What generate will make of each row."""
+    from transformers import GenerationConfig, GenerationMixin
+
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)]
+    configs = [*given, getattr(model, "generation_config", None)]
+
+    def asked(name: str) -> Any:
+        values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in values if value is not None), 1)
+
+    own = (
+        getattr(type(model), "generate", None) is not GenerationMixin.generate
+        or kwargs.get("custom_generate") is not None
+    )
+    expand = max(asked("num_beams"), asked("num_return_sequences"))
+    return Repeats(expand, guided=asked("guidance_scale") != 1, own=own)
+
+
+def _images_are_even(model: Any, rows: int, kwargs: Mapping[str, Any]) -> bool:
+    """Whether every row has as many image tokens as any other, of images of one size or of patches in one list.
+
+    What a vision tower makes of them is then as many tokens of each row, one row behind the other.
+    """
+    ids, images = kwargs.get("input_ids"), kwargs.get("pixel_values")
+    config = getattr(model, "config", None)
+    token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    if not (isinstance(ids, Tensor) and isinstance(images, Tensor) and isinstance(token, int)):
+        return False
+    counts = (ids == token).sum(-1)
+    even = bool((counts == counts[0]).all()) and int(counts[0]) > 0
+    return even and images.dim() in (2, 4) and images.shape[0] % rows == 0

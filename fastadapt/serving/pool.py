@@ -501,10 +501,14 @@ class Holding(NamedTuple):
     slots: list[int]
     groups: list[int]
 
-    def batch(self, tokens: int, repeat: int = 1) -> AdapterBatch:
-        """The batch in which each row has `tokens` tokens and stands `repeat` times, one behind the other."""
-        slots = [slot for slot in self.slots for _ in range(repeat)]
-        return AdapterBatch(slots, tokens, [group for group in self.groups for _ in range(repeat)])
+    def batch(self, tokens: int) -> AdapterBatch:
+        """The batch in which each row has `tokens` tokens, one behind the other."""
+        return AdapterBatch(self.slots, tokens, self.groups)
+
+    def of(self, rows: Iterable[int], tokens: int) -> AdapterBatch:
+        """The batch of these rows, in this order, of `tokens` tokens each."""
+        rows = list(rows)
+        return AdapterBatch([self.slots[row] for row in rows], tokens, [self.groups[row] for row in rows])
 
 
 def _matrix(layer: nn.Module) -> Tensor:
