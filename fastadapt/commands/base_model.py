@@ -26,6 +26,19 @@ class Base(NamedTuple):
                 return int(token)
         return 0
 
+    def positions(self, wanted: int | None) -> int | None:
+        """How many tokens a prompt and its answer may have, None where nothing limits them.
+
+        Raises ValueError where the model has fewer positions than are wanted.
+        """
+        config = self.model.config
+        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if not isinstance(limit, int) or limit < 1:
+            limit = None
+        if wanted is not None and limit is not None and wanted > limit:
+            raise ValueError(f"--max-length must be at most {limit}, the model's positions, got {wanted}")
+        return wanted or limit
+
     def max_length(self, wanted: int | None) -> int:
         """The longest row in tokens. Raises ValueError where the model has fewer positions than are wanted."""
         limits = (getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length)

@@ -303,6 +303,12 @@ def generate(
     data: Annotated[Path, typer.Argument(help="A .jsonl file of rows with a prompt or messages, and an adapter.")],
     output: Annotated[Path | None, typer.Option(help="Where the results go; the terminal by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest prompt with its answer in tokens; by default the model's positions.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put prompts through the chat template, as a user's turn.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Rows that go through the model at once.")] = 8,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 1.0,
@@ -310,13 +316,18 @@ def generate(
     device: Annotated[str | None, typer.Option(help="PyTorch device; cuda where there is one, else cpu.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of model and adapters.")] = "float32",
     budget: Annotated[
-        int | None, typer.Option(help="MiB for adapters in memory; by default as much as ADAPTERS takes.")
+        int | None, typer.Option(help="MiB for adapters in memory; by default as much as those of DATA take.")
     ] = None,
 ) -> None:
     """Answer every row of DATA with the adapter that it names, many adapters in one batch.
 
     A row is {"prompt": "...", "adapter": "name"}, or messages in place of prompt; without an adapter the base model
-    answers. Results are JSON lines in the same order, with text and tokens; a bad row has an error instead.
+    answers. A prompt goes in as it is, and messages through the chat template, the adapter's own where its directory
+    has one: a chat model often ends at once after a bare prompt, and --chat puts prompts into the template too. A row
+    may have its own max_new_tokens, temperature, top_p, seed, and stop, a text or several that end its answer.
+
+    Results are JSON lines in the same order, with text, tokens, and how the row ended: eos, stop or length. A bad row
+    has an error instead.
     """
     require("transformers")
     with one_line_errors():
@@ -342,6 +353,8 @@ def generate(
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             dtype=dtype,
             budget=budget,
+            max_length=max_length,
+            chat=chat,
         )
         with quiet_transformers(), progress_bar("rows", None) as update:
 

@@ -109,12 +109,12 @@ def adapter_directory(root: str | os.PathLike[str], name: str) -> Path:
             repr(name), "its name must be a path inside the adapters' directory, without .., backslashes and the like"
         )
     with _refused(name):
-        directory = _inside(root, Path(root, name))
+        directory = inside(root, Path(root, name))
         if not directory.is_dir():
             raise NotADirectoryError(f"it must be a directory that holds {CONFIG_FILE} and {TENSOR_FILE}")
         for file in (CONFIG_FILE, TENSOR_FILE):
             if os.path.lexists(directory / file):
-                _inside(root, directory / file)
+                inside(root, directory / file)
     return directory
 
 
@@ -132,7 +132,7 @@ def _refused(adapter: str | os.PathLike[str]) -> Iterator[None]:
         raise AdapterError(adapter, reason) from error
 
 
-def _inside(root: str | os.PathLike[str], path: Path) -> Path:
+def inside(root: str | os.PathLike[str], path: Path) -> Path:
     """The path without symlinks. Raises ValueError for one outside root, OSError for one that is not there."""
     top, real = Path(os.path.realpath(root, strict=True)), Path(os.path.realpath(path, strict=True))
     if not real.is_relative_to(top):
@@ -148,9 +148,9 @@ def _open(path: Path, root: str | os.PathLike[str] | None) -> int:
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     if root is None or os.open not in os.supports_dir_fd:
-        return os.open(path if root is None else _inside(root, path), flags)
+        return os.open(path if root is None else inside(root, path), flags)
     top = os.path.realpath(root, strict=True)
-    *directories, name = _inside(root, path).relative_to(top).parts
+    *directories, name = inside(root, path).relative_to(top).parts
     here = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for step in directories:
