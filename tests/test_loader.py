@@ -177,8 +177,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "many repetitions": (edit_config(target_modules="((.{0,99}){99}){99}"), "repetitions may multiply to 100"),
     "long expression": (edit_config(target_modules="q|" * 40_000), "at most 65536 characters, got 80000"),
     # Sizes.
-    "a billion ranks": (edit_config(r=10**9), "the rank of q may be 512, got 1000000000: export it"),
-    "a billion by pattern": (edit_config(rank_pattern={"q": 10**9}), "the rank of q may be 512, got 1000000000"),
+    "a billion ranks": (edit_config(r=10**9), "r may be 512, got 1000000000: export"),
+    "a billion by pattern": (edit_config(rank_pattern={"q": 10**9}), "rank_pattern.* may be 512, got 1000000000"),
     "another rank": (
         edit_config(r=3),
         r"lora_A.weight must have shape \(3, 6\) for this config and model, got \(2, 6\)",
@@ -343,8 +343,9 @@ def test_a_file_that_grows_while_it_is_read_is_refused(saved: Path, monkeypatch:
 
     def grow(descriptor: int) -> os.stat_result:
         found = status(descriptor)
-        with open(saved / TENSOR_FILE, "ab") as file:
-            file.write(b"more")
+        if found.st_ino == (saved / TENSOR_FILE).stat().st_ino:
+            with open(saved / TENSOR_FILE, "ab") as file:
+                file.write(b"more")
         return found
 
     monkeypatch.setattr(os, "fstat", grow)
@@ -462,7 +463,7 @@ def test_no_rank_takes_memory_before_it_is_believed(tmp_path: Path, monkeypatch:
     """Not even those below the limit: a small file whose names are right and whose shapes are not builds nothing."""
     save_adapter(inject(Model(), VeRAConfig(r=4, target_modules=["q"], save_projection=False)), tmp_path)
     edit_config(r=10**9)(tmp_path)
-    with pytest.raises(AdapterError, match="the rank of q may be 512, got 1000000000"):
+    with pytest.raises(AdapterError, match="r may be 512, got 1000000000"):
         read_adapter(Model(), tmp_path)
     edit_config(r=10**6)(tmp_path)
 

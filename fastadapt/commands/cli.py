@@ -20,6 +20,7 @@ except ModuleNotFoundError as missing:
     print(f'fastadapt: the command line needs {missing.name}: pip install "fastadapt[demo]"', file=sys.stderr)
     raise SystemExit(2) from None
 
+from ..checks import printable
 from ..training.recipes import recipes
 from .info import describe_adapter
 from .merge import merge_to
@@ -43,7 +44,7 @@ def console() -> Console:
 
 def say_on_stderr(what: str, color: str, message: str) -> None:
     """Prints one line there, whatever the message has."""
-    text = Text(f"{what}: ", style=f"bold {color}") + Text(" ".join(message.split()), style="not bold")
+    text = Text(f"{what}: ", style=f"bold {color}") + Text(printable(" ".join(message.split())), style="not bold")
     Console(stderr=True).print(text, soft_wrap=True)
 
 
@@ -172,7 +173,7 @@ def _self_test_table(rows: list[dict[str, Any]], dtypes: list[str], untested: li
 def info(directory: Annotated[Path, typer.Argument(help="A PEFT adapter directory.")]) -> None:
     """Describe an adapter directory without loading a model, and say whether fastadapt can load it."""
     with one_line_errors():
-        table = Table(show_header=False, title=str(directory))
+        table = Table(show_header=False, title=Text(printable(str(directory))))
         for name, value in describe_adapter(directory).items():
             table.add_row(name, Text(value))
         console().print(table)
@@ -198,7 +199,7 @@ def merge(
         with out.status("reading the adapter") as status, quiet_transformers():
             notes = merge_to(model_dir, adapter_dir, output_dir, lambda text: status.update(text))
         for note in notes:
-            out.print(note, highlight=False, soft_wrap=True)
+            out.print(Text(printable(note)), soft_wrap=True)
 
 
 @app.command()

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ..model.peft_files import TENSOR_FILE
-from ..serving.loader import DEFAULT_LIMITS, AdapterError, adapter_directory
+from ..model.untrusted import DEFAULT_LIMITS, AdapterError
+from ..serving.loader import adapter_directory
 from ..serving.model import MultiAdapterModel
 from ..serving.pool import PoolFullError
 from .base_model import load_base

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checks import shown
-from ..serving.loader import AdapterError, adapter_directory, inside
+from ..model.untrusted import AdapterError, inside
+from ..serving.loader import adapter_directory
 from .base_model import Base
 
 FIELDS = ("prompt", "messages", "adapter", "max_new_tokens", "temperature", "top_p", "seed", "stop")

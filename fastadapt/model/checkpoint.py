@@ -21,9 +21,11 @@ from ..methods import AdapterConfig
 from ..methods.glora import glora_of
 from ..methods.lora import lora_of
 from ..methods.lora_drop import recognised
+from ..methods.patterns import time_limit
 from .inject import Injection, ModelType, attach, check_unmerged, prepare, present
 from .peft_files import CONFIG_FILE, TENSOR_FILE, method_of, read_config, read_tensors
 from .targets import selection_of
+from .untrusted import DEFAULT_LIMITS, Limits, bounded
 
 PREFIX = "base_model."
 
@@ -273,27 +275,30 @@ def load_adapter(
     *,
     backend: str = "auto",
     autocast_adapter_dtype: bool = True,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> ModelType:
     """Loads a PEFT directory into `model` in place as an adapter of that name, activates it and freezes the base.
 
     The file is taken whole or not at all: every tensor must belong to the config and the model, have the right shape
     and be finite. Ranks and scales follow the config with its patterns. Of the heads that its task type brings into
     modules_to_save the model may lack those that the file has no tensors of. trainable: whether the adapter's
-    parameters require grad. Returns the model. Raises FileNotFoundError or ValueError that names the file, the tensor
-    or the field and the cure; the model is then as it was.
+    parameters require grad. limits: what the files may ask for, as in serving. Returns the model. Raises
+    FileNotFoundError or ValueError that names the file, the tensor or the field and the cure, an AdapterError where it
+    asks for more than there is; the model is then as it was.
     """
-    tensors = read_tensors(directory)
-    config = recognised(read_config(directory), tensors)
-    injection = prepare(
-        model,
-        config,
-        adapter_name,
-        backend=backend,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        from_file=True,  # whose tensors decide
-    )
-    source = Path(directory, TENSOR_FILE)
-    check_tensors(injection, tensors, source)
-    fill(injection, tensors, source)
+    with bounded(directory), time_limit(limits.max_pattern_seconds):
+        tensors = read_tensors(directory, limits)
+        config = recognised(read_config(directory, limits), tensors)
+        injection = prepare(
+            model,
+            config,
+            adapter_name,
+            backend=backend,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            from_file=True,  # whose tensors decide
+        )
+        source = Path(directory, TENSOR_FILE)
+        check_tensors(injection, tensors, source)
+        fill(injection, tensors, source)
     attach(model, injection, trainable=trainable)
     return model

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ..checks import shown
+from ..checks import printable, shown
 from ..files import DRAFTS
 from ..methods import METHODS, AdapterConfig
+from .untrusted import DEFAULT_LIMITS, HEADER_BYTES, Limits, check_fields, content, tensor_content
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -28,12 +29,8 @@ TENSOR_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
 
-# What the dtypes that an adapter can have are called in a safetensors file, and more bytes than its header has for one
-# tensor.
+# What the dtypes that an adapter can have are called in a safetensors file.
 DTYPES = ("F16", "BF16", "F32", "F64")
-
-
-HEADER_BYTES = 512
 
 
 # Fields of PEFT's files that say nothing about the function once the adapter is trained.
@@ -108,14 +105,14 @@ def parse_fields(content: bytes, path: Path) -> dict[str, Any]:
     return fields
 
 
-def read_fields(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def read_fields(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
     """The fields of a PEFT directory's adapter_config.json, whatever they say.
 
     Raises FileNotFoundError where there is none, ValueError for JSON that is broken or holds no object.
     """
     check_present(directory, CONFIG_FILE)
     path = Path(directory, CONFIG_FILE)
-    return parse_fields(path.read_bytes(), path)
+    return parse_fields(content(path, limits.max_config_bytes), path)
 
 
 def method_of(fields: Mapping[str, Any]) -> type[AdapterConfig]:
@@ -142,12 +139,15 @@ def parse_config(fields: dict[str, Any], path: Path) -> tuple[AdapterConfig, lis
     return config, sorted(unknown)
 
 
-def read_config(directory: str | os.PathLike[str]) -> AdapterConfig:
-    """The config of a PEFT directory. Raises as `read_fields` and `parse_config` do."""
+def read_config(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> AdapterConfig:
+    """The config of a PEFT directory. Raises as `read_fields`, `check_fields` and `parse_config` do."""
     path = Path(directory, CONFIG_FILE)
-    config, unknown = parse_config(read_fields(directory), path)
+    fields = read_fields(directory, limits)
+    config, unknown = parse_config(fields, path)
+    check_fields(fields, limits)
     if unknown:
-        warnings.warn(f"{path}: ignored fields that fastadapt does not know: {', '.join(unknown)}", stacklevel=3)
+        names = printable(", ".join(unknown))
+        warnings.warn(f"{path}: ignored fields that fastadapt does not know: {names}", stacklevel=3)
     return config
 
 
@@ -202,11 +202,11 @@ def parse_tensors(content: bytes, path: Path, max_tensors: int | None = None) ->
     return tensors
 
 
-def read_tensors(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_tensors(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> dict[str, Tensor]:
     """The tensors of a PEFT directory, on the CPU.
 
     Raises FileNotFoundError where there are none, ValueError for a pickle and as `parse_tensors` does.
     """
     check_present(directory, TENSOR_FILE)
     path = Path(directory, TENSOR_FILE)
-    return parse_tensors(path.read_bytes(), path)
+    return parse_tensors(tensor_content(path, limits), path, limits.max_tensors)
