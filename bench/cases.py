@@ -22,6 +22,7 @@ BENCHES = {
     "serve": "bench.serve",
     "pool": "bench.pool",
     "fuzz": "bench.fuzz",
+    "soak": "bench.soak",
     "road": "bench.road",
     "tables": "bench.tables",
 }

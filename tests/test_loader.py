@@ -589,6 +589,34 @@ def test_a_sample_of_the_fuzz_run() -> None:
     assert rows[-1]["loaded"] > 10
 
 
+def test_the_fuzz_run_reads_by_every_road(harness: fuzz.Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = fuzz.Case("bytes", "lora", [])
+    for name in fuzz.READERS:
+        for fault, message in [
+            (KeyError("oh"), "KeyError"),
+            (ValueError("x" * 3000), "no short line"),
+            (OSError("\x1b[2J"), "no short line"),
+        ]:
+
+            def failing(model: Any, directory: Path, fault: Exception = fault) -> bool:
+                raise fault
+
+            with monkeypatch.context() as patch:
+                patch.setitem(fuzz.READERS, name, failing)
+                result, detail, _ = harness.judge(case)
+            assert result == "finding"
+            assert detail.startswith(f"{name}: ")
+            assert message in detail
+    with monkeypatch.context() as patch:
+        patch.setitem(fuzz.READERS, "info", lambda model, directory: False)
+        assert "what load_adapter loads cannot be loaded" in harness.judge(case).detail
+    with monkeypatch.context() as patch:
+        patch.setitem(fuzz.READERS, "merge", lambda model, directory: bool(load_adapter(model, directory)))
+        assert "not as before: modules, parameters" in harness.judge(case).detail
+    fastadapt.unload(harness.model)
+    assert harness.judge(case)[:2] == ("loaded", "")
+
+
 def test_the_fuzz_run_tells_findings(harness: fuzz.Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it is there to see, it sees: another exception, an accident, a hang, a change, a form that does not fit."""
     case = fuzz.Case("bytes", "lora", [])
