@@ -15,7 +15,7 @@ from test_serving import alone, close, inputs, save_all
 from tiny_models import VOCAB, llama, randomise
 from torch import Tensor, nn
 
-from fastadapt import LoRAConfig, inject, load_adapter, save_adapter
+from fastadapt import DoRAConfig, LoRAConfig, inject, load_adapter, save_adapter
 from fastadapt.serving import AdapterError, MultiAdapterModel
 from fastadapt.serving.requests import Repeats
 
@@ -362,6 +362,55 @@ def test_threads_that_a_model_hands_its_work_to(tmp_path: Path) -> None:
         leave.set()
         other.join()
     assert close(served(ids, adapter_ids="a"), oracle(halves, directories["a"])(ids))
+
+
+# Models that move, that are compiled, that are in fp16
+
+
+def test_a_model_that_has_gone_elsewhere_is_refused(tmp_path: Path) -> None:
+    base = net()
+    served = serve(base, saved(base, tmp_path))
+    ids = torch.randint(VOCAB, (2, 4))
+    served.model.to("meta")
+    for names in ("a", None):
+        with pytest.raises(ValueError, match=r"weights are on meta and its adapters on cpu: unwrap\(\) it"):
+            served(ids, adapter_ids=names)
+    with pytest.raises(ValueError, match="has no memory, as weights that are offloaded"):
+        MultiAdapterModel(net().to("meta"))
+
+
+def test_a_compiled_model_takes_each_requests_adapters(tmp_path: Path) -> None:
+    base = net()
+    directories = saved(base, tmp_path)
+    served = serve(base, directories)
+    ids = torch.randint(VOCAB, (2, 4), generator=torch.Generator().manual_seed(0))
+    served.model.forward = torch.compile(served.model.forward, backend="eager")
+    for names in (["a", "b"], ["b", "a"], ["a", None], [None, None], ["b", "b"]):
+        y = served(ids, adapter_ids=names)
+        for row, name in enumerate(names):
+            expected = oracle(base, None if name is None else directories[name])(ids)[row]
+            assert close(y[row], expected), names
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_dora_in_fp16_is_served_without_an_overflow_before_its_scale(tmp_path: Path, tokens: int) -> None:
+    base = net()
+    model = inject(copy.deepcopy(base), DoRAConfig(r=3, lora_alpha=3000, target_modules=["inner"]))
+    randomise([p for name, p in model.named_parameters() if "lora_" in name and "magnitude" not in name])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("lora_A", "lora_B")):
+                parameter.mul_(30)
+    save_adapter(model, tmp_path / "dora")
+    served = MultiAdapterModel(copy.deepcopy(base).half(), budget=1 << 20)
+    for name in ("one", "two"):
+        served.load(tmp_path / "dora", name)
+    ids = torch.randint(VOCAB, (2, tokens), generator=torch.Generator().manual_seed(0))
+    expected = oracle(base, tmp_path / "dora")(ids)
+    for names in ("one", ["one", "two"]):
+        y = served(ids, adapter_ids=names).float()
+        assert (y - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
 # Layers that torch would pass by

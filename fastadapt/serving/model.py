@@ -54,6 +54,12 @@ class MultiAdapterModel:
             raise ValueError("the model is served already: unwrap() the other MultiAdapterModel first")
         self.model: Any = model
         self.backend = backend
+        away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+        if away:
+            raise ValueError(
+                f"{away[0]} has no memory, as weights that are offloaded between calls: serve a model that is whole on "
+                "its devices, loaded without offloading"
+            )
         self.pool = AdapterPool(model, base_modules(model), budget=budget, dtype=dtype)
         self.requests = Requests()
         self._traced: set[tuple[str, ...]] = set()
@@ -104,6 +110,7 @@ class MultiAdapterModel:
 
         Raises as forward does.
         """
+        self._check_place()
         rows = main_input(args, kwargs)[1].shape[0]
         if adapter_ids is None or isinstance(adapter_ids, str):
             adapter_ids = [adapter_ids] * rows
@@ -121,6 +128,15 @@ class MultiAdapterModel:
             )
             with self.requests.running(request):
                 yield request
+
+    def _check_place(self) -> None:
+        """Raises ValueError where the model has gone from where its adapters are."""
+        device = next(iter(self.pool.layers.values())).weight.device
+        if device != self.pool.device:
+            raise ValueError(
+                f"the model's weights are on {device} and its adapters on {self.pool.device}: unwrap() it, move it, "
+                "and make a new MultiAdapterModel of it"
+            )
 
     def _trace(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Sees to it that layers know how rows lie in what they are called with, once for inputs of this kind."""

@@ -69,6 +69,11 @@ def _base_and_low_rank(
     if u.shape[1] == 0 and g is None:
         return linear(x, weight, member.bias), None
     x_base = x_dropped if member.dropout_on_base and x_dropped is not None and g is not None else x
+    if g is not None and member.tied and dtype is torch.float16 and not keep_base:
+        # The sum of both paths may be beyond fp16 before g takes it back.
+        y = _low_rank(u, member, cast(member.B * g[:, None], dtype), member.bias)
+        add_scaled(y, F.linear(x_base, weight), g)
+        return (y if x_base is x or x_rest is None else y.addmm_(x_rest, weight.T)), None
     if g is not None and member.tied:
         v = _low_rank(u, member, cast(member.B, dtype), None).addmm_(x_base, weight.T)
         y = scaled(v, g, member.bias, keep_base)

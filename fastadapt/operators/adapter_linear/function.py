@@ -8,11 +8,19 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...reference import AdapterForm, adapter_linear_reference
 from ..arithmetic import cast
-from ..calls import check_same_dtype, compute_dtype, rows_of, with_leading, without_autocast
+from ..calls import (
+    check_same_dtype,
+    compute_dtype,
+    in_widest,
+    once_differentiable,
+    refuse_transforms,
+    rows_of,
+    with_leading,
+    without_autocast,
+)
 from ..dropout import draw_dropout, keep_probability
 from ..hadamard_linear.function import hadamard_linear
 from ..masks import Dropout, dropout_mask
@@ -113,7 +121,11 @@ def adapter_linear_group(
         workload.backward,
     )
     tensors = [tensor for member in members for tensor in member[:_TENSORS]]
-    ys: tuple[Tensor, ...] = AdapterLinearFunction.apply(x, drop, call, *tensors)
+    try:
+        ys: tuple[Tensor, ...] = AdapterLinearFunction.apply(x, drop, call, *tensors)
+    except RuntimeError as error:
+        refuse_transforms(error)
+        raise
     return ys
 
 
@@ -264,7 +276,7 @@ def _reference(x: Tensor, weights: Sequence[Tensor], forms: Sequence[AdapterForm
         mask = dropout_mask(draw_dropout(rows_of(x), p, "eager"), x.shape)
     p = 1.0 - keep_probability(p, "eager")
     pairs = zip(weights, forms, strict=True)
-    return tuple([adapter_linear_reference(x, weight, form, mask=mask, p=p) for weight, form in pairs])
+    return tuple([in_widest(adapter_linear_reference, x, weight, form, mask=mask, p=p) for weight, form in pairs])
 
 
 def _with_recomposed(
