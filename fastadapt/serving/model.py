@@ -34,9 +34,13 @@ class MultiAdapterModel:
 
     The linear layers of `model` are wrapped in place, its parameters frozen and the model put into eval mode; `unwrap`
     gives it back. Everything else, the generation loop among it, is transformers' own. Methods and ranks may be mixed
-    in a batch. budget: bytes for resident adapters, see AdapterPool, which is `pool`. dtype: of their factors, by
-    default the model's. backend: "auto", "triton" or "eager".
-    Raises ValueError for a model without linear layers or with injected adapters, or a budget that is too small.
+    in a batch; before the first such batch a forward of three short rows shows how the model keeps rows together. Where
+    it does not, as before the experts of a mixture, batches of one adapter run as ever and others are refused. Every
+    thread may have a request of its own; work that the model hands to other threads belongs to its only running one.
+    budget: bytes for resident adapters, see AdapterPool, which is `pool`. dtype: of their factors, by default the
+    model's. backend: "auto", "triton" or "eager".
+    Raises ValueError for a model without linear layers, with injected adapters or with weights that are offloaded, or a
+    budget that is too small.
     """
 
     def __init__(
@@ -79,7 +83,8 @@ class MultiAdapterModel:
         """The model's own forward, each row through its adapter.
 
         adapter_ids: a name for each row of the batch, or None for the base model; one name, or None, for all of them.
-        Raises KeyError for a name that was not loaded, ValueError for another number of rows.
+        Raises KeyError for a name that was not loaded, ValueError for another number of rows, for rows of several
+        adapters that the model regroups before a layer which they adapt, and for a model that was moved.
         """
         with self.running(adapter_ids, args, kwargs):
             return self.model(*args, **kwargs)
