@@ -23,6 +23,7 @@ BENCHES = {
     "pool": "bench.pool",
     "fuzz": "bench.fuzz",
     "calls": "bench.calls",
+    "soak": "bench.soak",
     "road": "bench.road",
     "tables": "bench.tables",
     "report": "bench.page",

@@ -6,7 +6,7 @@ The edits know the format (fields and patterns of the config, JSON text, names, 
 tensors, the header, links and pipes in the place of files, names of directories) or only its bytes. A finding is
 whatever else happens: another exception, a refusal that our own checks did not make, a form that does not fit its
 layer, a file from outside the root, too much time or memory, and files, threads, random numbers or a model that are
-not as they were.
+not as they were. Every case goes through the server's loader, load_adapter, merge and info.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +54,7 @@ from fastadapt import (
     VeRAConfig,
     save_adapter,
 )
+from fastadapt.commands.info import describe_adapter
 from fastadapt.commands.report import write_json
 from fastadapt.methods import METHODS
 from fastadapt.model.adapted import adapter_layers
@@ -661,7 +663,7 @@ class Harness:
     """A model, one valid adapter of each method, and a directory to break them in."""
 
     def __init__(self, scratch: Path) -> None:
-        self.model = tiny_model()
+        self.model = tiny_model().requires_grad_(False)
         self.root, self.outside, self.running = scratch / "root", scratch / "outside", scratch / "running"
         self.valid: dict[str, tuple[bytes, bytes]] = {}
         for method in (*METHOD_CONFIGS, "eva"):
@@ -728,20 +730,53 @@ class Harness:
         return modules, parameters, files, descriptors, threading.active_count(), random
 
     def judge(self, case: Case) -> Outcome:
-        """Runs one case."""
+        """Runs one case: the server's loader, and whatever else reads such a directory."""
         asked = self.write(case)
         self.running.write_text(replayed(case), encoding="utf-8")
+        found = self._serving(case, asked)
+        seconds, loads = found.seconds, dict[str, bool]()
+        for name, read in READERS.items():
+            if found.result == "finding":
+                break
+            other = self._reading(name, read)
+            seconds, loads[name] = seconds + other.seconds, other.result == "loaded"
+            found = other if other.result == "finding" else found
+        if found.result != "finding" and loads["load_adapter"] and not loads["info"]:
+            found = Outcome("finding", "info: says that what load_adapter loads cannot be loaded", seconds)
+        return found._replace(seconds=seconds)
+
+    def _serving(self, case: Case, asked: str) -> Outcome:
+        def run() -> tuple[str, str]:
+            try:
+                directory = adapter_directory(self.root, asked)
+                loaded = read_adapter(self.model, directory, root=self.root, limits=LIMITS)
+            except AdapterError as error:
+                return "refused", foreign_cause(error) or _unbounded(error, 1500)
+            return "loaded", self.misfit(case, loaded)
+
+        return self._watched(run)
+
+    def _reading(self, name: str, read: Callable[[nn.Module, Path], bool]) -> Outcome:
+        def run() -> tuple[str, str]:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    result = "loaded" if read(self.model, self.root / "adapter") else "refused"
+                except (ValueError, OSError) as error:
+                    return "refused", _unbounded(error, 2500)
+                return result, next(filter(None, (_unbounded(warning.message, 2500) for warning in caught)), "")
+
+        # What is built and then refused may have drawn random numbers.
+        outcome = self._watched(run, but=("random numbers",))
+        return outcome._replace(detail=f"{name}: {outcome.detail}" if outcome.detail else "")
+
+    def _watched(self, run: Callable[[], tuple[str, str]], but: tuple[str, ...] = ()) -> Outcome:
+        """What a reading comes to, with all that it must leave alone compared."""
         before, memory, start = self.state(), peak_mb(), time.perf_counter()
         result, detail = "refused", ""
         try:
             with alarm(SECONDS):
-                directory = adapter_directory(self.root, asked)
-                loaded = read_adapter(self.model, directory, root=self.root, limits=LIMITS)
-            result, detail = "loaded", self.misfit(case, loaded)
-        except AdapterError as error:
-            detail = foreign_cause(error)
-            if not detail and ("\n" in str(error) or len(str(error)) > 1500):
-                detail = "the error is no short line"
+                result, detail = run()
         except TooSlow:
             detail = f"still running after {SECONDS:g} s"
         except Exception:
@@ -755,7 +790,7 @@ class Harness:
                 self.state(),
                 strict=True,
             )
-            if was != now
+            if was != now and name not in but
         ]
         if not detail and changed:
             detail = f"not as before: {', '.join(changed)}"
@@ -787,6 +822,43 @@ class Harness:
                 if part.requires_grad and part is not modules[path].bias:
                     return f"{path}: {name} requires grad"
         return ""
+
+
+def _loaded(model: nn.Module, directory: Path) -> bool:
+    fastadapt.load_adapter(model, directory, limits=LIMITS)
+    fastadapt.unload(model)
+    return True
+
+
+def _merged(model: nn.Module, directory: Path) -> bool:
+    fastadapt.load_adapter(model, directory, limits=LIMITS)
+    try:
+        fastadapt.merge(model)
+        fastadapt.unmerge(model)
+    finally:
+        fastadapt.unload(model)
+    return True
+
+
+def _described(model: nn.Module, directory: Path) -> bool:
+    facts = describe_adapter(directory)
+    for name, fact in facts.items():
+        if not fact.isprintable() or len(fact) > 2500:
+            raise AssertionError(f"{name} is no short line: {fact[:200]!r}")
+    return facts["fastadapt"] == "can load it"
+
+
+# Whether what reads a directory takes it; the model is as it was afterwards.
+READERS: dict[str, Callable[[nn.Module, Path], bool]] = {
+    "load_adapter": _loaded,
+    "merge": _merged,
+    "info": _described,
+}
+
+
+def _unbounded(error: object, longest: int) -> str:
+    """What is wrong with a message; empty for a short line."""
+    return "" if str(error).isprintable() and len(str(error)) <= longest else "the message is no short line"
 
 
 def foreign_cause(error: BaseException) -> str:

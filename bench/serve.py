@@ -215,18 +215,15 @@ def run(
 
 def _held(served: MultiAdapterModel, names: list[str]) -> Callable[..., Any]:
     """The model under a request that goes on, as in generate."""
-    from fastadapt.serving.linear import Running, running
-
-    holding = served.pool.hold(names).__enter__()
-    request = Running(holding, direct=True)
+    ids = torch.zeros(len(names), 16, dtype=torch.int64)
+    context = served.running(names, (), {"input_ids": ids})
+    request = context.__enter__()
 
     def call(**inputs: Any) -> Any:
-        token = running.set(request)
-        try:
+        with served.requests.running(request):
             return served.model(**inputs)
-        finally:
-            running.reset(token)
 
+    call.context = context  # type: ignore[attr-defined]  # which would end the request
     return call
 
 

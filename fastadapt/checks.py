@@ -14,6 +14,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def printable(text: str) -> str:
+    """Text with escapes in the place of what a terminal would obey: what comes from a file may hold anything."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def shape_error(name: str, required: str, value: Tensor) -> ValueError:
     return ValueError(f"{name} must have shape {required}, got {tuple(value.shape)}")
 

@@ -188,7 +188,7 @@ def test_double_backward_is_refused_plainly() -> None:
     values = operands(CASES[0], torch.float32)
     v = values.pop("v").requires_grad_()
     (dv,) = torch.autograd.grad(bottleneck(v, **values).square().sum(), v, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(ValueError, match="can be taken once"):
         dv.sum().backward()
 
 

@@ -293,6 +293,31 @@ def test_merge_and_info_of_a_head_from_peft(tmp_path: Path, base_name: str, name
         torch.testing.assert_close(output(merged, tokens()), output(theirs, tokens()), rtol=1e-4, atol=1e-5)
 
 
+def test_merge_takes_labels_alone_from_the_adapters_config(tmp_path: Path) -> None:
+    import transformers
+
+    headed("LlamaForCausalLM").save_pretrained(tmp_path / "base")
+    names = {0: "no", 1: "yes", 2: "perhaps"}
+    start = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", id2label=names)
+    config = fastadapt.LoRAConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS", modules_to_save=["score"])
+    adapted = fastadapt.inject(start, config)
+    fastadapt.save_adapter(adapted, tmp_path / "adapter")
+    written = {**start.config.to_dict(), "architectures": ["Other"], "auto_map": {"AutoConfig": "evil.Config"}}
+    path = tmp_path / "adapter" / "config.json"
+    path.write_text(json.dumps(written | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}))
+    result = run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    merged = transformers.AutoConfig.from_pretrained(tmp_path / "merged")
+    assert merged.id2label == names
+    assert merged.rope_parameters == start.config.rope_parameters
+    for change in ({"hidden_act": "relu"}, {"intermediate_size": 56}, {"vocab_size": 10**9}, {"model_type": "evil"}):
+        path.write_text(json.dumps(written | change))
+        result = run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "other")
+        assert is_one_line_error(result, next(iter(change)), "merge the adapter into the model that it was trained on")
+    path.write_text(json.dumps(written | {"id2label": {"x": 1}}))
+    assert is_one_line_error(run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "other"), "id2label")
+
+
 def test_merge_refuses_a_head_that_nobody_trained(tmp_path: Path) -> None:
     headed("BertForMaskedLM").save_pretrained(tmp_path / "base")
     model = headed("BertForSequenceClassification")

@@ -19,8 +19,9 @@ from tiny_models import VOCAB, gpt2, llama, randomise
 from torch import Tensor
 
 from fastadapt import AdaLoRAConfig, DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter, unload
-from fastadapt.serving import AdapterError, AdapterPool, MultiAdapterModel, PoolFullError
+from fastadapt.serving import AdapterError, AdapterPool, MultiAdapterModel, PoolFullError, read_adapter
 from fastadapt.serving.arena import Arena, ArenaFullError, page_bytes
+from fastadapt.serving.requests import Running
 
 ROWS, TOKENS = 8, 6
 
@@ -313,6 +314,7 @@ def _changed(directory: Path, target: Path, seed: int) -> Path:
     return target
 
 
+@pytest.mark.filterwarnings("ignore:.*from now on, and was:UserWarning")
 def test_a_changed_adapter_is_another_one(base: Any, tmp_path: Path) -> None:
     directory = save_all(base, tmp_path, ["dora"])["dora"]
     served = MultiAdapterModel(copy.deepcopy(base), budget=1 << 20)
@@ -326,11 +328,9 @@ def test_a_changed_adapter_is_another_one(base: Any, tmp_path: Path) -> None:
         assert second != first
         assert served.pool.used_bytes == 2 * used
         # Whoever held the old one still has it.
-        from fastadapt.serving.linear import Running, running
-
-        token = running.set(Running(holding._replace(slots=holding.slots * ROWS, groups=holding.groups * ROWS)))
-        assert close(served.model(**batch).logits, old)
-        running.reset(token)
+        request = Running(holding._replace(slots=holding.slots * ROWS, groups=holding.groups * ROWS))
+        with served.requests.running(request):
+            assert close(served.model(**batch).logits, old)
         assert close(served(**batch, adapter_ids="dora").logits, alone(base, changed, batch))
     assert served.pool.used_bytes == used
     served.pool.evict("dora")
@@ -344,6 +344,50 @@ def _overwrite(target: Path, source: Path) -> None:
         (target / path.name).write_bytes(path.read_bytes())
 
 
+def test_directories_of_one_name_are_told_apart(base: Any, tmp_path: Path) -> None:
+    one = save_all(base, tmp_path, ["lora"])["lora"]
+    paths = [tmp_path / part for part in ("sql/checkpoint-5", "poems/checkpoint-5", "old/poems/checkpoint-5")]
+    for seed, path in enumerate(paths):
+        _changed(one, path, seed)
+    served = MultiAdapterModel(copy.deepcopy(base), budget=4 << 20)
+    identities = [served.load(path) for path in paths]
+    names = ["checkpoint-5", "poems/checkpoint-5", "old/poems/checkpoint-5"]
+    assert served.pool.names == names
+    assert [served.pool.info(name).identity for name in names] == identities
+    # Loaded again, however it is written, a directory has the name that it had.
+    assert served.load(tmp_path / "sql" / ".." / "poems" / "checkpoint-5") == identities[1]
+    assert served.pool.names == names
+    batch = inputs(3)
+    logits = served(**batch, adapter_ids=names).logits
+    for row, path in enumerate(paths):
+        assert close(logits[row], alone(base, path, batch)[row])
+
+
+def test_links_keep_their_own_names(base: Any, tmp_path: Path) -> None:
+    one = save_all(base, tmp_path, ["lora"])["lora"]
+    for name in ("sql-live", "poems-live"):
+        (tmp_path / name).symlink_to(one)
+    served = MultiAdapterModel(copy.deepcopy(base), budget=4 << 20)
+    for name in ("sql-live", "poems-live"):
+        served.load(tmp_path / name)
+    assert served.pool.names == ["sql-live", "poems-live"]
+
+
+def test_a_name_that_another_directory_takes_over_is_said(base: Any, tmp_path: Path) -> None:
+    one = save_all(base, tmp_path, ["lora"])["lora"]
+    other = _changed(one, tmp_path / "other", 1)
+    served = MultiAdapterModel(copy.deepcopy(base), budget=4 << 20)
+    served.load(one, "live")
+    with pytest.warns(UserWarning, match=f"'live' is {other} from now on, and was {one}"):
+        served.load(other, "live")
+    _overwrite(other, one)
+    served.load(other, "live")  # changed in its own place, as new versions are
+    served.pool.add("memory", read_adapter(base, one))
+    with pytest.warns(UserWarning, match=r"and was an adapter without a directory"):
+        served.load(_changed(one, tmp_path / "third", 3), "memory")
+
+
+@pytest.mark.filterwarnings("ignore:.*from now on, and was:UserWarning")
 def test_a_pin_goes_with_the_name(base: Any, tmp_path: Path) -> None:
     directory = save_all(base, tmp_path, ["lora"])["lora"]
     served = MultiAdapterModel(copy.deepcopy(base), budget=1 << 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
+import io
 import json
 import os
 import random
@@ -20,11 +21,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from test_cli import is_one_line_error, run
 from tiny_models import llama
 
 import fastadapt
-from fastadapt.commands import batches
+from fastadapt.commands import base_model, batches
 from fastadapt.commands.quiet import quiet_transformers
 from fastadapt.commands.train import command as train
 from fastadapt.commands.train import data as train_data
@@ -633,6 +635,129 @@ def test_states_come_back_as_they_were(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0"]
 
 
+def stopped(base: Path, tmp_path: Path, step: int = 2, **changes: Any) -> tuple[Path, Path, str]:
+    """(data, output of a run that stopped after a step, the digest of what it comes to)."""
+    data, whole, output = answers(tmp_path / "data.jsonl"), tmp_path / "whole", tmp_path / "stopped"
+    trained(base, data, whole, save_every=1, keep=9, **changes)
+    shutil.copytree(whole / f"checkpoint-{step}", output / f"checkpoint-{step}")
+    return data, output, digest(whole)
+
+
+def test_a_run_does_not_go_on_with_another_base_model(base: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    data, output, whole = stopped(model, tmp_path)
+    (weights,) = model.glob("*.safetensors")
+    tensors, words = load_file(weights), (model / "tokenizer.json").read_text()
+    save_file({name: value + 1e-3 for name, value in tensors.items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="MODEL has other weights"):
+        trained(model, data, output, save_every=1, keep=9)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (model / "tokenizer.json").write_text(words.replace('"word1":', '"word0":'))
+    with pytest.raises(ValueError, match="MODEL has another tokenizer"):
+        trained(model, data, output, save_every=1, keep=9)
+    (model / "tokenizer.json").write_text(words)
+    (model / "README.md").write_text("of no matter")
+    trained(model, data, output, save_every=1, keep=9)
+    assert digest(output) == whole
+
+
+def test_large_files_of_weights_are_compared_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_model, "_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(base_model, "_BLOCK_BYTES", 16)
+    weights = tmp_path / "model.safetensors"
+    values = torch.arange(5000.0)
+    digests = []
+    for change in (0.0, 1.0):
+        save_file({"a": values + change}, weights)
+        digests.append(base_model.weights_digest(str(tmp_path)))
+    weights.write_bytes(weights.read_bytes() + b" ")
+    digests.append(base_model.weights_digest(str(tmp_path)))
+    assert len(set(digests)) == 3
+    assert base_model.weights_digest("no/such-model") is None
+
+
+def test_a_run_goes_on_with_the_threads_that_it_had(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output, whole = stopped(base, tmp_path)
+    now, seen, take_step = torch.get_num_threads(), list[int](), train_loop.Training.take_step
+
+    def counting(self: train_loop.Training) -> float:
+        seen.append(torch.get_num_threads())
+        return take_step(self)
+
+    monkeypatch.setattr(train_loop.Training, "take_step", counting)
+    torch.set_num_threads(now + 1)
+    try:
+        with Console(quiet=False, file=io.StringIO(), width=200) as console:
+            train.run(options(base, data, output, save_every=1, keep=9), console)
+        assert torch.get_num_threads() == now + 1
+    finally:
+        torch.set_num_threads(now)
+    assert set(seen) == {now}
+    assert digest(output) == whole
+    assert f"going on with {now} threads as before" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "train.json"])
+def test_a_damaged_file_of_a_finished_run_is_written_again(base: Path, tmp_path: Path, name: str) -> None:
+    data, output = answers(tmp_path / "data.jsonl"), tmp_path / "out"
+    trained(base, data, output)
+    before = (output / name).read_bytes()
+    (output / name).write_bytes(before[:-20])
+    trained(base, data, output)
+    after = (output / name).read_bytes()
+    if name == "train.json":
+        assert json.loads(after)["rows"][0]["steps"] == json.loads(before)["rows"][0]["steps"]
+    else:
+        assert after == before
+
+
+def test_no_leftover_blocks_a_run_or_leads_it_elsewhere(base: Path, tmp_path: Path) -> None:
+    data, output, whole = stopped(base, tmp_path)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("kept")
+    for name in (".writing-note", ".removing-checkpoint-0"):
+        (output / name).write_text("a file")
+    (output / ".removing-link").symlink_to(precious)
+    (output / ".writing-link").symlink_to(precious / "file")
+    trained(base, data, output, save_every=1, keep=9)
+    assert digest(output) == whole
+    assert not list(output.glob(".*"))
+    assert (precious / "file").read_text() == "kept"
+
+
+def test_a_state_of_other_types_is_a_damaged_one(base: Path, tmp_path: Path) -> None:
+    data, output, _ = stopped(base, tmp_path)
+    checkpoint = output / "checkpoint-2"
+    states = ['{"settings": 5}', "[]", '{"step": "x"}']
+    for text in [*(f'{{"format": 1, "state": {state}}}' for state in states), "[]"]:
+        (checkpoint / "state.json").write_text(text)
+        names = ("state.json", "state.safetensors")
+        sums = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in names}
+        (checkpoint / "sha256").write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
+        with pytest.raises(ValueError, match=r"cannot be used.*--overwrite"):
+            trained(base, data, output, save_every=1, keep=9)
+
+
+def test_a_run_waits_for_the_lock_of_one_that_was_just_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    calls, flock = list[int](), fcntl.flock
+
+    def late(handle: int, how: int) -> None:
+        calls.append(how)
+        if len(calls) < 3:
+            raise BlockingIOError
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with train_state.owned(tmp_path):
+        assert len(calls) == 3
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(base: Path, tmp_path: Path) -> None:
     data, whole = answers(tmp_path / "data.jsonl"), tmp_path / "whole"
     trained(base, data, whole, save_every=1, keep=3)
@@ -659,7 +784,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(base: Path, tmp_path: 
     assert digest(output) == digest(whole)
 
 
-def test_a_checkpoint_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As of runs that did not note the weights.
+    monkeypatch.setattr("fastadapt.commands.train.options.weights_digest", lambda name: None)
     data, model = answers(tmp_path / "data.jsonl"), tmp_path / "model"
     shutil.copytree(base, model)
     trained(model, data, tmp_path / "out", keep=9)
@@ -710,7 +837,7 @@ def test_what_a_default_stands_for_is_no_difference(base: Path, tmp_path: Path) 
     assert differences(plain.settings(), said.settings()) == []
 
 
-def test_an_output_that_is_something_else_is_kept(base: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_something_else_is_kept(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, output = answers(tmp_path / "data.jsonl"), tmp_path / "out"
     output.mkdir()
     (output / "adapter_model.safetensors").write_text("precious")
@@ -721,6 +848,7 @@ def test_an_output_that_is_something_else_is_kept(base: Path, tmp_path: Path) ->
     with pytest.raises(FileExistsError, match="directory of a model"):
         trained(model, data, model, overwrite=True)
     assert snapshot(model).keys() == {str(model / path.name) for path in base.iterdir()}
+    monkeypatch.setattr(train_state, "LOCK_SECONDS", 0.0)
     with train_state.owned(tmp_path / "busy"), pytest.raises(BlockingIOError, match="another run"):
         trained(base, data, tmp_path / "busy")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,19 @@ class Base(NamedTuple):
             if token is not None:
                 return int(token)
         return 0
+
+    def positions(self, wanted: int | None) -> int | None:
+        """How many tokens a prompt and its answer may have, None where nothing limits them.
+
+        Raises ValueError where the model has fewer positions than are wanted.
+        """
+        config = self.model.config
+        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if not isinstance(limit, int) or limit < 1:
+            limit = None
+        if wanted is not None and limit is not None and wanted > limit:
+            raise ValueError(f"--max-length must be at most {limit}, the model's positions, got {wanted}")
+        return wanted or limit
 
     def max_length(self, wanted: int | None) -> int:
         """The longest row in tokens. Raises ValueError where the model has fewer positions than are wanted."""
@@ -80,6 +94,48 @@ def _new_modules(model: Any, missing: list[str]) -> list[str]:
     ]
     others = {key.rpartition(".")[0] for key in missing if key.split(".", 1)[0] not in heads}
     return sorted({*heads, *others})
+
+
+# A file of weights up to this many bytes is hashed whole; of a larger one so many blocks, spread over all of it.
+_WHOLE_BYTES = 64 << 20
+_BLOCKS, _BLOCK_BYTES = 256, 64 << 10
+
+_WEIGHTS = ("config.json", "*.safetensors", "*.bin", "*.safetensors.index.json")
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_*")
+
+
+def weights_digest(name: str) -> str | None:
+    """A hash by which other weights at the same place are noticed: of a local model's config and of its files' sizes,
+    headers and contents, of large ones in blocks spread over them; of a hub's the commit. None where nothing tells."""
+    return _digest(name, _WEIGHTS)
+
+
+def tokenizer_digest(name: str) -> str | None:
+    """The same for the tokenizer's files."""
+    return _digest(name, _TOKENIZER)
+
+
+def _digest(name: str, patterns: Sequence[str]) -> str | None:
+    directory = Path(name)
+    if not directory.is_dir():
+        from transformers import AutoConfig
+
+        try:
+            return getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
+        except (OSError, ValueError):
+            return None  # loading the model will say why
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if size <= _WHOLE_BYTES:
+                digest.update(file.read())
+                continue
+            for block in range(_BLOCKS):  # the first has the header
+                file.seek(block * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

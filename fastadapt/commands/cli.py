@@ -21,6 +21,7 @@ except ModuleNotFoundError as missing:
     print(f'fastadapt: the command line needs {missing.name}: pip install "fastadapt[cli]"', file=sys.stderr)
     raise SystemExit(2) from None
 
+from ..checks import printable
 from ..progress import working
 from ..training.recipes import recipes
 from .info import describe_adapter
@@ -45,7 +46,7 @@ def console() -> Console:
 
 def say_on_stderr(what: str, color: str, message: str) -> None:
     """Prints one line there, whatever the message has."""
-    text = Text(f"{what}: ", style=f"bold {color}") + Text(" ".join(message.split()), style="not bold")
+    text = Text(f"{what}: ", style=f"bold {color}") + Text(printable(" ".join(message.split())), style="not bold")
     Console(stderr=True).print(text, soft_wrap=True)
 
 
@@ -198,7 +199,7 @@ def _self_test_table(rows: list[dict[str, Any]], dtypes: list[str], untested: li
 def info(directory: Annotated[Path, typer.Argument(help="A PEFT adapter directory.")]) -> None:
     """Describe an adapter directory without loading a model, and say whether fastadapt can load it."""
     with one_line_errors():
-        table = Table(show_header=False, title=str(directory))
+        table = Table(show_header=False, title=Text(printable(str(directory))))
         for name, value in describe_adapter(directory).items():
             table.add_row(name, Text(value))
         console().print(table)
@@ -224,7 +225,7 @@ def merge(
         with working("reading the adapter", out) as say, quiet_transformers():
             notes = merge_to(model_dir, adapter_dir, output_dir, say)
         for note in notes:
-            out.print(note, highlight=False, soft_wrap=True)
+            out.print(Text(printable(note)), soft_wrap=True)
 
 
 @app.command()
@@ -275,6 +276,9 @@ def train(
 
     The columns of DATA decide what is trained. prompt and completion: the completion. messages: the assistant's turns.
     text: all of it. text and label: a classifier. OUTPUT is a PEFT directory with train.json and train.png.
+
+    A run goes on only with the options, data, model and tokenizer that it was begun with. Of weights in large files
+    that compares sizes, headers and blocks spread over them.
     """
     require("transformers", "matplotlib")
     with one_line_errors():
@@ -329,6 +333,12 @@ def generate(
     data: Annotated[Path, typer.Argument(help="A .jsonl file of rows with a prompt or messages, and an adapter.")],
     output: Annotated[Path | None, typer.Option(help="Where the results go; the terminal by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest prompt with its answer in tokens; by default the model's positions.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put prompts through the chat template, as a user's turn.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Rows that go through the model at once.")] = 8,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 1.0,
@@ -336,13 +346,18 @@ def generate(
     device: Annotated[str | None, typer.Option(help="PyTorch device; cuda where there is one, else cpu.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of model and adapters.")] = "float32",
     budget: Annotated[
-        int | None, typer.Option(help="MiB for adapters in memory; by default as much as ADAPTERS takes.")
+        int | None, typer.Option(help="MiB for adapters in memory; by default as much as those of DATA take.")
     ] = None,
 ) -> None:
     """Answer every row of DATA with the adapter that it names, many adapters in one batch.
 
     A row is {"prompt": "...", "adapter": "name"}, or messages in place of prompt; without an adapter the base model
-    answers. Results are JSON lines in the same order, with text and tokens; a bad row has an error instead.
+    answers. A prompt goes in as it is, and messages through the chat template, the adapter's own where its directory
+    has one: a chat model often ends at once after a bare prompt, and --chat puts prompts into the template too. A row
+    may have its own max_new_tokens, temperature, top_p, seed, and stop, a text or several that end its answer.
+
+    Results are JSON lines in the same order, with text, tokens, and how the row ended: eos, stop or length. A bad row
+    has an error instead.
     """
     require("transformers")
     with one_line_errors():
@@ -368,6 +383,8 @@ def generate(
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             dtype=dtype,
             budget=budget,
+            max_length=max_length,
+            chat=chat,
         )
         with quiet_transformers(), progress_bar("rows", None) as update:
 

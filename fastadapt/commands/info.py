@@ -17,30 +17,36 @@ def describe_adapter(directory: Path) -> dict[str, str]:
     """
     import math
 
-    from safetensors import safe_open
-
-    from ..model.peft_files import CONFIG_FILE, TENSOR_FILE, read_config, read_fields, read_tensors
+    from ..model.peft_files import CONFIG_FILE, TENSOR_FILE, check_present, read_config, read_fields, read_tensors
+    from ..model.untrusted import DEFAULT_LIMITS, AdapterError, bounded, one_line, tensor_header
 
     tensor_file = directory / TENSOR_FILE
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{directory} is not a directory: an adapter directory holds {CONFIG_FILE} and {TENSOR_FILE}"
         )
-    fields = read_fields(directory)
-    if not tensor_file.is_file():
-        read_tensors(directory)  # it knows the other forms of a checkpoint, and says why each is refused
+    with bounded(directory):
+        fields = read_fields(directory)
+        check_present(directory, TENSOR_FILE)  # it knows the other forms of a checkpoint, and says why each is refused
+        header = tensor_header(tensor_file, DEFAULT_LIMITS)
     shapes: dict[str, list[int]] = {}
     dtypes: dict[str, int] = {}
-    with safe_open(tensor_file, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            part = file.get_slice(name)
-            shapes[name] = part.get_shape()
-            dtypes[part.get_dtype()] = dtypes.get(part.get_dtype(), 0) + 1
+    for name, entry in header.items():
+        dtype, shape = (entry.get(key) if isinstance(entry, dict) else None for key in ("dtype", "shape"))
+        sizes = shape if isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape) else None
+        if sizes is None:
+            raise ValueError(f"{tensor_file} is not a valid safetensors file: {one_line(name)} has no shape")
+        shapes[name] = sizes
+        dtypes[str(dtype)] = dtypes.get(str(dtype), 0) + 1
     reason = ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            read_config(directory)
+            with bounded(directory):
+                read_config(directory)
+                read_tensors(directory)
+        except AdapterError as error:
+            reason = error.reason
         except ValueError as error:
             reason = str(error)
     facts = {
@@ -58,7 +64,7 @@ def describe_adapter(directory: Path) -> dict[str, str]:
     }
     if caught:
         facts["note"] = "; ".join(str(warning.message) for warning in caught)
-    return facts
+    return {name: one_line(value, 2000) for name, value in facts.items()}
 
 
 def _tensor_facts(fields: dict[str, Any], numbers: dict[str, int]) -> dict[str, str]:
@@ -108,7 +114,7 @@ def _ranks(fields: dict[str, Any]) -> str:
             return "-"
     pattern = fields.get("rank_pattern")
     values = [
-        sum(value) if isinstance(value, list) else value
+        sum(value) if isinstance(value, list) and all(isinstance(part, int) for part in value) else value
         for value in (pattern.values() if isinstance(pattern, dict) else ())
     ]
     r = fields.get("init_r", fields.get("r", "-"))

@@ -60,9 +60,8 @@ def _base_of(config: Any, model_dir: str, adapter_dir: Path) -> tuple[Any, list[
     }
     if config.task_type in kinds:
         kind = kinds[config.task_type]
-        # `train` leaves the config with its classes beside the adapter, which brings the head along.
-        settings = adapter_dir if (adapter_dir / "config.json").is_file() else model_dir
-        classes = transformers.AutoConfig.from_pretrained(settings)
+        classes = transformers.AutoConfig.from_pretrained(model_dir)
+        _take_labels(classes, model_dir, adapter_dir / "config.json")
         _count_classes(kind, classes, config.task_heads, adapter_dir)
         model, found = kind.from_pretrained(
             model_dir, config=classes, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
@@ -72,6 +71,41 @@ def _base_of(config: Any, model_dir: str, adapter_dir: Path) -> tuple[Any, list[
     # The model's own class, so that the saved model has every part that the base has.
     model_class = getattr(transformers, architectures[0], None) if architectures else None
     return (model_class or transformers.AutoModelForCausalLM).from_pretrained(model_dir, dtype="auto"), []
+
+
+# What a config says that tells nothing of the shape of its model, or that training changes.
+_INCIDENTAL = {"num_labels", "problem_type", "finetuning_task", "dtype", "torch_dtype", "transformers_version"}
+
+
+def _take_labels(classes: Any, model_dir: str, path: Path) -> None:
+    """Gives a base model's config the labels of the one that `train` leaves beside the adapter, which brings the head.
+
+    It is a file of strangers: nothing else of it is used. Raises ValueError where it tells of another base model.
+    """
+    from ..checks import shown
+    from ..model.peft_files import parse_fields
+    from ..model.untrusted import DEFAULT_LIMITS, content
+
+    if not path.is_file():
+        return
+    fields, own = parse_fields(content(path, DEFAULT_LIMITS.max_config_bytes), path), classes.to_dict()
+    for name, value in fields.items():
+        plain = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+        if not plain or name.startswith("_") or name.endswith("_token_id") or name in _INCIDENTAL:
+            continue
+        if name in own and own[name] != value:
+            raise ValueError(
+                f"{path} is of a model with {name} {shown(value)}, and {model_dir} has {shown(own[name])}: merge the "
+                "adapter into the model that it was trained on"
+            )
+    names = fields.get("id2label")
+    if isinstance(names, dict) and names:
+        if not all(key.isdecimal() and isinstance(label, (str, int)) for key, label in names.items()):
+            raise ValueError(f"{path}: id2label must have a name for each number of a class, got {shown(names)}")
+        classes.id2label = {int(key): str(label) for key, label in names.items()}
+        classes.label2id = {label: index for index, label in classes.id2label.items()}
+    if isinstance(fields.get("problem_type"), str):
+        classes.problem_type = fields["problem_type"]
 
 
 def _count_classes(kind: Any, classes: Any, heads: tuple[str, ...], adapter_dir: Path) -> None:

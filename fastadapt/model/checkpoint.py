@@ -17,6 +17,7 @@ from ..methods import AdapterConfig, LoRAConfig
 from ..methods.glora import glora_of
 from ..methods.lora import lora_of
 from ..methods.lora_drop import recognised
+from ..methods.patterns import time_limit
 from .adapted import PREFIX, Injection, adapter_configs, check_unmerged, present
 from .inject import ModelType, attach, prepare, replace_base
 from .matching import check_names, respell
@@ -24,6 +25,7 @@ from .peft_files import TENSOR_FILE, method_of, read_directory
 from .saving import write_adapter
 from .targets import base_modules, output_head, selection_of
 from .tying import check_equal, tie_adapters, tied_ends
+from .untrusted import DEFAULT_LIMITS, Limits, bounded
 from .wrappers import inside
 
 
@@ -266,19 +268,22 @@ def load_adapter(
     *,
     backend: str = "auto",
     autocast_adapter_dtype: bool = True,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> ModelType:
     """Loads a PEFT directory into `model` in place as an adapter of that name, activates it and freezes the base.
 
     The file is taken whole or not at all: every tensor must belong to the config and the model, have the right shape
     and be finite. Ranks and scales follow the config with its patterns. Of the heads that its task type brings into
     modules_to_save the model may lack those that the file has no tensors of. trainable: whether the adapter's
-    parameters require grad. Returns the model. Raises FileNotFoundError or ValueError that names the file, the tensor
-    or the field and the cure; the model is then as it was.
+    parameters require grad. limits: what the files may ask for, as in serving. Returns the model. Raises
+    FileNotFoundError or ValueError that names the file, the tensor or the field and the cure, an AdapterError where it
+    asks for more than there is; the model is then as it was.
     """
-    config, tensors = read_directory(directory)
-    config = recognised(config, tensors)
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     # What is drawn at random is overwritten: the caller's own numbers go on as if nothing had been drawn.
-    with torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})):
+    with bounded(directory), time_limit(limits.max_pattern_seconds), torch.random.fork_rng(cuda):
+        config, tensors = read_directory(directory, limits)
+        config = recognised(config, tensors)
         injection = prepare(
             model,
             config,
@@ -287,18 +292,18 @@ def load_adapter(
             autocast_adapter_dtype=autocast_adapter_dtype,
             from_file=True,  # whose tensors decide
         )
-    source = Path(directory, TENSOR_FILE)
-    changed = check_tensors(injection, tensors, source, base_modules(model), output_head(model))
-    if changed and adapter_configs(model):
-        raise ValueError(
-            f"{source} holds another {', '.join(changed)} than this model has, trained or grown before the adapter "
-            "was, and the adapters that are in the model already go with its own: unload(model) first"
-        )
-    fill(injection, tensors, source)
-    if trainable and isinstance(config, LoRAConfig) and config.ensure_weight_tying:
-        ends = tied_ends(model)
-        check_equal(injection.adapters, ends)
-        tie_adapters(injection.adapters, ends)
+        source = Path(directory, TENSOR_FILE)
+        changed = check_tensors(injection, tensors, source, base_modules(model), output_head(model))
+        if changed and adapter_configs(model):
+            raise ValueError(
+                f"{source} holds another {', '.join(changed)} than this model has, trained or grown before the adapter "
+                "was, and the adapters that are in the model already go with its own: unload(model) first"
+            )
+        fill(injection, tensors, source)
+        if trainable and isinstance(config, LoRAConfig) and config.ensure_weight_tying:
+            ends = tied_ends(model)
+            check_equal(injection.adapters, ends)
+            tie_adapters(injection.adapters, ends)
     attach(model, injection, trainable=trainable)
     _warn_of_another_base(model, config)
     if changed:

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ..checks import shown
+from ..checks import printable, shown
 from ..files import DRAFTS
 from ..methods import METHODS, AdapterConfig
+from .untrusted import DEFAULT_LIMITS, HEADER_BYTES, Limits, check_fields, content, tensor_content
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -31,12 +32,8 @@ TENSOR_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
 
-# What the dtypes that an adapter can have are called in a safetensors file, and more bytes than its header has for one
-# tensor.
+# What the dtypes that an adapter can have are called in a safetensors file.
 DTYPES = ("F16", "BF16", "F32", "F64")
-
-
-HEADER_BYTES = 512
 
 
 # What the metadata of a tensor file hold that fastadapt writes over another config's: the text of the config that goes
@@ -166,15 +163,18 @@ def _own_config(content: bytes) -> tuple[bytes | None, str | None]:
     return own.encode() if isinstance(own, str) else None, replaced if isinstance(replaced, str) else None
 
 
-def _content(directory: str | os.PathLike[str], name: str) -> bytes:
+def _content(directory: str | os.PathLike[str], limits: Limits, name: str) -> bytes:
     check_present(directory, name)
-    return Path(directory, name).read_bytes()
+    path = Path(directory, name)
+    return content(path, limits.max_config_bytes) if name == CONFIG_FILE else tensor_content(path, limits)
 
 
-def _beginning(directory: str | os.PathLike[str], name: str) -> bytes:
+def _beginning(directory: str | os.PathLike[str], limits: Limits, name: str) -> bytes:
     """The content of the config, or of the tensor file as far as its header; nothing where there are no tensors."""
     if name == CONFIG_FILE:
-        return _content(directory, name)
+        return _content(directory, limits, name)
+    if not Path(directory, name).is_file():
+        return b""
     try:
         with Path(directory, name).open("rb") as file:
             start = file.read(8)
@@ -184,13 +184,13 @@ def _beginning(directory: str | os.PathLike[str], name: str) -> bytes:
         return b""
 
 
-def read_fields(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def read_fields(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
     """The fields of a PEFT directory's adapter_config.json, whatever they say, as `of_one_save` finds it.
 
     Raises FileNotFoundError where there is none, ValueError for JSON that is broken or holds no object.
     """
-    content, _ = of_one_save(partial(_beginning, directory), partial(tensor_stamp, directory))
-    return parse_fields(content, Path(directory, CONFIG_FILE))
+    config, _ = of_one_save(partial(_beginning, directory, limits), partial(tensor_stamp, directory))
+    return parse_fields(config, Path(directory, CONFIG_FILE))
 
 
 def method_of(fields: Mapping[str, Any]) -> type[AdapterConfig]:
@@ -217,23 +217,28 @@ def parse_config(fields: dict[str, Any], path: Path) -> tuple[AdapterConfig, lis
     return config, sorted(unknown)
 
 
-def read_config(directory: str | os.PathLike[str]) -> AdapterConfig:
-    """The config of a PEFT directory. Raises as `read_fields` and `parse_config` do."""
-    return _known_config(read_fields(directory), Path(directory, CONFIG_FILE))
+def read_config(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> AdapterConfig:
+    """The config of a PEFT directory. Raises as `read_fields`, `check_fields` and `parse_config` do."""
+    return _known_config(read_fields(directory, limits), Path(directory, CONFIG_FILE), limits)
 
 
-def _known_config(fields: dict[str, Any], path: Path) -> AdapterConfig:
+def _known_config(fields: dict[str, Any], path: Path, limits: Limits) -> AdapterConfig:
     config, unknown = parse_config(fields, path)
+    check_fields(fields, limits)
     if unknown:
-        warnings.warn(f"{path}: ignored fields that fastadapt does not know: {', '.join(unknown)}", stacklevel=4)
+        names = printable(", ".join(unknown))
+        warnings.warn(f"{path}: ignored fields that fastadapt does not know: {names}", stacklevel=4)
     return config
 
 
-def read_directory(directory: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[str, Tensor]]:
+def read_directory(
+    directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """The config and the tensors of a PEFT directory, of one save. Raises as `read_config` and `read_tensors` do."""
-    config, tensors = of_one_save(partial(_content, directory), partial(tensor_stamp, directory))
+    found, tensors = of_one_save(partial(_content, directory, limits), partial(tensor_stamp, directory))
     config_path, tensor_path = Path(directory, CONFIG_FILE), Path(directory, TENSOR_FILE)
-    return _known_config(parse_fields(config, config_path), config_path), parse_tensors(tensors, tensor_path)
+    config = _known_config(parse_fields(found, config_path), config_path, limits)
+    return config, parse_tensors(tensors, tensor_path, limits.max_tensors)
 
 
 def parse_header(content: bytes, path: Path, max_tensors: int | None = None) -> dict[str, Any]:
@@ -287,9 +292,10 @@ def parse_tensors(content: bytes, path: Path, max_tensors: int | None = None) ->
     return tensors
 
 
-def read_tensors(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_tensors(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> dict[str, Tensor]:
     """The tensors of a PEFT directory, on the CPU.
 
     Raises FileNotFoundError where there are none, ValueError for a pickle and as `parse_tensors` does.
     """
-    return parse_tensors(_content(directory, TENSOR_FILE), Path(directory, TENSOR_FILE))
+    path = Path(directory, TENSOR_FILE)
+    return parse_tensors(_content(directory, limits, TENSOR_FILE), path, limits.max_tensors)

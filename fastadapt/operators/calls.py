@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .arithmetic import cast
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -52,6 +56,80 @@ def check_same_dtype(x: Tensor, weight: Tensor) -> None:
     if x.dtype != weight.dtype and not mixes:
         raise TypeError(
             f"weight must have x's dtype {x.dtype}, got {weight.dtype}: cast one of them or use torch.autocast"
+        )
+
+
+def in_widest(formula: Callable[..., Tensor], x: Tensor, *others: Any, **named: Any) -> Tensor:
+    """A reference formula on tensors of several dtypes, in the widest of them: plain PyTorch mixes none."""
+    tensors = [value for value in _tensors((x, *others, *named.values())) if value.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    result = compute_dtype(x)
+    with without_autocast(x):
+        found = formula(
+            _widened(x, dtype),
+            *(_widened(value, dtype) for value in others),
+            **{name: _widened(value, dtype) for name, value in named.items()},
+        )
+    return cast(found, result)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return cast(value, dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        parts = [_widened(part, dtype) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def refuse_transforms(error: RuntimeError) -> None:
+    """Raises ValueError where PyTorch refused an operator because a transform of torch.func is at work."""
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "torch.func's transforms (vmap, grad, jvp) cannot look into this operator: use torch.autograd.grad, or "
+            'backend="reference", which is plain PyTorch'
+        ) from error
+
+
+def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """As torch's own, for the backward of a Function, with an error that says what it is about.
+
+    It is raised where a gradient is differentiated again, and never passed by: a gradient without a graph would count
+    as a constant there.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # create_graph was not asked for
+            return found
+        start = torch.zeros((), requires_grad=True)
+        return tuple([None if grad is None else _Last.apply(grad, start) for grad in found])
+
+    return run
+
+
+class _Last(torch.autograd.Function):
+    """A gradient that has no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, start: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, again: Tensor) -> Any:
+        raise ValueError(
+            "the gradients of this operator can be taken once and not be differentiated again, as a gradient penalty "
+            'or a Hessian needs: use backend="reference", which is plain PyTorch'
         )
 
 

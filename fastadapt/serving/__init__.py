@@ -1,7 +1,8 @@
 """Many adapters in one batch: a pool of them, and models that serve from it."""
 
+from ..model.untrusted import AdapterError, Limits
 from .entries import AdapterInfo
-from .loader import AdapterError, Limits, LoadedAdapter, adapter_directory, read_adapter
+from .loader import LoadedAdapter, adapter_directory, read_adapter
 from .model import MultiAdapterModel
 from .pool import AdapterPool, PoolFullError
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
-from stat import S_ISREG
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -38,49 +36,19 @@ from ..model.peft_files import (
     tensor_stamp,
 )
 from ..model.targets import base_modules, found_names, output_head, target_paths
+from ..model.untrusted import (
+    DEFAULT_LIMITS,
+    AdapterError,
+    Limits,
+    check_fields,
+    contained,
+    content,
+    refused,
+    tensor_content,
+)
 from ..reference import AdapterForm
 
 T = TypeVar("T")
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be served, and why: what is wrong, what is required, what came, and the cure.
-
-    adapter: its name or directory. It is an error of this adapter alone. What the files say is quoted in one line and
-    not at length, so that it can be logged.
-    """
-
-    def __init__(self, adapter: str | os.PathLike[str], reason: str) -> None:
-        self.adapter = _one_line(str(adapter))
-        self.reason = _one_line(reason)
-        super().__init__(f"adapter {self.adapter}: {self.reason}")
-
-    def __reduce__(self) -> tuple[type[AdapterError], tuple[str, str]]:
-        return AdapterError, (self.adapter, self.reason)
-
-
-def _one_line(text: str, longest: int = 600) -> str:
-    printable = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: 10 * longest])
-    if max(len(text), len(printable)) <= longest:
-        return printable
-    return f"{printable[: longest - 4]} ..."
-
-
-class Limits(NamedTuple):
-    """What one adapter may ask for.
-
-    max_rank: of any layer. max_file_bytes: of the tensor file. max_config_bytes: of the config. max_tensors: in the
-    file. max_pattern_seconds: for matching all regular expressions of the config with all modules.
-    """
-
-    max_rank: int = 512
-    max_file_bytes: int = 4 * 2**30
-    max_config_bytes: int = 2**20
-    max_tensors: int = 65536
-    max_pattern_seconds: float = 5.0
-
-
-DEFAULT_LIMITS = Limits()
 
 
 class LoadedAdapter(NamedTuple):
@@ -118,82 +86,14 @@ def adapter_directory(root: str | os.PathLike[str], name: str) -> Path:
         raise AdapterError(
             repr(name), "its name must be a path inside the adapters' directory, without .., backslashes and the like"
         )
-    with _refused(name):
-        directory = _inside(root, Path(root, name))
+    with refused(name):
+        directory = contained(root, Path(root, name))
         if not directory.is_dir():
             raise NotADirectoryError(f"it must be a directory that holds {CONFIG_FILE} and {TENSOR_FILE}")
         for file in (CONFIG_FILE, TENSOR_FILE):
             if os.path.lexists(directory / file):
-                _inside(root, directory / file)
+                contained(root, directory / file)
     return directory
-
-
-@contextmanager
-def _refused(adapter: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what the files' refusals are elsewhere, ValueError and OSError, into AdapterError."""
-    try:
-        yield
-    except AdapterError:
-        raise
-    except ValueError as error:
-        raise AdapterError(adapter, str(error)) from error
-    except OSError as error:
-        reason = str(error) if error.errno is None else f"{error.strerror}: {error.filename}"
-        raise AdapterError(adapter, reason) from error
-
-
-def _inside(root: str | os.PathLike[str], path: Path) -> Path:
-    """The path without symlinks. Raises ValueError for one outside root, OSError for one that is not there."""
-    top, real = Path(os.path.realpath(root, strict=True)), Path(os.path.realpath(path, strict=True))
-    if not real.is_relative_to(top):
-        raise ValueError(f"{path} leads out of the adapters' directory: put the adapter itself there, not a link")
-    return real
-
-
-def _open(path: Path, root: str | os.PathLike[str] | None) -> int:
-    """A descriptor of the file, opened so that no FIFO or device makes it wait.
-
-    Inside root it is reached from there step by step, no step a symlink any more: a link that somebody puts into the
-    place of a directory after the check is not followed.
-    """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    if root is None or os.open not in os.supports_dir_fd:
-        return os.open(path if root is None else _inside(root, path), flags)
-    top = os.path.realpath(root, strict=True)
-    *directories, name = _inside(root, path).relative_to(top).parts
-    here = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for step in directories:
-            below = os.open(step, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=here)
-            os.close(here)
-            here = below
-        return os.open(name, flags | os.O_NOFOLLOW, dir_fd=here)
-    finally:
-        os.close(here)
-
-
-def _content(path: Path, root: str | os.PathLike[str] | None, limit: int) -> bytes:
-    """What a regular file of at most `limit` bytes holds, read once. Raises ValueError or OSError."""
-    try:
-        descriptor = _open(path, root)
-    except FileNotFoundError:
-        check_present(path.parent, path.name)
-        raise
-    try:
-        status = os.fstat(descriptor)
-        if not S_ISREG(status.st_mode):
-            raise ValueError(f"{path} must be a regular file")
-        if status.st_size > limit:
-            raise ValueError(
-                f"{path} may have {limit} bytes, got {status.st_size}: raise the limit, or save it smaller"
-            )
-        with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(status.st_size + 1)
-    finally:
-        os.close(descriptor)
-    if len(content) != status.st_size:
-        raise ValueError(f"{path} changed while it was read: write adapters beside their place and rename them")
-    return content
 
 
 def _refuse_unserved(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> None:
@@ -234,6 +134,11 @@ def _selected(
             raise ValueError(
                 f"target_modules: {path} is a {type(layer.base_layer).__name__}, and only Linear and Conv1D layers can "
                 "serve many adapters: merge this adapter or serve it alone"
+            )
+        if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
+            raise ValueError(
+                f"target_modules: {path} is inside of torch's MultiheadAttention, which reads its weight and never "
+                "calls it: nothing can be added to it; leave it out, or merge the adapter"
             )
         if config.rank(path) > limits.max_rank:
             raise ValueError(
@@ -351,29 +256,40 @@ def read_adapter(
     check_unmerged(adapter_layers(model).values(), "reading an adapter for it")
     modules = base_modules(model) if modules is None else modules
     path = Path(directory)
-    with _refused(path), time_limit(limits.max_pattern_seconds):
-        sizes = {CONFIG_FILE: limits.max_config_bytes, TENSOR_FILE: limits.max_file_bytes}
-        config_content, tensor_content = of_one_save(
-            lambda name: _content(path / name, root, sizes[name]), lambda: tensor_stamp(path)
-        )
+    with refused(path), time_limit(limits.max_pattern_seconds):
+        config_file, tensor_file = path / CONFIG_FILE, path / TENSOR_FILE
+
+        def read(name: str) -> bytes:
+            if name == CONFIG_FILE:
+                return content(config_file, limits.max_config_bytes, root)
+            return tensor_content(tensor_file, limits, root)
+
+        try:
+            config_content, tensors_content = of_one_save(read, lambda: tensor_stamp(path))
+        except FileNotFoundError:
+            for name in (CONFIG_FILE, TENSOR_FILE):
+                check_present(path, name)
+            raise
         if len(config_content) > limits.max_config_bytes:
-            raise ValueError(f"{path / TENSOR_FILE} may hold a config of {limits.max_config_bytes} bytes")
-        size = len(config_content) + len(tensor_content)
+            raise ValueError(f"{tensor_file} may hold a config of {limits.max_config_bytes} bytes")
+        size = len(config_content) + len(tensors_content)
         # The length keeps a byte that moves from one file to the other from going unseen.
         identity = hashlib.sha256(len(config_content).to_bytes(8, "little"))
         identity.update(config_content)
-        identity.update(tensor_content)
-        config, unknown = parse_config(parse_fields(config_content, path / CONFIG_FILE), path / CONFIG_FILE)
+        identity.update(tensors_content)
+        fields = parse_fields(config_content, config_file)
+        config, unknown = parse_config(fields, config_file)
+        check_fields(fields, limits)
         if unknown:
             raise ValueError(
-                f"{path / CONFIG_FILE} must hold only fields that fastadapt knows, got {', '.join(unknown)}: they may "
+                f"{config_file} must hold only fields that fastadapt knows, got {', '.join(unknown)}: they may "
                 "change what the adapter computes; merge it with the library that wrote it, or take them out"
             )
         _refuse_unserved(config, modules)
         layers = _selected(model, config, modules, limits)
-        tensors = parse_tensors(tensor_content, path / TENSOR_FILE, limits.max_tensors)
-        del tensor_content
-        adapters = _filled(config, layers, tensors, path / TENSOR_FILE, modules, output_head(model))
+        tensors = parse_tensors(tensors_content, tensor_file, limits.max_tensors)
+        del tensors_content
+        adapters = _filled(config, layers, tensors, tensor_file, modules, output_head(model))
         forms = {}
         with torch.no_grad():
             for name, adapter in adapters.items():

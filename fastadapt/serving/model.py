@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.ways import device_of, is_offloaded
 from ..model.adapted import adapter_configs, replace_module
 from ..model.places import shared_places
 from ..model.saving import hook_saving, unhook_saving
 from ..model.targets import base_modules
 from ..model.wrappers import check_open, inside
 from ..operators.backends import check_backend
-from .linear import MultiAdapterLinear, Running, running, runs_directly
+from .linear import MultiAdapterLinear, runs_directly
 from .pool import AdapterPool
+from .requests import Place, Repeats, Requests, Running
+from .trace import main_input, trace
 
 DEFAULT_BUDGET = 1 << 30
 
@@ -33,9 +38,13 @@ class MultiAdapterModel:
 
     The linear layers of `model` are wrapped in place, its parameters frozen and the model put into eval mode; `unwrap`
     gives it back. Everything else, the generation loop among it, is transformers' own. Methods and ranks may be mixed
-    in a batch. budget: bytes for resident adapters, see AdapterPool, which is `pool`. dtype: of their factors, by
-    default the model's. backend: "auto", "triton" or "eager".
-    Raises ValueError for a model without linear layers or with injected adapters, or a budget that is too small.
+    in a batch; before the first such batch a forward of three short rows shows how the model keeps rows together. Where
+    it does not, as before the experts of a mixture, batches of one adapter run as ever and others are refused. Every
+    thread may have a request of its own; work that the model hands to other threads belongs to its only running one.
+    budget: bytes for resident adapters, see AdapterPool, which is `pool`. dtype: of their factors, by default the
+    model's. backend: "auto", "triton" or "eager".
+    Raises ValueError for a model without linear layers, with injected adapters or with weights that are offloaded, or a
+    budget that is too small.
     """
 
     def __init__(
@@ -54,11 +63,26 @@ class MultiAdapterModel:
         check_open(model)
         self.model: Any = model
         self.backend = backend
+        for path, module in model.named_modules():
+            away = [
+                name for name, parameter in module._parameters.items() if parameter is not None and parameter.is_meta
+            ]
+            if away and not is_offloaded(module):
+                raise ValueError(
+                    f"{path}.{away[0]} has no memory: serve a model whose weights are there, or come by accelerate's "
+                    "offloading"
+                )
         self.pool = AdapterPool(model, base_modules(model), budget=budget, dtype=dtype)
+        self.requests = Requests()
+        self._traced: set[tuple[str, ...]] = set()
+        self._tracing = threading.Lock()
         model.eval().requires_grad_(False)
-        places = shared_places(model)
-        for path, layer in self.pool.layers.items():
-            replace_module(model, path, MultiAdapterLinear(layer, self.pool, path, backend), places)
+        self._places: list[Place] = []
+        shared = shared_places(model)
+        for path, base in self.pool.layers.items():
+            layer = MultiAdapterLinear(base, self.pool, path, self.requests, backend)
+            self._places.append(layer.place)
+            replace_module(model, path, layer, shared)
         hook_saving(model, MultiAdapterLinear, refuse_saving)
 
     def load(self, directory: str | Path, name: str | None = None, *, root: str | Path | None = None) -> str:
@@ -69,16 +93,17 @@ class MultiAdapterModel:
         """The model's own forward, each row through its adapter.
 
         adapter_ids: a name for each row of the batch, or None for the base model; one name, or None, for all of them.
-        Raises KeyError for a name that was not loaded, ValueError for another number of rows.
+        Raises KeyError for a name that was not loaded, ValueError for another number of rows, for rows of several
+        adapters that the model regroups before a layer which they adapt, and for a model that was moved.
         """
-        with self._running(adapter_ids, args, kwargs):
+        with self.running(adapter_ids, args, kwargs):
             return self.model(*args, **kwargs)
 
     __call__ = forward
 
     def generate(self, *args: Any, adapter_ids: AdapterIds = None, **kwargs: Any) -> Any:
         """transformers' generate, with all that it can do, each row through its adapter: see forward."""
-        with self._running(adapter_ids, args, kwargs):
+        with self.running(adapter_ids, args, kwargs, _repeats(self.model, args, kwargs)):
             return self.model.generate(*args, **kwargs)
 
     def unwrap(self) -> Any:
@@ -91,18 +116,52 @@ class MultiAdapterModel:
         return self.model
 
     @contextmanager
-    def _running(self, adapter_ids: AdapterIds, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
-        rows = _rows(args, kwargs)
+    def running(
+        self,
+        adapter_ids: AdapterIds,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+        repeats: Repeats | None = None,
+    ) -> Iterator[Running]:
+        """Inside, what this thread calls of the model is a request of these adapters; args and kwargs are its inputs.
+
+        Raises as forward does.
+        """
+        self._check_place()
+        rows = main_input(args, kwargs)[1].shape[0]
         if adapter_ids is None or isinstance(adapter_ids, str):
             adapter_ids = [adapter_ids] * rows
         elif len(adapter_ids) != rows:
             raise ValueError(f"adapter_ids must have one entry a row, got {len(adapter_ids)} for {rows} rows")
         with self.pool.hold(adapter_ids) as holding:
-            token = running.set(Running(holding, direct=runs_directly(self.model, self.backend)))
-            try:
-                yield
-            finally:
-                running.reset(token)
+            mixed = len(set(adapter_ids)) > 1
+            if mixed:
+                self._trace(args, kwargs)
+            request = Running(
+                holding,
+                direct=runs_directly(self.model, self.backend),
+                repeats=repeats,
+                even=mixed and _images_are_even(self.model, rows, kwargs),
+            )
+            with self.requests.running(request):
+                yield request
+
+    def _check_place(self) -> None:
+        """Raises ValueError where the model has gone from where its adapters are."""
+        device = device_of(next(iter(self.pool.layers.values())))
+        if device != self.pool.device:
+            raise ValueError(
+                f"the model's weights are on {device} and its adapters on {self.pool.device}: unwrap() it, move it, "
+                "and make a new MultiAdapterModel of it"
+            )
+
+    def _trace(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Sees to it that layers know how rows lie in what they are called with, once for inputs of this kind."""
+        name, value = main_input(args, kwargs)
+        kind = (str(name), str(value.dtype), str(value.dim()))
+        with self._tracing:
+            if kind not in self._traced and trace(self.model, self._places, self.requests, args, kwargs):
+                self._traced.add(kind)
 
 
 def refuse_saving(module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -110,10 +169,35 @@ def refuse_saving(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     raise ValueError("the model is served, and its layers have other names now: unwrap() it before you save it")
 
 
-def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """How many rows the inputs of a forward or of generate have. Raises ValueError where none is a batch."""
-    named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_features")]
-    for value in (*args, *named, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 1:
-            return int(value.shape[0])
-    raise ValueError("adapter_ids need a batch to go with: pass input_ids [rows, tokens], or another input with rows")
+def _repeats(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Repeats:
+    """What generate will make of each row."""
+    from transformers import GenerationConfig, GenerationMixin
+
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)]
+    configs = [*given, getattr(model, "generation_config", None)]
+
+    def asked(name: str) -> Any:
+        values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in values if value is not None), 1)
+
+    own = (
+        getattr(type(model), "generate", None) is not GenerationMixin.generate
+        or kwargs.get("custom_generate") is not None
+    )
+    expand = max(asked("num_beams"), asked("num_return_sequences"))
+    return Repeats(expand, guided=asked("guidance_scale") != 1, own=own)
+
+
+def _images_are_even(model: Any, rows: int, kwargs: Mapping[str, Any]) -> bool:
+    """Whether every row has as many image tokens as any other, of images of one size or of patches in one list.
+
+    What a vision tower makes of them is then as many tokens of each row, one row behind the other.
+    """
+    ids, images = kwargs.get("input_ids"), kwargs.get("pixel_values")
+    config = getattr(model, "config", None)
+    token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    if not (isinstance(ids, Tensor) and isinstance(images, Tensor) and isinstance(token, int)):
+        return False
+    counts = (ids == token).sum(-1)
+    even = bool((counts == counts[0]).all()) and int(counts[0]) > 0
+    return even and images.dim() in (2, 4) and images.shape[0] % rows == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +18,13 @@ from torch import Tensor, nn
 
 from ..layers.linear import AdapterLinear
 from ..model.targets import is_linear
+from ..model.untrusted import AdapterError
 from ..operators.multi_adapter_linear.batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm
 from ..operators.multi_adapter_linear.plan import part_cuts, rank_rows
 from ..reference import AdapterForm
 from .arena import Arena, ArenaFullError
 from .entries import AdapterInfo, Arrival, Content, Entry, Factors, Taken
-from .loader import AdapterError, LoadedAdapter, read_adapter
+from .loader import LoadedAdapter, read_adapter
 from .tables import PoolTables
 
 # Views of this many adapters are kept ready: of a small adapter they take as much memory as the adapter itself.
@@ -90,13 +93,27 @@ class AdapterPool:
     def load(self, directory: str | Path, name: str | None = None, *, root: str | Path | None = None) -> str:
         """Registers the adapter in a PEFT directory and makes it resident. Returns its identity.
 
-        name: by default the directory's own. root: where the directory must lie. Under a name that is taken, the same
-        content changes nothing, and other content replaces it for whoever asks from now on. Raises AdapterError for a
-        bad adapter, PoolFullError where it does not fit; the pool is then as it was.
+        name: by default the last part of the path as it is written, and where another directory has that, with as many
+        of the parts before it as tell them apart: sql/checkpoint-500. root: where the directory must lie. Under a name
+        that is taken, the same content changes nothing, and other content replaces it for whoever asks from now on;
+        that of another directory with a warning. Raises AdapterError for a bad adapter, PoolFullError where it does not
+        fit; the pool is then as it was.
         """
         source = Path(directory)
         loaded = read_adapter(self.model, source, root=root, modules=self.modules)
-        return self.add(name or source.resolve().name, loaded, source, root=root)
+        with self._lock:
+            return self.add(name or self._name_for(source), loaded, source, root=root)
+
+    def _name_for(self, source: Path) -> str:
+        parts = Path(os.path.abspath(source)).parts
+        names = ("/".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        return next((name for name in names if self._is_from(name, source)), str(source))
+
+    def _is_from(self, name: str, source: Path) -> bool:
+        """Whether a name is free, or an adapter's of this directory."""
+        entry = self._entries.get(name)
+        there = None if entry is None else entry.source
+        return entry is None or (there is not None and os.path.abspath(there) == os.path.abspath(source))
 
     def add(
         self, name: str, loaded: LoadedAdapter, source: Path | None = None, *, root: str | Path | None = None
@@ -115,6 +132,9 @@ class AdapterPool:
                 old.source, old.root = source, None if root is None else Path(root)
                 old.loaded = None if source is not None else loaded
                 return old.identity
+            if source is not None and not self._is_from(name, source):
+                before = "an adapter without a directory" if old is None or old.source is None else old.source
+                warnings.warn(f"adapter {name!r} is {source} from now on, and was {before}", stacklevel=3)
             kept = None if source is not None else loaded
             entry = Entry(name, loaded.identity, source, None if root is None else Path(root), kept)
             entry.used_at = self._tick()
@@ -501,10 +521,14 @@ class Holding(NamedTuple):
     slots: list[int]
     groups: list[int]
 
-    def batch(self, tokens: int, repeat: int = 1) -> AdapterBatch:
-        """The batch in which each row has `tokens` tokens and stands `repeat` times, one behind the other."""
-        slots = [slot for slot in self.slots for _ in range(repeat)]
-        return AdapterBatch(slots, tokens, [group for group in self.groups for _ in range(repeat)])
+    def batch(self, tokens: int) -> AdapterBatch:
+        """The batch in which each row has `tokens` tokens, one behind the other."""
+        return AdapterBatch(self.slots, tokens, self.groups)
+
+    def of(self, rows: Iterable[int], tokens: int) -> AdapterBatch:
+        """The batch of these rows, in this order, of `tokens` tokens each."""
+        rows = list(rows)
+        return AdapterBatch([self.slots[row] for row in rows], tokens, [self.groups[row] for row in rows])
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from ...files import written_whole
+from ...files import sha256_of, written_whole
 from ...methods import PEFT_TYPES
 from ...model.inject import trainable_parameters
 from ...model.peft_files import CONFIG_FILE, TENSOR_FILE, read_fields
@@ -48,10 +49,10 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     with train_state.owned(options.output), quiet_transformers():
         state = last_state(options, settings, say)
         finished = state is not None and state["step"] == state["steps"]
-        if state is not None and finished and all((options.output / name).is_file() for name in _outputs(form)):
+        if state is not None and finished and (row := _finished(options.output, form, say)) is not None:
             say(f"{options.output} is finished: {state['step']} steps with these options; nothing was changed")
             _copy_json(options)
-            return dict(json.loads((options.output / JSON_FILE).read_text(encoding="utf-8"))["rows"][0])
+            return row
         labels = label_names(records) if form == "classification" else []
         with working(f"loading {options.model}", console):
             torch.manual_seed(options.seed)  # a new classifier starts at random
@@ -68,7 +69,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             say(f"going on from checkpoint-{training.step} of {training.steps} steps")
         counted = trainable_parameters(base.model)
         say(f"{options.recipe.title} on {options.torch_device}, {len(rows):,} rows, {counted}")
-        with Bar(console, training.step, training.steps) as bar:
+        with _threads_of(state, say), Bar(console, training.step, training.steps) as bar:
             training.run(bar)
         row = finish(training, form)
     console.print(summary(row))
@@ -98,7 +99,7 @@ def last_state(options: Options, settings: dict[str, Any], say: Callable[[str], 
                 f"{output} has {taken}, and no checkpoint to go on from: choose another place, or replace it with "
                 "--overwrite"
             )
-        changed = differences(settings, state["settings"])
+        changed = differences(settings, state.get("settings", {}))
         if not changed:
             return state
         raise ValueError(
@@ -114,6 +115,40 @@ def last_state(options: Options, settings: dict[str, Any], say: Callable[[str], 
     for path in train_state.checkpoints(output).values():
         train_state.remove(path)
     return None
+
+
+def _finished(output: Path, form: str, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The row of a finished run, None where one of its files is missing or is not what was written."""
+    try:
+        document = json.loads((output / JSON_FILE).read_text(encoding="utf-8"))
+        row, sums = dict(document["rows"][0]), dict(document.get("files", {}))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        say(f"{output / JSON_FILE} is damaged: the run is written out again")
+        return None
+    for name in _outputs(form):
+        path = output / name
+        if not path.is_file():
+            return None
+        if name in sums and sha256_of(path) != sums[name]:
+            say(f"{path} is not what was written: the run is written out again")
+            return None
+    return row
+
+
+@contextlib.contextmanager
+def _threads_of(state: dict[str, Any] | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Goes on with as many threads as a run had before: sums in another order differ in their last bits."""
+    now = torch.get_num_threads()
+    before = now if state is None else state.get("threads", now)
+    if before != now:
+        say(f"going on with {before} threads as before, and not {now}: these would change the last bits of the result")
+        torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(now)
 
 
 def _outputs(form: str) -> list[str]:
@@ -178,7 +213,8 @@ def finish(training: Training, form: str) -> dict[str, Any]:
     unit = {"classification": "row", "text": "token"}.get(form, "answer token")
     draw(training.losses, held, unit, options.output / PICTURE)
     curve = {"train": training.losses, "eval": [evaluation._asdict() for evaluation in held]}
-    write_json(options.output / JSON_FILE, "train", [row], settings=training.settings, curve=curve)
+    sums = {name: sha256_of(options.output / name) for name in _outputs(form) if name != JSON_FILE}
+    write_json(options.output / JSON_FILE, "train", [row], settings=training.settings, curve=curve, files=sums)
     _copy_json(options)
     return row
 

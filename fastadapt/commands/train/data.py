@@ -66,7 +66,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             where = f"{path}, line {number}"
             try:
                 fields = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not JSON ({error}): write one object a line") from None
             if not isinstance(fields, dict):
                 raise ValueError(f'{where} must be a JSON object such as {{"text": "…"}}, got {type(fields).__name__}')

@@ -218,6 +218,7 @@ class Training:
             generators["cuda"] = torch.cuda.get_rng_state(self.model.device)
         return {
             "settings": self.settings,
+            "threads": torch.get_num_threads(),
             "config": self.config,
             "tensors": trained_tensors(self.model),
             "control": self.control.state_dict(),

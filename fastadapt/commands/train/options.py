@@ -13,7 +13,7 @@ import torch
 from ...checks import check_probability
 from ...files import sha256_of
 from ...training.recipes import Recipe, recipes
-from ..base_model import DTYPES
+from ..base_model import DTYPES, tokenizer_digest, weights_digest
 
 # The share of the learning rate that is left when a share of the steps behind the warmup is done.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -149,10 +149,13 @@ class Options:
         return SCHEDULES[self.schedule]((step - warm) / max(1, steps - warm))
 
     def settings(self) -> dict[str, Any]:
-        """Everything that the trained weights depend on, as plain values; files by their sha256."""
+        """Everything that the trained weights depend on, as plain values; files by their sha256, the model's by what
+        `weights_digest` and `tokenizer_digest` read of them."""
         chosen = {name: value for name, value in asdict(self).items() if name not in _FREE}
         return {
             **chosen,
+            "weights": weights_digest(self.model),
+            "tokenizer": tokenizer_digest(self.model),
             "data": sha256_of(self.data),
             "eval": None if self.eval is None else sha256_of(self.eval),
             "r": self.rank,
@@ -169,7 +172,13 @@ def differences(settings: dict[str, Any], former: dict[str, Any]) -> list[str]:
     found = []
     for name in sorted(settings.keys() | former.keys()):
         now, then = settings.get(name), former.get(name)
-        if now != then:
+        if name in ("weights", "tokenizer") and None in (now, then):
+            continue  # of a run that did not note them
+        if now != then and name == "weights":
+            found.append(f"{flag('model')} has other weights")
+        elif now != then and name == "tokenizer":
+            found.append(f"{flag('model')} has another tokenizer")
+        elif now != then:
             text = f"{flag(name)} {now}, then {then}"
             found.append(f"{flag(name)} has another content" if name in ("data", "eval") and now and then else text)
     return found

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ from ...files import DRAFTS, sha256_of, written_whole
 PREFIX = "checkpoint-"
 FORMAT = 1
 STATE_FILE, TENSOR_FILE, SUM_FILE = "state.json", "state.safetensors", "sha256"
+# Of what a state holds, that which its readers take apart before anything else could tell that it is none.
+_KINDS = {"settings": dict, "config": dict, "step": int, "steps": int}
+
+# A killed process may hold its lock for as long as the system takes to clear it away, and that of a GPU takes a while.
+LOCK_SECONDS = 10.0
 # What a killed process may leave.
 _REMOVING = ".removing-"
 
@@ -75,9 +81,17 @@ def checkpoints(output: Path) -> dict[int, Path]:
 def remove(path: Path) -> None:
     """Removes a directory; a kill halfway leaves nothing under its name."""
     hidden = path.with_name(f"{_REMOVING}{path.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
+    _clear(hidden)
     path.rename(hidden)
-    shutil.rmtree(hidden)
+    _clear(hidden)
+
+
+def _clear(path: Path) -> None:
+    """Removes whatever is there, a link and not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save(output: Path, step: int, state: dict[str, Any], keep: int = 1) -> Path:
@@ -117,9 +131,14 @@ def load(checkpoint: Path) -> dict[str, Any]:
         if document["format"] != FORMAT:
             raise ValueError(f"its format is {document['format']}, and this version of fastadapt has {FORMAT}")
         state: dict[str, Any] = unpack(document["state"], load_file(checkpoint / TENSOR_FILE))
+        if not isinstance(state, dict):
+            raise ValueError(f"its state must be an object, got {type(state).__name__}")
+        for name, kind in _KINDS.items():
+            if name in state and not isinstance(state[name], kind):
+                raise ValueError(f"{name} must be {kind.__name__}, got {type(state[name]).__name__}")
     except FileNotFoundError as error:
         raise ValueError(f"{checkpoint} cannot be used: {Path(error.filename).name} is missing") from None
-    except (ValueError, KeyError, SafetensorError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{checkpoint} cannot be used: {error}") from None
     return state
 
@@ -145,18 +164,26 @@ def load_last(output: Path, report: Callable[[str], None]) -> dict[str, Any] | N
 def owned(output: Path) -> Iterator[None]:
     """Keeps other runs out of `output` while the block lasts, and clears away what a killed one left half written.
 
-    Raises BlockingIOError where another run has it. The lock goes with its process, however that ends.
+    Waits a moment for a run that was killed just now. Raises BlockingIOError where another one has it. The lock goes
+    with its process, however that ends.
     """
     output.mkdir(parents=True, exist_ok=True)
     handle = os.open(output, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another run is writing to {output}: wait for it, or choose another place") from None
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BlockingIOError(
+                        f"another run is writing to {output}: wait for it, or choose another place"
+                    ) from None
+                time.sleep(0.05)
         for path in output.iterdir():
             if path.name.startswith((DRAFTS, _REMOVING)):
-                shutil.rmtree(path)
+                _clear(path)
         yield
     finally:
         os.close(handle)

@@ -76,6 +76,11 @@ def _base_and_low_rank(
             return linear(x, weight, member.bias), None
         return _low_rank(u, member, _up(member, dtype), member.bias).addmm_(x, weight.t()), None
     x_base = x_dropped if member.dropout_on_base else x
+    if member.tied and dtype is torch.float16 and not keep_base:
+        # The sum of both paths may be beyond fp16 before g takes it back.
+        y = _low_rank(u, member, _up(member, dtype), member.bias)
+        add_scaled(y, F.linear(x_base, weight), g)
+        return (y if x_base is x or x_rest is None else y.addmm_(x_rest, weight.t())), None
     if member.tied:
         v = _low_rank(u, member, cast(member.B, dtype), None).addmm_(x_base, weight.t())
         y = scaled(v, g, member.bias, keep_base)

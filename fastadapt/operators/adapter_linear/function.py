@@ -8,11 +8,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...reference import AdapterForm, adapter_linear_reference
 from ..arithmetic import cast, scaled_rows
-from ..calls import AS_IT_IS, rows_of, with_leading, without_autocast
+from ..calls import (
+    AS_IT_IS,
+    in_widest,
+    once_differentiable,
+    refuse_transforms,
+    rows_of,
+    with_leading,
+    without_autocast,
+)
 from ..dropout import draw_dropout, keep_probability
 from ..hadamard_linear.function import hadamard_linear
 from ..masks import dropout_mask
@@ -106,7 +113,11 @@ def _run(
             drop = draw_dropout(rows_of(x), plan.p, STRATEGIES[plan.strategy])
     tensors = [tensor for weight, form in zip(weights, forms, strict=True) for tensor in (weight, *form_tensors(form))]
     if plan.trains:
-        ys: tuple[Tensor, ...] = AdapterLinearFunction.apply(x, drop, plan, *tensors)
+        try:
+            ys: tuple[Tensor, ...] = AdapterLinearFunction.apply(x, drop, plan, *tensors)
+        except RuntimeError as error:
+            refuse_transforms(error)
+            raise
         return ys
     return _with_leading(_outputs(x, drop, plan, tensors)[1].y, x)
 
@@ -204,7 +215,7 @@ def _reference(x: Tensor, weights: Sequence[Tensor], forms: Sequence[AdapterForm
         mask = dropout_mask(draw_dropout(rows_of(x), p, "eager"), x.shape)
     p = 1.0 - keep_probability(p, "eager")
     pairs = zip(weights, forms, strict=True)
-    return tuple([adapter_linear_reference(x, weight, form, mask=mask, p=p) for weight, form in pairs])
+    return tuple([in_widest(adapter_linear_reference, x, weight, form, mask=mask, p=p) for weight, form in pairs])
 
 
 def _with_recomposed(

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..arithmetic import cast, column_sums, factor_products, product
-from ..calls import AS_IT_IS, rows_of, with_leading, without_autocast
+from ..calls import AS_IT_IS, once_differentiable, refuse_transforms, rows_of, with_leading, without_autocast
 
 
 class PlainCall(NamedTuple):
@@ -45,7 +44,11 @@ class PlainCall(NamedTuple):
 def plain_lora(x: Tensor, call: PlainCall, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
     """Shapes: x [..., K]; weight [N, K]; A [R, K]; B [N, R]; bias [N]; y [..., N]."""
     if call.trains:
-        y: Tensor = PlainLoRAFunction.apply(x, call, weight, A, B, bias)
+        try:
+            y: Tensor = PlainLoRAFunction.apply(x, call, weight, A, B, bias)
+        except RuntimeError as error:
+            refuse_transforms(error)
+            raise
         return y
     _, _, y = _forward(x, call, weight, A, B, bias)
     return y if x.dim() == 2 else with_leading(y, x.shape)
@@ -54,7 +57,11 @@ def plain_lora(x: Tensor, call: PlainCall, weight: Tensor, A: Tensor, B: Tensor,
 def plain_lora_group(x: Tensor, call: PlainCall, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
     """`plain_lora` of several layers; tensors: the weights, then the A, the B and the biases."""
     if call.trains:
-        ys: tuple[Tensor, ...] = PlainGroupFunction.apply(x, call, *tensors)
+        try:
+            ys: tuple[Tensor, ...] = PlainGroupFunction.apply(x, call, *tensors)
+        except RuntimeError as error:
+            refuse_transforms(error)
+            raise
         return ys
     _, _, found = _group_forward(x, call, tensors)
     return tuple(found) if x.dim() == 2 else tuple([with_leading(y, x.shape) for y in found])

@@ -6,12 +6,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...reference import bottleneck_reference
 from ..arithmetic import cast, sum_dtype
 from ..backends import resolve_backend
-from ..calls import autocast_dtype, compute_dtype, rows_of, with_leading, without_autocast
+from ..calls import (
+    autocast_dtype,
+    compute_dtype,
+    in_widest,
+    once_differentiable,
+    refuse_transforms,
+    rows_of,
+    with_leading,
+    without_autocast,
+)
 from ..dropout import draw_dropout, keep_probability
 from ..masks import Dropout, dropout_mask
 from . import op
@@ -75,7 +83,11 @@ def bottleneck(
     call = _Call(layer[_TENSORS:], active.p, adds_v, backend)
     # Otherwise it is a tensor of its own, also where both are v: a Function that is compiled takes none twice.
     other = None if adds_v or residual is None else residual.view_as(residual) if residual is v else residual
-    out: Tensor = BottleneckFunction.apply(v, other, active.drop, call, *layer[:_TENSORS])
+    try:
+        out: Tensor = BottleneckFunction.apply(v, other, active.drop, call, *layer[:_TENSORS])
+    except RuntimeError as error:
+        refuse_transforms(error)
+        raise
     return out
 
 
@@ -167,4 +179,4 @@ def _reference(v: Tensor, layer: BottleneckLayer, residual: Tensor | None, dropo
     if dropout.drop is not None:
         mask = dropout_mask(dropout.drop, shape)
     p = 1.0 - keep_probability(dropout.p, "eager")
-    return bottleneck_reference(v, **layer._asdict(), residual=residual, mask=mask, p=p)
+    return in_widest(bottleneck_reference, v, **layer._asdict(), residual=residual, mask=mask, p=p)

@@ -6,12 +6,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...reference import hadamard_linear_reference
 from ..arithmetic import cast
 from ..backends import resolve_backend
-from ..calls import check_same_dtype, compute_dtype, requires_grad, rows_of, with_leading, without_autocast
+from ..calls import (
+    check_same_dtype,
+    compute_dtype,
+    in_widest,
+    once_differentiable,
+    refuse_transforms,
+    requires_grad,
+    rows_of,
+    with_leading,
+    without_autocast,
+)
 from . import op
 from .checks import check_hadamard_linear
 from .parameters import HadamardLayer, Wants
@@ -53,10 +62,14 @@ def hadamard_linear(
     check_same_dtype(x, weight)
     backend = resolve_backend(backend, x, weight)
     if backend == "reference":
-        return hadamard_linear_reference(x, *layer)
+        return in_widest(hadamard_linear_reference, x, *layer)
     tensors = layer[:_TENSORS]
     if torch.is_grad_enabled() and any([requires_grad(tensor) for tensor in (x, *tensors)]):
-        y: Tensor = HadamardLinearFunction.apply(x, _Call(base, compute_dtype(x), backend), *tensors)
+        try:
+            y: Tensor = HadamardLinearFunction.apply(x, _Call(base, compute_dtype(x), backend), *tensors)
+        except RuntimeError as error:
+            refuse_transforms(error)
+            raise
         return y
     dtype = compute_dtype(x)
     with without_autocast(x):

@@ -117,6 +117,10 @@ def _apply_shared(y: Tensor, x: Tensor, run: SharedRuns, memory: dict[Any, Tenso
 
 def _apply(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, form: SlotForm) -> None:
     """Makes of the base layer's y the adapter's, in place."""
+    if form.out_scale is not None and x.dtype is torch.float16:
+        # What h takes back may be beyond fp16 before that.
+        up = tuple([cast(part * form.out_scale, x.dtype) for part in form.B])
+        form = form._replace(B=up, out_scale=None)
     g, h = form.base_scale, form.out_scale
     beta = form.added_bias
     if g is not None and bias is not None:

@@ -55,7 +55,8 @@ def together(runs: Sequence[FormRun], tokens: int, dtype: torch.dtype, limit: in
 
     Stacks take `limit` bytes at most. Adapters with a bias, or with DoRA's g beside another h, stay by themselves.
     """
-    simple = [run for run in runs if run.form.added_bias is None]
+    # In fp16 a tied g would come behind a sum that may be beyond it.
+    simple = [run for run in runs if run.form.added_bias is None and not (run.form.tied and dtype is torch.float16)]
     steps: list[Step] = []
     gathered: set[int] = set()  # the starts of their runs
     for members in _stacks([run for run in simple if run.stop - run.start == 1 and _own_factors(run.form)]):

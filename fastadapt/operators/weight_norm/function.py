@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...reference import weight_norm_reference
+from ..arithmetic import cast
 from ..backends import resolve_backend
-from ..calls import without_autocast
+from ..calls import once_differentiable, refuse_transforms, without_autocast
 from . import op
 from .checks import check_weight_norm
 
@@ -47,13 +48,18 @@ def weight_norm(
     check_weight_norm(weight, lora_A, lora_B)
     backend = resolve_backend(backend, weight)
     if backend == "reference":
-        return weight_norm_reference(weight, lora_A, lora_B, scaling)
+        dtype = functools.reduce(torch.promote_types, (weight.dtype, lora_A.dtype, lora_B.dtype))
+        return weight_norm_reference(cast(weight, dtype), cast(lora_A, dtype), cast(lora_B, dtype), scaling)
     with without_autocast(weight):  # in 16 bits the norm's difference from the base weight's would be rounding
         if base_squared is None:
             base_squared = op.row_squares(weight.detach(), backend)
         if not (torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)):
             return op.weight_norm(weight, lora_A, lora_B, scaling, base_squared, backend)[0]
-        norm: Tensor = WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)
+        try:
+            norm: Tensor = WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)
+        except RuntimeError as error:
+            refuse_transforms(error)
+            raise
         return norm
 
 
