@@ -64,8 +64,8 @@ def test_step_measures_every_case_beside_peft(tmp_path: Path, monkeypatch: pytes
     size = ["--layers", "1", "--batch", "2", "--length", "8", "--rounds", "2", "--threads", "1"]
     main(["step", "--json", str(tmp_path / "step.json"), *size, "--no-peaks"])
     rows = rows_of(tmp_path / "step.json", "step")
-    assert [row["case"] for row in rows] == ["lora", "dora", "vera", "dora_dropout", "vera_4096"]
-    assert [row["length"] for row in rows] == [8, 8, 8, 8, 64]
+    assert [row["case"] for row in rows] == list(STEP_CASES)
+    assert [row["length"] for row in rows] == [8, 8, 8, 8, 64, 8, 8, 8]
     for row in rows:
         assert {"x_frozen", "peft_x_frozen", "x_best", "peft_x_best", "floor", "peak_mb", "peft_peak_mb"} <= row.keys()
         for prefix in ("", "peft_"):

@@ -27,6 +27,9 @@ _NO_ROOM = re.compile(r"alloc|out of memory|not enough memory|overflow|Storage s
 # Fields that say how large an adapter's tensors are, whatever its method.
 _SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "prompts", "lora", "adapter")
 
+# Those of a supernet, which may have another one in each block.
+_OF_EACH_BLOCK = ("prompts", "lora", "adapter")
+
 # More bytes than the header of a safetensors file has for one tensor.
 HEADER_BYTES = 512
 
@@ -249,6 +252,8 @@ def check_fields(fields: Mapping[str, Any], limits: Limits) -> None:
     for name, value in sizes:
         if isinstance(value, list) and all(isinstance(part, bool) for part in value) and "rank_pattern" in name:
             value = len(value)  # AdaLoRA's: which of the ranks are in use
+        elif isinstance(value, list) and name in _OF_EACH_BLOCK and all(isinstance(part, int) for part in value):
+            value = max(value, default=0)
         if not isinstance(value, (int, float)):
             raise ValueError(f"{name} must be a number, got {shown(value)}")
         if value > limits.max_rank:
