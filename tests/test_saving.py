@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastadapt import LoRAConfig, inject, merge, save_adapter, set_adapter, unload, unmerge
+from fastadapt import LoRAConfig, SSFConfig, inject, merge, save_adapter, set_adapter, unload, unmerge
 from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
 from fastadapt.serving import MultiAdapterModel
 
@@ -397,3 +397,18 @@ def test_save_adapter_and_save_pretrained_write_the_same(model: Any, tmp_path: P
     model.save_pretrained(tmp_path / "b")
     for name in (CONFIG_FILE, TENSOR_FILE):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "config", [SSFConfig(), LoRAConfig(r=2, lora_bias=True)], ids=lambda config: type(config).__name__
+)
+def test_a_bias_that_only_the_merge_made_is_not_lost_in_silence(config: Any, tmp_path: Path) -> None:
+    config.target_modules = ["q_proj"]
+    model = inject(llama(), config)
+    randomise([parameter for parameter in model.parameters() if parameter.requires_grad])
+    merge(model)
+    with pytest.raises(ValueError, match=r"q_proj has a bias since the merge.*unmerge\(model\)"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    unmerge(model)
+    model.save_pretrained(tmp_path)

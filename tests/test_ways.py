@@ -469,3 +469,50 @@ def test_a_layer_in_two_places_is_adapted_in_both() -> None:
     fastadapt.unmerge(model)
     fastadapt.unload(model)
     assert model.inner["two"] is model.one is base
+
+
+class Tripled(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return value * 3
+
+
+class BiasInABuffer(nn.Linear):
+    def __init__(self, k: int, n: int) -> None:
+        super().__init__(k, n)
+        bias = self.bias.detach()
+        del self.bias
+        self.register_buffer("bias", bias)
+
+
+def with_parametrized_bias() -> nn.Linear:
+    layer = nn.Linear(6, 5)
+    nn.utils.parametrize.register_parametrization(layer, "bias", Tripled())
+    return layer
+
+
+@pytest.mark.parametrize("made", [with_parametrized_bias, lambda: BiasInABuffer(6, 5)], ids=["parametrized", "buffer"])
+def test_a_bias_that_is_no_parameter_is_merged_or_left(made: Any) -> None:
+    torch.manual_seed(0)
+    whole: Any = nn.Module()
+    whole.up = made()
+    fastadapt.inject(whole, LoRAConfig(r=2, target_modules=["up"])).eval()
+    model = whole.up
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        model.adapters["default"].lora_B.normal_()
+        y = model(x)
+        try:
+            fastadapt.merge(whole)
+        except ValueError:
+            assert not model.merged
+        torch.testing.assert_close(model(x), y)
+        fastadapt.unmerge(whole)
+        assert torch.equal(model(x), y)
+
+
+def test_an_embedding_that_is_brought_down_to_a_norm_is_not_merged() -> None:
+    model = nn.Sequential(nn.Embedding(7, 6, max_norm=1.0))
+    fastadapt.inject(model, LoRAConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="max_norm"):
+        fastadapt.merge(model)
+    assert not model[0].merged

@@ -364,6 +364,15 @@ class AdapterLayer(BaseLayerWrapper):
             self.unmerge()
             raise self._unmergeable()
 
+    @property
+    def has_new_bias(self) -> bool:
+        """Whether merging has given the base layer a bias that it does not have by itself."""
+        if self._unmerged is None:
+            return False
+        base, _, bias = self._unmerged
+        before = bias if base is self.base_layer else getattr(base, "bias", None)
+        return before is None and getattr(self.base_layer, "bias", None) is not None
+
     def _write(self, form: AdapterForm) -> None:
         """Merges by new parameters of the base layer."""
         base = self.base_layer
@@ -402,6 +411,8 @@ class AdapterLayer(BaseLayerWrapper):
         base: Any = self.base_layer
         own = {name: parameter for name, parameter in base._parameters.items() if parameter is not None}
         if type(own.get("weight")) is not nn.Parameter or own["weight"].dtype not in FLOATING:
+            return False
+        if getattr(base, "bias", None) is not own.get("bias"):  # a buffer, or made at each access
             return False
         changes = {}
         for seed, (name, parameter) in enumerate(own.items()):

@@ -35,7 +35,7 @@ def makers(adapters: Sequence[Adapter], *tensors: Tensor | None) -> list[Any]:
     if torch.compiler.is_compiling():
         return found
     for adapter in adapters:
-        found += (id(adapter), adapter.training, adapter.scaling, adapter.variant)
+        found += (id(adapter), adapter.training, adapter.scaling, adapter.dropout, adapter.variant)
         tensors = (*tensors, *adapter._parameters.values(), *adapter._buffers.values())
     for tensor in tensors:
         if tensor is not None:

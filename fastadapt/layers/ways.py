@@ -32,6 +32,8 @@ def is_plain(base: nn.Module, forward: Callable[..., Any] | None) -> bool:
         type(base).forward is forward
         and type(own["_parameters"].get("weight")) is nn.Parameter
         and "forward" not in own
+        and not own["_modules"]
+        and not own["_buffers"]
         and not own["_forward_hooks"]
         and not own["_forward_pre_hooks"]
         and not own["_backward_hooks"]
@@ -57,6 +59,8 @@ def why_called(base: nn.Module, forward: Callable[..., Any] | None) -> str:
         return f"its weight is a {type(weight).__name__}"
     if "forward" in own:
         return "its forward is patched on the instance"
+    if own["_modules"] or own["_buffers"]:
+        return "it holds more than its parameters"
     return "it has hooks"
 
 

@@ -133,6 +133,7 @@ def save_pretrained(
     active = [] if merged else active_adapters(module, configs)
     if not active:
         _check_free(target, CONFIG_FILE, "an adapter, which would be taken for one of this model")
+        check_biases(module)
         names = _names(module)
         with _plain(module):
             if given.get("state_dict") is not None:
@@ -164,6 +165,16 @@ def save_pretrained(
     if "state_dict" in given:
         _write_state(target / MODEL_TENSORS, module.state_dict() if state is None else state)
     return None
+
+
+def check_biases(module: nn.Module) -> None:
+    """Raises ValueError where a merge has made a bias that the plain model's class has no place for."""
+    biased = [path for path, layer in adapter_layers(module).items() if layer.has_new_bias]
+    if biased:
+        raise ValueError(
+            f"{biased[0]} has a bias since the merge, which {type(module).__name__} does not have there: "
+            "from_pretrained would leave it out; unmerge(model), and save the adapter with save_adapter"
+        )
 
 
 def _check_free(target: Path, name: str, what: str) -> None:
