@@ -30,8 +30,9 @@ import typer
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from bench import report
+from bench import page, report
 from bench.fuzz import tiny_model
+from bench.plots import Document
 from fastadapt import AdaLoRAConfig, DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
 from fastadapt.commands.report import write_json
 from fastadapt.progress import progress_bar
@@ -271,3 +272,13 @@ def main(
     report.print_table(f"{THREADS} threads on one pool, {len(rows)} blocks", sums, columns)
     if any(sums[-1][name] for name in COUNTED):
         raise typer.Exit(1)
+
+
+@page.section("soak", "Threads on one pool of adapters")
+def section(document: Document) -> str:
+    rows = []
+    for share in SHARES:
+        members = [row for row in document["rows"] if row["budget"] == share]
+        counts = [sum(row[name] for row in members) for name in ("answers", *COUNTED)]
+        rows.append(" | ".join([f"budget {share}", *[f"{count:,}" for count in counts]]))
+    return page.table(" | ".join(["", "answers", *[name.replace("_", " ") for name in COUNTED]]), rows)

@@ -78,7 +78,7 @@ class Options:
     all: bool = False
     steps: int = 10
     seed: int = 0
-    rounds: int = 5
+    rounds: int = 3
     device: str = "cpu"
 
 
