@@ -221,7 +221,7 @@ def run(
             for call in calls.values():
                 for _ in range(20):
                     call()
-            repeated = {side: _repeated(call, repeats) for side, call in calls.items()}
+            repeated = {side: measure.repeated(call, repeats) for side, call in calls.items()}
             results = measure.interleave(repeated, rounds)
             chilled: dict[str, list[float]] = {side: [] for side in calls}
             for _ in range(10 * rounds if cold else 0):
@@ -241,14 +241,6 @@ def run(
                     row["instructions"] = instructions(case, side, phase)
                 rows.append(row | {"rounds": rounds, "repeats": repeats, "threads": torch.get_num_threads()})
     return rows
-
-
-def _repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
-    def run_all() -> None:
-        for _ in range(times):
-            call()
-
-    return run_all
 
 
 @page.section("calls", "Microseconds of a call")

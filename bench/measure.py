@@ -73,6 +73,16 @@ def interleave(
     return results
 
 
+def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
+    """So many calls as one, for those that are shorter than a clock is good for."""
+
+    def run() -> None:
+        for _ in range(times):
+            call()
+
+    return run
+
+
 def median_ratio(samples: list[float], seed: int = 0, resamples: int = 2000) -> Ratio:
     """The median of per-round ratios, and the percentile bootstrap interval of that median."""
     values = np.asarray(samples)

@@ -195,7 +195,7 @@ def run(
             if peft and case.peft:
                 variants[f"{case.name} peft"] = one_pass(peft_call(base, case), base, case)
         repeated = {
-            name: _repeated(variant, 1 if phase == "prefill" else repeats) for name, variant in variants.items()
+            name: measure.repeated(variant, 1 if phase == "prefill" else repeats) for name, variant in variants.items()
         }
         results = measure.interleave(repeated, rounds)
         for case in alike:
@@ -225,14 +225,6 @@ def _held(served: MultiAdapterModel, names: list[str]) -> Callable[..., Any]:
 
     call.context = context  # type: ignore[attr-defined]  # which would end the request
     return call
-
-
-def _repeated(step: Callable[[], None], times: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(times):
-            step()
-
-    return run
 
 
 def main(

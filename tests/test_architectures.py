@@ -9,21 +9,14 @@ import pytest
 import torch
 import transformers as hf
 from test_ways import randomise
+from tiny_models import SIZES
 from torch import Tensor
 
 import fastadapt
 from fastadapt import DoRAConfig, LoRAConfig
 
 COMMON: dict[str, Any] = {"vocab_size": 40, "pad_token_id": 0}
-LLAMA: dict[str, Any] = {
-    **COMMON,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-}
+LLAMA: dict[str, Any] = {**COMMON, **SIZES}
 HEADS: dict[str, Any] = {**LLAMA, "head_dim": 8}
 GPT: dict[str, Any] = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 BERT: dict[str, Any] = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastadapt.functional import adapter_linear, bottleneck, hadamard_linear, weight_norm
+from fastadapt.functional import adapter_linear, adapter_update, bottleneck, hadamard_linear, weight_norm
 from fastadapt.reference import AdapterForm
 
 K, N, R = 12, 8, 3
@@ -31,8 +31,14 @@ def _adapter(t: dict[str, Tensor], backend: str) -> Tensor:
     return adapter_linear(t["x"], t["weight"], form, backend=backend)
 
 
+def _update(t: dict[str, Tensor], backend: str) -> Tensor:
+    form = AdapterForm(t["A"], t["B"], out_scale=t["g"], base_scale=t["g"], scaling=0.5)
+    return adapter_update(t["x"] @ t["weight"].T, t["x"], form, backend=backend)
+
+
 CALLS: dict[str, Callable[[dict[str, Tensor], str], Tensor]] = {
     "adapter_linear": _adapter,
+    "adapter_update": _update,
     "hadamard_linear": lambda t, b: hadamard_linear(t["x"], t["weight"], U=t["B"], V=t["A"], backend=b),
     "bottleneck": lambda t, b: bottleneck(t["x"], t["A"], t["up"], backend=b),
     "weight_norm": lambda t, b: weight_norm(t["weight"], t["A"], t["B"], 0.5, backend=b),

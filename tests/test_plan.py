@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,13 +14,12 @@ from torch import Tensor, nn
 
 import fastadapt
 from bench.calls import CASES, call_of
+from bench.road import room_of
 from fastadapt import AdapterForm
 from fastadapt.functional import adapter_linear, adapter_linear_group
 from fastadapt.methods import row_norm
 from fastadapt.operators.adapter_linear import plan
 from fastadapt.reference import adapter_linear_reference
-
-PACKAGE = str(Path(fastadapt.__file__).parent)
 
 
 @pytest.fixture(autouse=True)
@@ -297,7 +294,7 @@ def calls_in_package(run: Callable[[], object]) -> int:
 
     def watch(frame: FrameType, event: str, _: Any) -> None:
         nonlocal count
-        count += event == "call" and frame.f_code.co_filename.startswith(PACKAGE + os.sep)
+        count += event == "call" and room_of(frame) is not None
 
     sys.setprofile(watch)
     try:

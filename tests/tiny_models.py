@@ -9,6 +9,15 @@ import torch
 from torch import Tensor, nn
 
 VOCAB = 67
+# What a tiny Llama and its likes take, beside their vocabulary.
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
 
 
 def llama(**changes: Any) -> Any:
@@ -16,16 +25,7 @@ def llama(**changes: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        **{
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 32,
-            **changes,
-        }
+        **{"vocab_size": VOCAB, **SIZES, **changes},
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -22,7 +23,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(ABC):
     """A filling of an operator's arguments: how they are made, and what the operator and its formula make of them.
 
     covers: the operators of the registry that run in it. kernels: what they launch on Triton, by the names of their
@@ -43,9 +44,9 @@ class Case:
     frozen: tuple[str, ...] = ()
     dropout: float = 0.0
 
+    @abstractmethod
     def values(self, normal: Normal, sizes: Sizes) -> Values:
         """The arguments. normal(*shape, std=1.0, mean=0.0) draws values that the tested dtype can hold."""
-        raise NotImplementedError
 
     def trains(self, name: str) -> bool:
         """Whether an argument takes a gradient."""
@@ -55,10 +56,10 @@ class Case:
         """A tensor of the shape that dropout acts on."""
         return values["x"]
 
+    @abstractmethod
     def ours(self, values: Values, backend: str) -> Tensor:
         """What the operator makes of them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reference(self, values: Values, mask: Tensor | None, p: float) -> Tensor:
         """What the formula makes of them with a dropout mask."""
-        raise NotImplementedError

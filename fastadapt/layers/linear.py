@@ -218,14 +218,14 @@ class ProjectionGroup:
         if not others or layer not in self.layers:
             return None
         members = [layer, *others]
-        forms = []
-        for member in members:
-            forms.append(member.form())
+        weights, forms = [member.weight_matrix for member in members], []
+        for member, weight in zip(members, weights, strict=True):
+            forms.append(member._form(weight, member.base_bias))
             if forms[-1].U is not None:  # it would run by itself, in what looks like a group
                 return None
         y, *ys = adapter_linear_group(
             x,
-            [member.weight_matrix for member in members],
+            weights,
             forms,
             dropout=layer.dropout,
             training=layer.training,

@@ -87,6 +87,32 @@ def factor_products(dy: Tensor, u: Tensor, scaling: float) -> Tensor:
     return cast(product(dy.t(), u, scaling), sum_dtype(dy))
 
 
+def factor_grads(
+    P: Tensor,
+    B: Tensor,
+    mid_scale: Tensor | None,
+    out_scale: Tensor | None,
+    wants_B: bool,
+    wants_mid: bool,
+    wants_out: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dB = h ⊙ P ⊙ d, dd = colsum(h ⊙ B ⊙ P) and dh = rowsum(B ⊙ P ⊙ d), those that are wanted.
+
+    h is out_scale, its vector part: the scalar part is in P = scaling · dyᵀ u. An absent scale is 1.
+    Shapes: P and B [N, R]; mid_scale d [R]; out_scale h [N].
+    """
+    dB = dmid = dout = None
+    if wants_B:
+        dB = scaled_rows(P if mid_scale is None else P * mid_scale, out_scale)
+    if wants_mid or wants_out:
+        PB = P * B
+        if wants_mid:
+            dmid = PB.sum(0) if out_scale is None else cast(out_scale, PB.dtype) @ PB
+        if wants_out:
+            dout = PB.sum(1) if mid_scale is None else PB @ cast(mid_scale, PB.dtype)
+    return dB, dmid, dout
+
+
 def column_sums(dy: Tensor) -> Tensor:
     """Σ_m dy [N]."""
     dtype = sum_dtype(dy)

@@ -90,9 +90,13 @@ def _widened(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def refuse_transforms(error: RuntimeError) -> None:
-    """Raises ValueError where PyTorch refused an operator because a transform of torch.func is at work."""
-    if torch._C._are_functorch_transforms_active():
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """What a Function gives. Raises ValueError where a transform of torch.func is at work, which PyTorch refuses."""
+    try:
+        return function.apply(*args)
+    except RuntimeError as error:
+        if not torch._C._are_functorch_transforms_active():
+            raise
         raise ValueError(
             "torch.func's transforms (vmap, grad, jvp) cannot look into this operator: use torch.autograd.grad, or "
             'backend="reference", which is plain PyTorch'

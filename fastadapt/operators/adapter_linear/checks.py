@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...checks import check_device, check_floating, check_frozen, check_probability, check_vector, shape_error
@@ -28,10 +29,15 @@ def check_adapter_linear(x: Tensor, weight: Tensor, form: AdapterForm, dropout: 
     check_floating("x", x)
     if form.U is not None or form.V is not None:
         check_hadamard_factors("form.", form.U, form.V, weight)
+    check_form_vectors(form, r, n, device)
+    check_probability("dropout", dropout)
+    check_frozen(weight)
+
+
+def check_form_vectors(form: AdapterForm, r: int, n: int, device: torch.device) -> None:
+    """Raises ValueError or TypeError that names the first scale or bias of a form which does not fit r and n."""
     check_vector("form.mid_scale", form.mid_scale, r, device)
     if isinstance(form.out_scale, Tensor) and form.out_scale.dim() > 0:
         check_vector("form.out_scale", form.out_scale, n, device)
     check_vector("form.base_scale", form.base_scale, n, device)
     check_vector("form.bias", form.bias, n, device)
-    check_probability("dropout", dropout)
-    check_frozen(weight)

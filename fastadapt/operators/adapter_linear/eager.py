@@ -49,8 +49,7 @@ def _down(group: Group, dtype: torch.dtype) -> Tensor:
 
 def _up(member: Member, dtype: torch.dtype) -> Tensor:
     """The vector part of h ⊙ B in `dtype`; the scalar part rides on the products as alpha, for nothing."""
-    vector = member.vector
-    return cast(scaled_rows(member.B, vector), dtype)
+    return cast(scaled_rows(member.B, member.vector), dtype)
 
 
 def _low_rank(u: Tensor, member: Member, up: Tensor, bias: Tensor | None) -> Tensor:
@@ -203,8 +202,7 @@ def adapter_linear_backward(dys: Sequence[Tensor], group: Group, saved: Saved, w
     x, u, z, weights = saved
     given = dys
     if dropout.drop is None and dys[0].shape[0] <= BLOCK_ROWS:
-        pairs = [_with_scaled_grad(dy, member) for dy, member in zip(dys, members, strict=True)]
-        dys, members = [dy for dy, _ in pairs], [member for _, member in pairs]
+        dys, members = zip(*map(_with_scaled_grad, dys, members), strict=True)
         group = group._replace(members=members)
     dx = dq = None
     if x is not None or (wants.x and strategy == "library"):

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...reference import AdapterForm, adapter_linear_reference
-from ..arithmetic import cast, scaled_rows
+from ..arithmetic import cast, factor_grads
 from ..calls import (
     AS_IT_IS,
+    applied,
     in_widest,
     once_differentiable,
-    refuse_transforms,
     rows_of,
     with_leading,
     without_autocast,
@@ -23,8 +23,7 @@ from ..calls import (
 from ..dropout import draw_dropout, keep_probability
 from ..hadamard_linear.function import hadamard_linear
 from ..masks import dropout_mask
-from . import op
-from .member import Member, Outputs, Saved, Wants
+from .member import Outputs, Saved, Wants
 from .plain import plain_lora, plain_lora_group
 from .plan import TENSORS, Plan, form_tensors, plan_of
 from .strategies import STRATEGIES
@@ -113,11 +112,7 @@ def _run(
             drop = draw_dropout(rows_of(x), plan.p, STRATEGIES[plan.strategy])
     tensors = [tensor for weight, form in zip(weights, forms, strict=True) for tensor in (weight, *form_tensors(form))]
     if plan.trains:
-        try:
-            ys: tuple[Tensor, ...] = AdapterLinearFunction.apply(x, drop, plan, *tensors)
-        except RuntimeError as error:
-            refuse_transforms(error)
-            raise
+        ys: tuple[Tensor, ...] = applied(AdapterLinearFunction, x, drop, plan, *tensors)
         return ys
     return _with_leading(_outputs(x, drop, plan, tensors)[1].y, x)
 
@@ -177,13 +172,16 @@ def _backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
             # What one member needs is made for all: each gets what it needs itself.
             start = index * TENSORS
             _, needs_A, needs_B, needs_mid, needs_out, needs_base, needs_bias = needed[start : start + TENSORS]
-            P = Ps[index] if Ps else None
+            dB = dmid = dout = None
+            if Ps:  # a tied g is in it
+                scales = member.mid_scale, member.out_scale
+                dB, dmid, dout = factor_grads(Ps[index], member.B, *scales, needs_B, needs_mid, needs_out)
             grads += (
                 None,
                 dA[index] if dA and needs_A else None,
-                _up_grad(P, member) if P is not None and needs_B else None,
-                _mid_scale_grad(P, member) if P is not None and needs_mid else None,
-                op.out_scale_grad(P, member) if P is not None and needs_out else None,
+                dB,
+                dmid,
+                dout,
                 dbase[index] if dbase and needs_base else None,
                 dbias[index] if dbias and needs_bias else None,
             )
@@ -195,18 +193,6 @@ def _backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
 
 # Beside a graph of the gradients (create_graph=True) it says that they have none; elsewhere it costs time alone.
 _differentiated_once = once_differentiable(_backward)
-
-
-def _up_grad(P: Tensor, member: Member) -> Tensor:
-    """dB = h ⊙ P ⊙ d [N, R]; the scalar part of h is in P, and so is a tied g."""
-    dB = P if member.mid_scale is None else P * member.mid_scale
-    return scaled_rows(dB, member.out_scale)
-
-
-def _mid_scale_grad(P: Tensor, member: Member) -> Tensor:
-    """dd = colsum(h ⊙ B ⊙ P) [R]."""
-    PB = P * member.B
-    return PB.sum(0) if member.out_scale is None else cast(member.out_scale, PB.dtype) @ PB
 
 
 def _reference(x: Tensor, weights: Sequence[Tensor], forms: Sequence[AdapterForm], p: float) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arithmetic import cast, scaled_rows, sum_dtype
+from ..arithmetic import factor_grads, scaled_rows, sum_dtype
 from ..backends import kernels
 from ..registry import operator
 from . import eager
@@ -65,16 +65,11 @@ def adapter_linear_backward(dy: Sequence[Tensor], group: Group, saved: Saved, wa
     for index, member in enumerate(group.members):
         if member.tied and P:
             if dbase and dbase[index] is not None:
+                *_, dh = factor_grads(P[index], member.B, member.mid_scale, None, False, False, True)
                 # The kernels' z is W0 x alone: what h's part adds to g's gradient is in P.
-                dbase[index] = dbase[index] + out_scale_grad(P[index], member)
+                dbase[index] = dbase[index] + dh
             P[index] = scaled_rows(P[index], member.vector)
     return Grads(found.dx, found.dA or [], P, found.dbias or [], dbase)
-
-
-def out_scale_grad(P: Tensor, member: Member) -> Tensor:
-    """dh = rowsum(B ⊙ P ⊙ d) [N]."""
-    PB = P * member.B
-    return PB.sum(1) if member.mid_scale is None else PB @ cast(member.mid_scale, PB.dtype)
 
 
 def _untied(members: Sequence[Member]) -> list[Member]:

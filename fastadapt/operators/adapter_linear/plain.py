@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arithmetic import cast, column_sums, factor_products, product
-from ..calls import AS_IT_IS, once_differentiable, refuse_transforms, rows_of, with_leading, without_autocast
+from ..calls import AS_IT_IS, applied, once_differentiable, rows_of, with_leading, without_autocast
 
 
 class PlainCall(NamedTuple):
@@ -35,20 +35,14 @@ class PlainCall(NamedTuple):
     autocast: bool
 
     def cast(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """The tensors in the dtype of the products."""
-        if not self.casts:
-            return tensors
+        """The tensors in the dtype of the products; for calls in which some tensor has another one."""
         return [None if tensor is None else cast(tensor, self.dtype) for tensor in tensors]
 
 
 def plain_lora(x: Tensor, call: PlainCall, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
     """Shapes: x [..., K]; weight [N, K]; A [R, K]; B [N, R]; bias [N]; y [..., N]."""
     if call.trains:
-        try:
-            y: Tensor = PlainLoRAFunction.apply(x, call, weight, A, B, bias)
-        except RuntimeError as error:
-            refuse_transforms(error)
-            raise
+        y: Tensor = applied(PlainLoRAFunction, x, call, weight, A, B, bias)
         return y
     _, _, y = _forward(x, call, weight, A, B, bias)
     return y if x.dim() == 2 else with_leading(y, x.shape)
@@ -57,11 +51,7 @@ def plain_lora(x: Tensor, call: PlainCall, weight: Tensor, A: Tensor, B: Tensor,
 def plain_lora_group(x: Tensor, call: PlainCall, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
     """`plain_lora` of several layers; tensors: the weights, then the A, the B and the biases."""
     if call.trains:
-        try:
-            ys: tuple[Tensor, ...] = PlainGroupFunction.apply(x, call, *tensors)
-        except RuntimeError as error:
-            refuse_transforms(error)
-            raise
+        ys: tuple[Tensor, ...] = applied(PlainGroupFunction, x, call, *tensors)
         return ys
     _, _, found = _group_forward(x, call, tensors)
     return tuple(found) if x.dim() == 2 else tuple([with_leading(y, x.shape) for y in found])
@@ -76,8 +66,8 @@ def _added(x: Tensor, u: Tensor, weight: Tensor, B: Tensor, bias: Tensor | None,
 def _forward(x: Tensor, call: PlainCall, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(x [M, K], u [M, R], y [M, N]) in the dtype of the products."""
     with without_autocast(x) if call.autocast else AS_IT_IS:
-        rows = rows_of(x) if x.dtype == call.dtype else rows_of(x).to(call.dtype)
-        weight, A, B, bias = call.cast(tensors)
+        rows = cast(rows_of(x), call.dtype)
+        weight, A, B, bias = call.cast(tensors) if call.casts else tensors
         u = F.linear(rows, A)
         return rows, u, _added(rows, u, weight, B, bias, call.scalings[0])
 
@@ -86,8 +76,8 @@ def _group_forward(x: Tensor, call: PlainCall, tensors: Sequence[Any]) -> tuple[
     """`_forward` of several layers, their u side by side: [M, ΣR]."""
     n = len(call.ranks)
     with without_autocast(x) if call.autocast else AS_IT_IS:
-        rows = rows_of(x) if x.dtype == call.dtype else rows_of(x).to(call.dtype)
-        tensors = call.cast(tensors)
+        rows = cast(rows_of(x), call.dtype)
+        tensors = call.cast(tensors) if call.casts else tensors
         u = F.linear(rows, torch.cat(list(tensors[n : 2 * n])))
         parts = torch.split_with_sizes(u, call.ranks, 1)
         each = zip(parts, tensors, tensors[2 * n :], tensors[3 * n :], call.scalings, strict=False)
@@ -117,7 +107,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, _, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad
     s, shape = call.scalings[0], dy.shape
     with without_autocast(dy):
-        weight, A, B = call.cast(tensors)
+        weight, A, B = call.cast(tensors) if call.casts else tensors
         dy = rows_of(dy)
         dx = q = None
         if needs_x or needs_A:
@@ -161,7 +151,7 @@ def _group_backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
     dAs: Sequence[Tensor | None] = [None] * n
     dBs: Sequence[Tensor | None] = dAs
     with without_autocast(dys[0]):
-        tensors = call.cast(tensors)
+        tensors = call.cast(tensors) if call.casts else tensors
         if needs_x or rows is not None:
             q = torch.empty(dys[0].shape[0], sum(ranks), dtype=dys[0].dtype, device=dys[0].device)
             each = zip(dys, tensors[2 * n :], scalings, torch.split_with_sizes(q, ranks, 1), strict=True)

@@ -25,7 +25,7 @@ from .cost import keeps_recomposed
 from .member import Grads, Group, Keep, Member, Needs, Outputs
 from .plain import PlainCall
 from .strategies import STRATEGIES, candidates, cheapest, check_explicit, check_strategy
-from .workload import Workload, same_tensor, workload_of
+from .workload import Workload, shares_A, workload_of
 
 # Plans are small; a process with more outlines than this starts anew.
 _MOST = 4096
@@ -103,7 +103,7 @@ def plan_of(
         strategy,
         # What was measured decides on a GPU.
         None if x.is_cpu and strategy != "tune" else tuner.revision(),
-        len(forms) > 1 and _shares_A(forms),
+        len(forms) > 1 and shares_A(forms),
         *map(_outline, weights, forms),
     )
     plan = _plans.get(key)
@@ -143,11 +143,6 @@ def _rows(x: Tensor) -> int:
         return rows
     step = rows.bit_length() - 5
     return -(-rows >> step) << step
-
-
-def _shares_A(forms: Sequence[AdapterForm]) -> bool:  # noqa: N802 (A is the factor's name)
-    first = forms[0].A
-    return all([same_tensor(form.A, first) for form in forms[1:]])
 
 
 def _made(

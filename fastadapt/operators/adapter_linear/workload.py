@@ -66,7 +66,7 @@ def workload_of(
         outputs=tuple([weight.shape[0] for weight in weights]),
         ranks=tuple([form.A.shape[0] for form in forms]),
         dtype=str(dtype).removeprefix("torch."),
-        shared_A=len(forms) > 1 and all(same_tensor(form.A, forms[0].A) for form in forms[1:]),
+        shared_A=len(forms) > 1 and shares_A(forms),
         base_scale=any([form.base_scale is not None for form in forms]),
         trains_base=trains_base,
         trains_A=trains_A,
@@ -82,7 +82,13 @@ def workload_of(
     )
 
 
-def same_tensor(a: Tensor, b: Tensor) -> bool:
+def shares_A(forms: Sequence[AdapterForm]) -> bool:  # noqa: N802 (A is the factor's name)
+    """Whether the members of a group have the same A."""
+    first = forms[0].A
+    return all([_same_tensor(form.A, first) for form in forms[1:]])
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same memory seen alike."""
     return a is b or (
         not torch.compiler.is_compiling()

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ...checks import check_device, check_floating, check_vector, shape_error
 from ...reference import AdapterForm
+from ..adapter_linear.checks import check_form_vectors
 
 
 def check_adapter_update(
@@ -35,9 +36,5 @@ def check_adapter_update(
             check_device(name, value, device)
             check_floating(name, value)
     check_floating("x", x)
-    check_vector("form.mid_scale", form.mid_scale, r, device)
-    if isinstance(form.out_scale, Tensor) and form.out_scale.dim() > 0:
-        check_vector("form.out_scale", form.out_scale, n, device)
-    check_vector("form.base_scale", form.base_scale, n, device)
-    check_vector("form.bias", form.bias, n, device)
+    check_form_vectors(form, r, n, device)
     check_vector("base_bias", base_bias, n, device)

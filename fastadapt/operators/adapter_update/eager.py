@@ -14,6 +14,7 @@ from ..arithmetic import (
     factor_products,
     product,
     scaled,
+    scaled_rows,
     sum_dtype,
 )
 from .parameters import Grads, Outputs, Saved, Update, Wants
@@ -21,8 +22,7 @@ from .parameters import Grads, Outputs, Saved, Update, Wants
 
 def _up(update: Update, dtype: torch.dtype) -> Tensor:
     """The vector part of h ⊙ B in `dtype`; the scalar part rides on the products as alpha."""
-    vector = update.vector
-    return cast(update.B if vector is None else update.B * vector[:, None], dtype)
+    return cast(scaled_rows(update.B, update.vector), dtype)
 
 
 def adapter_update(y: Tensor, x: Tensor, update: Update, y_dropped: Tensor | None) -> Outputs:

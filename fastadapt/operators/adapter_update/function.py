@@ -6,12 +6,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...reference import AdapterForm, adapter_update_reference
-from ..arithmetic import cast, sum_dtype
+from ..arithmetic import cast, factor_grads, sum_dtype
 from ..backends import check_backend
-from ..calls import compute_dtype, rows_of, with_leading, without_autocast
+from ..calls import (
+    applied,
+    compute_dtype,
+    in_widest,
+    once_differentiable,
+    rows_of,
+    with_leading,
+    without_autocast,
+)
 from . import op
 from .checks import check_adapter_update
 from .parameters import Saved, Update, Wants
@@ -53,7 +60,8 @@ def adapter_update(
     if form.base_scale is None or not form.dropout_on_base:
         y_dropped = None
     if backend == "reference":
-        return adapter_update_reference(y, x, form, base_bias=base_bias, y_dropped=y_dropped)
+        with without_autocast(y):  # which leaves y's dtype to y'
+            return in_widest(adapter_update_reference, y, x, form, base_bias=base_bias, y_dropped=y_dropped)
     scaling, vector = form.settled(form.B.shape[0])
     tied = vector is not None and vector is form.base_scale
     update = Update(
@@ -66,9 +74,8 @@ def adapter_update(
         scaling,
         tied,
     )
-    updated: Tensor = AdapterUpdateFunction.apply(
-        y, x, y_dropped, _Call(update[_TENSORS:], y_dropped is not None, torch.is_grad_enabled()), *update[:_TENSORS]
-    )
+    call = _Call(update[_TENSORS:], y_dropped is not None, torch.is_grad_enabled())
+    updated: Tensor = applied(AdapterUpdateFunction, y, x, y_dropped, call, *update[:_TENSORS])
     return updated
 
 
@@ -133,15 +140,18 @@ class AdapterUpdateFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, u, z, *tensors = ctx.saved_tensors
-        needs_y, needs_x, needs_dropped, _, *wanted = ctx.needs_input_grad
+        needs_y, needs_x, needs_dropped, _, *needed = ctx.needs_input_grad
         call, update = ctx.call, Update._make((*tensors, None, *ctx.call.plain))
-        needs = Update._make((*wanted, *call.plain))
+        needs = Update._make((*needed, *call.plain))
         scales_y = update.base_scale is not None and not call.drops
         wants = Wants(needs_x, needs_y and scales_y, needs_dropped, bool(needs.shift))
         with without_autocast(dy):
             like = dy.new_empty(0, dtype=ctx.dtype)
             found = op.adapter_update_backward(rows_of(dy), like, update, Saved(rows, u, z), wants, "eager")
-            dB, dmid, dout = _factor_grads(found.P, update, needs)
+            dB = dmid = dout = None
+            if found.P is not None:
+                wanted = bool(needs.B), bool(needs.mid_scale), bool(needs.out_scale or update.tied)
+                dB, dmid, dout = factor_grads(found.P, update.B, update.mid_scale, update.vector, *wanted)
         dg = found.base_scale
         if dg is not None and update.tied:  # what h's part adds
             dg, dout = dg if dout is None else dg + dout, None
@@ -158,22 +168,3 @@ class AdapterUpdateFunction(torch.autograd.Function):
             dg,
             found.shift,
         )
-
-
-def _factor_grads(
-    P: Tensor | None, update: Update, needs: Update
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dB = h ⊙ P ⊙ d, dd = colsum(h ⊙ B ⊙ P) and dh = rowsum(B ⊙ P ⊙ d); the scalar part of h is in P."""
-    if P is None:
-        return None, None, None
-    d, h = update.mid_scale, update.vector
-    dB = dmid = dout = None
-    if needs.B:
-        dB = P if d is None else P * d
-        dB = dB if h is None else dB * h[:, None]
-    if needs.mid_scale or needs.out_scale or update.tied:
-        PB = P * update.B
-        if needs.mid_scale:
-            dmid = PB.sum(0) if h is None else cast(h, PB.dtype) @ PB
-        dout = PB.sum(1) if d is None else PB @ cast(d, PB.dtype)
-    return dB, dmid, dout if needs.out_scale or update.tied else None

@@ -11,11 +11,11 @@ from ...reference import bottleneck_reference
 from ..arithmetic import cast, sum_dtype
 from ..backends import resolve_backend
 from ..calls import (
+    applied,
     autocast_dtype,
     compute_dtype,
     in_widest,
     once_differentiable,
-    refuse_transforms,
     rows_of,
     with_leading,
     without_autocast,
@@ -83,11 +83,7 @@ def bottleneck(
     call = _Call(layer[_TENSORS:], active.p, adds_v, backend)
     # Otherwise it is a tensor of its own, also where both are v: a Function that is compiled takes none twice.
     other = None if adds_v or residual is None else residual.view_as(residual) if residual is v else residual
-    try:
-        out: Tensor = BottleneckFunction.apply(v, other, active.drop, call, *layer[:_TENSORS])
-    except RuntimeError as error:
-        refuse_transforms(error)
-        raise
+    out: Tensor = applied(BottleneckFunction, v, other, active.drop, call, *layer[:_TENSORS])
     return out
 
 

@@ -11,11 +11,11 @@ from ...reference import hadamard_linear_reference
 from ..arithmetic import cast
 from ..backends import resolve_backend
 from ..calls import (
+    applied,
     check_same_dtype,
     compute_dtype,
     in_widest,
     once_differentiable,
-    refuse_transforms,
     requires_grad,
     rows_of,
     with_leading,
@@ -65,11 +65,7 @@ def hadamard_linear(
         return in_widest(hadamard_linear_reference, x, *layer)
     tensors = layer[:_TENSORS]
     if torch.is_grad_enabled() and any([requires_grad(tensor) for tensor in (x, *tensors)]):
-        try:
-            y: Tensor = HadamardLinearFunction.apply(x, _Call(base, compute_dtype(x), backend), *tensors)
-        except RuntimeError as error:
-            refuse_transforms(error)
-            raise
+        y: Tensor = applied(HadamardLinearFunction, x, _Call(base, compute_dtype(x), backend), *tensors)
         return y
     dtype = compute_dtype(x)
     with without_autocast(x):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...reference import weight_norm_reference
 from ..arithmetic import cast
 from ..backends import resolve_backend
-from ..calls import once_differentiable, refuse_transforms, without_autocast
+from ..calls import applied, once_differentiable, without_autocast
 from . import op
 from .checks import check_weight_norm
 
@@ -55,11 +55,7 @@ def weight_norm(
             base_squared = op.row_squares(weight.detach(), backend)
         if not (torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)):
             return op.weight_norm(weight, lora_A, lora_B, scaling, base_squared, backend)[0]
-        try:
-            norm: Tensor = WeightNormFunction.apply(weight, lora_A, lora_B, base_squared, scaling, backend)
-        except RuntimeError as error:
-            refuse_transforms(error)
-            raise
+        norm: Tensor = applied(WeightNormFunction, weight, lora_A, lora_B, base_squared, scaling, backend)
         return norm
 
 
