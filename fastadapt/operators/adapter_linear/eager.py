@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..arithmetic import (
     BLOCK_ROWS,
+    add_product,
     add_scaled,
     cast,
     column_dots,
@@ -26,6 +27,7 @@ from ..arithmetic import (
     scaled,
     scaled_rows,
     sum_dtype,
+    thin_dtype,
 )
 from ..masks import dropped, zero_dropped
 from .member import Grads, Group, Keep, Member, Outputs, Saved, Wants
@@ -68,30 +70,33 @@ def _low_rank(u: Tensor, member: Member, up: Tensor, bias: Tensor | None) -> Ten
 def _base_and_low_rank(
     x: Tensor, x_dropped: Tensor, x_rest: Tensor | None, u: Tensor, member: Member, keep_base: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, z) of one member; z, what its base_scale multiplies, is None unless it is to be kept. x_rest = x − x̃."""
-    weight, g, dtype = member.weight, member.base_scale, x.dtype
+    """(y, z) of one member; z, what its base_scale multiplies, is None unless it is to be kept. x_rest = x − x̃.
+
+    They are in u's dtype, which may be wider than x's.
+    """
+    weight, g, dtype = member.weight, member.base_scale, u.dtype
     if g is None:
         if u.shape[1] == 0:
             return linear(x, weight, member.bias), None
-        return _low_rank(u, member, _up(member, dtype), member.bias).addmm_(x, weight.t()), None
+        return add_product(_low_rank(u, member, _up(member, dtype), member.bias), x, weight.t()), None
     x_base = x_dropped if member.dropout_on_base else x
     if member.tied and dtype is torch.float16 and not keep_base:
         # The sum of both paths may be beyond fp16 before g takes it back.
         y = _low_rank(u, member, _up(member, dtype), member.bias)
         add_scaled(y, F.linear(x_base, weight), g)
-        return (y if x_base is x or x_rest is None else y.addmm_(x_rest, weight.t())), None
+        return (y if x_base is x or x_rest is None else add_product(y, x_rest, weight.t())), None
     if member.tied:
-        v = _low_rank(u, member, cast(member.B, dtype), None).addmm_(x_base, weight.t())
+        v = add_product(_low_rank(u, member, cast(member.B, dtype), None), x_base, weight.t())
         y = scaled(v, g, member.bias, keep_base)
         if x_base is not x and x_rest is not None:
-            y.addmm_(x_rest, weight.t())
+            add_product(y, x_rest, weight.t())
         return y, v if keep_base else None
     y = _low_rank(u, member, _up(member, dtype), member.bias)
     z = F.linear(x_base, weight)
     if x_base is x:
         add_scaled(y, z, g)
     else:
-        add_scaled(y.addmm_(x, weight.t()), z, g - 1)
+        add_scaled(add_product(y, x, weight.t()), z, g - 1)
     return y, z if keep_base else None
 
 
@@ -113,15 +118,18 @@ def adapter_linear(x: Tensor, group: Group, u: Tensor | None, keep: Keep, strate
     members, dropout, _ = group
     drop = dropout.drop
     x_dropped = x if drop is None else dropped(x, drop, 1.0 / dropout.keep)
+    dtype, thin = x.dtype, thin_dtype(x.shape[0], x.dtype, x.is_cpu)
     made = None
     if u is None and (keep.u or strategy == "library"):
-        u = made = F.linear(x_dropped, _down(group, x.dtype))
+        u = made = F.linear(x_dropped if thin is dtype else x_dropped.to(thin), _down(group, thin))
     kept = made if keep.u else None
     if strategy == "recompose":
         weights = [recomposed_weight(member) for member in members]
         ys = [linear(x, weight, member.bias) for member, weight in zip(members, weights, strict=True)]
         return Outputs(ys, kept, [], weights if keep.weights else [])
     assert u is not None
+    if u.dtype is not thin:
+        u = u.to(thin)
     rests = x_dropped is not x and any([member.tied and member.dropout_on_base for member in members])
     x_rest = x - x_dropped if rests else None
     ys, zs = [], []
@@ -129,12 +137,17 @@ def adapter_linear(x: Tensor, group: Group, u: Tensor | None, keep: Keep, strate
         y, z = _base_and_low_rank(x, x_dropped, x_rest, part, member, keep.base)
         ys.append(y)
         zs.append(z)
+    if thin is not dtype:
+        kept = None if kept is None else kept.to(dtype)
+        ys, zs = [y.to(dtype) for y in ys], [None if z is None else z.to(dtype) for z in zs]
     return Outputs(ys, kept, zs if keep.base else [], [])
 
 
 def _add_base_grad(dx: Tensor, dy: Tensor, weight: Tensor, scale: Tensor | None) -> None:
     """dx += (scale ⊙ dy) W0, with the scale on whichever is smaller; a scaled dy is made in blocks of rows."""
-    if scale is None:
+    if dx.dtype is not weight.dtype:
+        dx.add_(torch.mm(cast(dy if scale is None else dy * scale, weight.dtype), weight))
+    elif scale is None:
         dx.addmm_(dy, weight)
     elif dy.shape[0] <= BLOCK_ROWS:
         dx.addmm_(cast(dy * scale, dy.dtype), weight)
@@ -190,7 +203,8 @@ def _recomposed_input_grad(dys: Sequence[Tensor], members: Sequence[Member], wei
 def _down_factor_grads(dq: Tensor, x: Tensor, group: Group) -> list[Tensor]:
     """dA = (d ⊙ q)ᵀ x̃ of each member, from the stacked d ⊙ q."""
     drop = group.dropout.drop
-    dA = cast(torch.mm(dq.t(), x if drop is None else dropped(x, drop, 1.0)), sum_dtype(x))
+    x = x if drop is None else dropped(x, drop, 1.0)
+    dA = cast(torch.mm(dq.t(), x if x.dtype is dq.dtype else x.to(dq.dtype)), sum_dtype(x))
     if len(group.members) == 1:
         return [dA]
     return list(dA.split([member.A.shape[0] for member in group.members]))
@@ -200,6 +214,9 @@ def adapter_linear_backward(dys: Sequence[Tensor], group: Group, saved: Saved, w
     """dx and dβ where wanted, and of each member dA given x, P given u (see Grads), dg given its z."""
     members, dropout, _ = group
     x, u, z, weights = saved
+    dtype, thin = dys[0].dtype, thin_dtype(dys[0].shape[0], dys[0].dtype, dys[0].is_cpu)
+    if thin is not dtype:
+        dys, u = [dy.to(thin) for dy in dys], None if u is None else u.to(thin)
     given = dys
     if dropout.drop is None and dys[0].shape[0] <= BLOCK_ROWS:
         dys, members = zip(*map(_with_scaled_grad, dys, members), strict=True)
@@ -209,6 +226,7 @@ def adapter_linear_backward(dys: Sequence[Tensor], group: Group, saved: Saved, w
         dq = _down_grads(dys, members, 1.0 / dropout.keep)
         if wants.x and strategy == "library":
             dx = _input_grad(dys, group, dq)
+            dx = dx if thin is dtype else dx.to(dtype)
     if wants.x and dx is None:
         dx = _recomposed_input_grad(dys, members, weights)
     P = []

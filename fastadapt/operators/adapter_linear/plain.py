@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arithmetic import cast, column_sums, factor_products, product
+from ..arithmetic import add_product, cast, column_sums, factor_products, product
 from ..calls import AS_IT_IS, applied, once_differentiable, rows_of, with_leading, without_autocast
 
 
@@ -22,7 +22,8 @@ class PlainCall(NamedTuple):
     """What is known beside tensors.
 
     scalings, ranks: s and r of each member. trains_A, trains_B, trains: whether dA, dB or any gradient can be wanted.
-    dtype: of the products; casts: whether some tensor has another one; autocast: whether that is on, and must be left.
+    dtype, thin: of the products with a weight and with a factor; casts: whether some tensor has another one than its
+    products; autocast: whether that is on, and must be left.
     """
 
     scalings: tuple[float, ...]
@@ -31,12 +32,15 @@ class PlainCall(NamedTuple):
     trains_B: bool
     trains: bool
     dtype: torch.dtype
+    thin: torch.dtype
     casts: bool
     autocast: bool
 
-    def cast(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """The tensors in the dtype of the products; for calls in which some tensor has another one."""
-        return [None if tensor is None else cast(tensor, self.dtype) for tensor in tensors]
+    def cast(self, tensors: Sequence[Any]) -> list[Any]:
+        """The weights, factors and biases in the dtypes of their products; where some tensor has another one."""
+        n = len(self.ranks)
+        dtypes = [self.dtype] * n + [self.thin] * (len(tensors) - n)
+        return [None if t is None else cast(t, dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
 
 
 def plain_lora(x: Tensor, call: PlainCall, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,15 +64,15 @@ def plain_lora_group(x: Tensor, call: PlainCall, tensors: Sequence[Any]) -> tupl
 def _added(x: Tensor, u: Tensor, weight: Tensor, B: Tensor, bias: Tensor | None, s: float) -> Tensor:
     """y [M, N] from u [M, R]; in this order because a large product hides the reading of what it is added to."""
     y = product(u, B.t(), s) if bias is None else torch.addmm(bias, u, B.t(), alpha=s)
-    return y.addmm_(x, weight.t())
+    return y.addmm_(x, weight.t()) if u.dtype == x.dtype else torch.mm(x, weight.t()).add_(y)
 
 
 def _forward(x: Tensor, call: PlainCall, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(x [M, K], u [M, R], y [M, N]) in the dtype of the products."""
+    """(x [M, K], u [M, R], y [M, N]), each in the dtype of its products."""
     with without_autocast(x) if call.autocast else AS_IT_IS:
         rows = cast(rows_of(x), call.dtype)
         weight, A, B, bias = call.cast(tensors) if call.casts else tensors
-        u = F.linear(rows, A)
+        u = F.linear(rows if call.thin is call.dtype else rows.to(call.thin), A)
         return rows, u, _added(rows, u, weight, B, bias, call.scalings[0])
 
 
@@ -78,7 +82,7 @@ def _group_forward(x: Tensor, call: PlainCall, tensors: Sequence[Any]) -> tuple[
     with without_autocast(x) if call.autocast else AS_IT_IS:
         rows = cast(rows_of(x), call.dtype)
         tensors = call.cast(tensors) if call.casts else tensors
-        u = F.linear(rows, torch.cat(list(tensors[n : 2 * n])))
+        u = F.linear(cast(rows, call.thin), torch.cat(list(tensors[n : 2 * n])))
         parts = torch.split_with_sizes(u, call.ranks, 1)
         each = zip(parts, tensors, tensors[2 * n :], tensors[3 * n :], call.scalings, strict=False)
         return rows, u, [_added(rows, part, weight, B, bias, s) for part, weight, B, bias, s in each]
@@ -109,16 +113,20 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     with without_autocast(dy):
         weight, A, B = call.cast(tensors) if call.casts else tensors
         dy = rows_of(dy)
+        thin = dy
+        if call.thin is not call.dtype:  # few rows of 16 bits
+            thin, rows = dy.to(call.thin), None if rows is None else rows.to(call.thin)
         dx = q = None
         if needs_x or needs_A:
-            q = product(dy, B, s)
+            q = product(thin, B, s)
         if needs_x and q is not None:
-            dx = torch.mm(q, A).addmm_(dy, weight)
+            dx = torch.mm(q, A)
+            dx = dx.addmm_(dy, weight) if thin is dy else torch.mm(dy, weight).add_(dx)
             if len(shape) != 2:
                 dx = dx.view(*shape[:-1], weight.shape[1])
         dA = torch.mm(q.t(), rows) if needs_A and q is not None else None
-        dB = factor_products(dy, u, s) if needs_B else None
-        return dx, None, None, dA, dB, column_sums(dy) if needs_bias else None
+        dB = factor_products(thin, u, s) if needs_B else None
+        return dx, None, None, dA, dB, column_sums(thin) if needs_bias else None
 
 
 class PlainGroupFunction(torch.autograd.Function):
@@ -152,23 +160,24 @@ def _group_backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
     dBs: Sequence[Tensor | None] = dAs
     with without_autocast(dys[0]):
         tensors = call.cast(tensors) if call.casts else tensors
+        thins = dys if call.thin is call.dtype else [cast(dy, call.thin) for dy in dys]
         if needs_x or rows is not None:
-            q = torch.empty(dys[0].shape[0], sum(ranks), dtype=dys[0].dtype, device=dys[0].device)
-            each = zip(dys, tensors[2 * n :], scalings, torch.split_with_sizes(q, ranks, 1), strict=True)
+            q = torch.empty(dys[0].shape[0], sum(ranks), dtype=call.thin, device=dys[0].device)
+            each = zip(thins, tensors[2 * n :], scalings, torch.split_with_sizes(q, ranks, 1), strict=True)
             for dy, B, s, part in each:
                 product(dy, B, s, out=part)
             if needs_x:
                 dx = torch.mm(q, torch.cat(list(tensors[n : 2 * n])))
                 for dy, weight in zip(dys, tensors, strict=False):
-                    dx.addmm_(dy, weight)
+                    add_product(dx, dy, weight)
                 if len(leading) != 1:
                     dx = dx.view(*leading, dx.shape[1])
             if rows is not None:
-                dAs = torch.split_with_sizes(torch.mm(q.t(), rows), ranks)
+                dAs = torch.split_with_sizes(torch.mm(q.t(), cast(rows, call.thin)), ranks)
         if u is not None:
             parts = torch.split_with_sizes(u, ranks, 1)
-            dBs = [factor_products(dy, part, s) for dy, part, s in zip(dys, parts, scalings, strict=True)]
-        dbs = [column_sums(dy) if needs else None for dy, needs in zip(dys, needed[3 * n :], strict=True)]
+            dBs = [factor_products(dy, part, s) for dy, part, s in zip(thins, parts, scalings, strict=True)]
+        dbs = [column_sums(dy) if needs else None for dy, needs in zip(thins, needed[3 * n :], strict=True)]
     grads = [*dAs, *dBs, *dbs]
     if False in needed[n : 3 * n]:  # what one member needs is made for all: each gets what it needs itself
         grads = [grad if needs else None for grad, needs in zip(grads, needed[n:], strict=True)]

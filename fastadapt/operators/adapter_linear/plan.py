@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...reference import AdapterForm
-from ..arithmetic import cast
+from ..arithmetic import cast, thin_dtype
 from ..calls import autocast_dtype, check_same_dtype, compute_dtype, requires_grad
 from ..masks import NO_DROPOUT, Dropout
 from ..registry import sees_operators
@@ -179,9 +179,10 @@ def _made(
     if alone and not sees_operators(x):
         scalings = tuple([scaling for scaling, *_ in values])
         tensors = [tensor for form in forms for tensor in (form.A, form.B, form.bias) if tensor is not None]
-        casts = any([tensor.dtype != dtype for tensor in (*weights, *tensors)])
+        thin = thin_dtype(workload.M, dtype, x.is_cpu)
+        casts = any([weight.dtype != dtype for weight in weights]) or any([tensor.dtype != thin for tensor in tensors])
         trains = needs.A, needs.B, workload.backward
-        plain = PlainCall(scalings, workload.ranks, *trains, dtype, casts, autocast)
+        plain = PlainCall(scalings, workload.ranks, *trains, dtype, thin, casts, autocast)
     direct = STRATEGIES.get(chosen) == "eager" and not sees_operators(x)
     return Plan(
         strategy=chosen,
