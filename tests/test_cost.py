@@ -9,12 +9,12 @@ import torch
 
 from fastadapt.operators.adapter_linear.cost import (
     break_even,
+    cannot_expand,
     cannot_recompose,
     cheapest,
     forward_works,
-    keeps_recomposed,
+    keeps_made,
     predicted_seconds,
-    recomposing_saves,
     works,
 )
 from fastadapt.operators.adapter_linear.devices import DEVICES, device_from, device_of
@@ -22,7 +22,7 @@ from fastadapt.operators.adapter_linear.workload import Workload
 
 A100, H100 = DEVICES["A100-SXM4-80GB"], DEVICES["H100-SXM"]
 GPUS = [device for name, device in DEVICES.items() if name != "CPU"]
-ALL = ("split", "fused", "library", "recompose")
+ALL = ("split", "fused", "library", "recompose", "expand")
 
 
 def layer(M: int, K: int, N: int, r: int = 16, **more: object) -> Workload:
@@ -86,15 +86,29 @@ def test_a_low_rank_is_recomposed_only_for_many_tokens() -> None:
 
 def test_what_cannot_be_recomposed_is_not() -> None:
     w = vera(4096, 576, 1536)
-    assert recomposing_saves(w)
-    assert not keeps_recomposed(w)
-    assert keeps_recomposed(vera(800, 576, 1536))
-    assert not keeps_recomposed(vera(800, 576, 1536)._replace(trains_A=True))
+    assert cheapest(("library", "recompose"), w, DEVICES["CPU"]) == "recompose"
+    assert not keeps_made("recompose", w)
+    assert keeps_made("recompose", vera(800, 576, 1536))
+    assert not keeps_made("recompose", vera(800, 576, 1536)._replace(trains_A=True))
     for refused in ({"dtype": "bfloat16"}, {"dropout": True}, {"trains_base": True}):
         assert cannot_recompose(w._replace(**refused))
-        assert not recomposing_saves(w._replace(**refused))
         assert cheapest(("library", "recompose"), w._replace(**refused), DEVICES["CPU"]) == "library"
-    assert not recomposing_saves(w._replace(ranks=(0,)))
+    assert cheapest(("library", "recompose"), w._replace(ranks=(0,)), DEVICES["CPU"]) == "library"
+
+
+def test_the_expanded_product_is_kept_for_few_tokens_of_trained_scales() -> None:
+    names = ("library", "recompose", "expand")
+
+    def chosen(tokens: int, offered: tuple[str, ...] = names, **changed: object) -> str:
+        return cheapest(offered, vera(tokens, 576, 1536)._replace(trains_B=False, **changed), DEVICES["CPU"])
+
+    assert [chosen(tokens) for tokens in (64, 176, 2048)] == ["expand", "expand", "recompose"]
+    for refused in ({"trains_A": True}, {"dtype": "bfloat16"}, {"base_scale": True}, {"trains_up": False}):
+        assert cannot_expand(vera(64, 576, 1536)._replace(trains_B=False, **refused))
+        assert chosen(64, **refused) != "expand"
+    # Without a backward there is nothing to keep it for; with dropout a weight cannot be recomposed for many tokens.
+    assert chosen(64, backward=False) == chosen(2048, dropout=True) == "library"
+    assert chosen(64, ("split", *names)) != "expand"
 
 
 def test_split_moves_the_bytes_that_were_aimed_at() -> None:

@@ -48,6 +48,15 @@ def cases(strategy: str) -> dict[str, tuple[Operator[Any], tuple[Any, ...]]]:
     same = Group([one, one._replace(scaling=0.5)], NONE, True)
     recompose = strategy == "recompose"
     both, only_x, neither = Wants(True, True), Wants(True, False), Wants(False, False)
+    if strategy == "expand":
+        keep = Keep(True, False, True)
+        return {
+            "forward": (linear, (x, scaled, None, keep)),
+            "forward of a shared A": (linear, (x, same, None, keep)),
+            "backward of a frozen A": (backward, ([dy], scaled, Saved(None, u, [], [z]), both)),
+            "backward to the adapter alone": (backward, ([dy], scaled, Saved(None, u, [], [z]), neither)),
+            "backward of a shared A": (backward, ([dy, dy], same, Saved(None, u, [], [z, z]), only_x)),
+        }
     drops: dict[str, tuple[Operator[Any], tuple[Any, ...]]] = {}
     if not recompose:
         drops = {
@@ -77,7 +86,7 @@ def cases(strategy: str) -> dict[str, tuple[Operator[Any], tuple[Any, ...]]]:
 @pytest.mark.parametrize("name", cases("library"))
 def test_opcheck(name: str, strategy: str) -> None:
     if name not in cases(strategy):
-        pytest.skip("a recomposed weight has no dropout and no trained base_scale")
+        pytest.skip("of a strategy that has no dropout, no trained base_scale or no trained factor")
     operator, args = cases(strategy)[name]
     torch.library.opcheck(operator.registered, operator.flat(*args, strategy))
 

@@ -28,6 +28,9 @@ _FEW_TOKENS_EFFICIENCY = 0.9
 # costs 2·K·N·r FLOPs against 4·M·K·N, so r / (2 M).
 _KEEP_RECOMPOSED_ABOVE = 0.1
 
+# Tokens up to which a strategy that keeps [M, N] of each layer may be chosen.
+_EXPAND_TOKENS = 512
+
 # What moving one fp32 element costs in halved FLOPs where memory is the limit: a CPU core does 112 GFLOP/s in products
 # and moves 20 GB/s (bench/step.py).
 _FLOPS_PER_ELEMENT = 12
@@ -194,6 +197,16 @@ def _library_backward(w: Workload, s: _Sizes) -> list[Work]:
     return found
 
 
+def _expand_forward(w: Workload, s: _Sizes) -> list[Work]:
+    return [*_library_forward(w, s), _library(w, "scale", 0, 3 * s.y, len(w.outputs))]
+
+
+def _expand_backward(w: Workload, s: _Sizes) -> list[Work]:
+    members = len(w.outputs)
+    scales = [_library(w, "scaled dy", 0, 2 * s.y, members), _library(w, "dd and dh", 0, 2 * s.y, 2 * members)]
+    return scales + _library_backward(w._replace(trains_up=False), s)
+
+
 def _recompose_forward(w: Workload, s: _Sizes) -> list[Work]:
     members = len(w.outputs)
     found = [_library(w, "recompose", 2 * w.K * s.up, 2 * s.weight + s.B + s.A, 2 * members)]
@@ -209,7 +222,7 @@ def _recompose_backward(w: Workload, s: _Sizes) -> list[Work]:
     if w.trains_up:
         found.append(_library(w, "P", s.expand, s.y + members * s.u + s.B, members))
     if w.wants_dx:
-        if not keeps_recomposed(w):
+        if not keeps_made("recompose", w):
             found.append(_library(w, "recompose", 2 * w.K * s.up, 2 * s.weight + s.B + s.A, 2 * members))
         found.append(_library(w, "dx", s.base, s.y + s.weight + (2 * members - 1) * s.x, members))
     return found
@@ -220,12 +233,14 @@ _FORWARD = {
     "fused": _fused_forward,
     "library": _library_forward,
     "recompose": _recompose_forward,
+    "expand": _expand_forward,
 }
 _BACKWARD = {
     "split": _split_backward,
     "fused": _split_backward,
     "library": _library_backward,
     "recompose": _recompose_backward,
+    "expand": _expand_backward,
 }
 
 
@@ -240,44 +255,79 @@ def cannot_recompose(w: Workload) -> str | None:
     return None
 
 
-def keeps_recomposed(w: Workload) -> bool:
-    """Whether W' is held until the backward, where remaking it would add more than a tenth of the frozen pass.
+def cannot_expand(w: Workload) -> str | None:
+    """Why (d ⊙ u) Bᵀ cannot be kept for the gradients of d and h, or None where it can."""
+    if w.dtype not in ("float32", "float64"):
+        return f"in {w.dtype} what is kept would round the gradients of the scales"
+    if w.trains_A or w.trains_B or not w.trains_up:
+        return "it is for forms of which mid_scale and out_scale train, and neither A nor B"
+    if w.base_scale:
+        return "a base_scale scales the base product besides"
+    return None
 
-    Not where A trains: x is kept for dA already, and with W' beside it a layer would keep more than a plain one.
+
+def refusal(strategy: str, w: Workload) -> str | None:
+    """Why a strategy cannot run a workload, or None where it can."""
+    refuses = {"recompose": cannot_recompose, "expand": cannot_expand}.get(strategy)
+    return None if refuses is None else refuses(w)
+
+
+def keeps_made(strategy: str, w: Workload) -> bool:
+    """Whether what a strategy makes of each member is held until the backward.
+
+    (d ⊙ u) Bᵀ always. W' where remaking it would add more than a tenth of the frozen pass; not where A trains: x is
+    kept for dA already, and with W' beside it a layer would keep more than a plain one.
     """
-    return w.backward and w.wants_dx and not w.trains_A and max(w.ranks) > 2 * w.M * _KEEP_RECOMPOSED_ABOVE
+    if strategy == "expand":
+        return w.backward
+    kept = w.backward and w.wants_dx and not w.trains_A
+    return strategy == "recompose" and kept and max(w.ranks) > 2 * w.M * _KEEP_RECOMPOSED_ABOVE
 
 
-def recomposing_saves(w: Workload) -> bool:
-    """Whether making W' costs less than the products that it spares.
+def _beside_base(strategy: str, w: Workload) -> float:
+    """Halved FLOPs of an eager strategy beside the base products.
 
-    Halved FLOPs: it spares M·N·r (expand) and, in the backward, M·K·r (q A) and, where A does not train, M·N·r (q);
-    W' takes K·N·r, twice where the backward makes it again. u and P are needed either way; without a backward it
-    spares u, M·K·r, as well. Passes over memory that no product hides count with them, which decides at a low rank:
-    y or dx written once more, or W0 read and W' written.
+    library: u, (d ⊙ u) Bᵀ and, in the backward, P, q and q A. expand: the same without P, and passes over y and dy.
+    recompose: W' in K·N·r, twice where the backward makes it again; u and P besides where they are wanted. Passes over
+    memory that no product hides count with them, which decides at a low rank: y or dx written once more, or W0 read
+    and W' written.
     """
-    if cannot_recompose(w) is not None or not any(w.ranks):
-        return False
     s = _Sizes(w)
-    spared = w.M * s.up + _FLOPS_PER_ELEMENT * w.M * s.N
-    if w.backward and w.wants_dx:
-        spared += w.M * (w.K * s.R + (0 if w.trains_A else s.up)) + _FLOPS_PER_ELEMENT * w.M * w.K
-    elif not w.backward:
-        spared += w.M * w.K * s.u_ranks
-    times = 2 if w.backward and w.wants_dx and not keeps_recomposed(w) else 1
-    return spared > times * (w.K * s.up + 2 * _FLOPS_PER_ELEMENT * w.K * s.N)
+    passes = _FLOPS_PER_ELEMENT * w.M
+    u = w.M * w.K * s.u_ranks
+    P = w.M * s.up if w.backward and w.trains_up else 0
+    q = w.M * s.up if w.backward and w.trains_A else 0
+    if strategy == "recompose":
+        times = 2 if w.backward and w.wants_dx and not keeps_made(strategy, w) else 1
+        weight = w.K * s.up + 2 * _FLOPS_PER_ELEMENT * w.K * s.N
+        return (u if w.backward and w.trains_up else 0) + P + q + times * weight
+    if w.backward and (w.wants_dx or strategy == "expand"):
+        q = w.M * s.up
+    dx = w.M * w.K * s.u_ranks + passes * w.K if w.backward and w.wants_dx else 0
+    if strategy == "expand":
+        return u + w.M * s.up + q + dx + 3 * passes * s.N
+    return u + w.M * s.up + P + q + dx + passes * s.N
 
 
 def cheapest(strategies: Iterable[str], w: Workload, device: Device) -> str:
     """The strategy of those given that the model expects to be fastest; ValueError where none of them can run.
 
-    What no roofline says is a rule: "fused" only for decoding (M <= 64), "recompose" exactly where `recomposing_saves`.
+    What no roofline says is a rule: "fused" only for decoding (M <= 64), "recompose" and "expand" exactly where they
+    spare the library products, "expand" for few tokens alone, since it keeps [M, N], and where no kernel can run.
     Large K, few tokens and a pass without a backward favour the library by the numbers.
     """
     names = list(strategies)
-    if "recompose" in names and recomposing_saves(w):
-        return "recompose"
-    candidates = [name for name in names if name != "recompose" and (name != "fused" or w.M <= _DECODE_TOKENS)]
+    expands = w.backward and w.M <= _EXPAND_TOKENS and not {"split", "fused"} & set(names)
+    made = [name for name in ("recompose", "expand") if name in names and refusal(name, w) is None]
+    made = [name for name in made if any(w.ranks) and (name != "expand" or expands)]
+    best = "library"
+    for name in made:
+        if _beside_base(name, w) < _beside_base(best, w):
+            best = name
+    if best != "library":
+        return best
+    rules = ("recompose", "expand")
+    candidates = [name for name in names if name not in rules and (name != "fused" or w.M <= _DECODE_TOKENS)]
     if not candidates:
         raise ValueError(f"no strategy of {', '.join(names) or 'none'} can be chosen for {w}")
     if len(candidates) == 1:

@@ -1,7 +1,7 @@
 """The eager implementations: PyTorch's own products, in the cheapest association, with few passes over memory.
 
-This is what CPUs, MPS and the strategies "library" and "recompose" run. A group is the layers that read one x: their
-down-projections are one product, and so are the gradients of those, and dx is accumulated over all of them in place.
+This is what CPUs, MPS and the strategies "library", "recompose" and "expand" run. A group is the layers that read one
+x: their down-projections are one product, and so are the gradients of those, and dx is added up over them in place.
 Nothing of size [tokens, out] is made beside y (and z, which the gradient of a trained base_scale needs).
 """
 
@@ -100,6 +100,21 @@ def _base_and_low_rank(
     return y, z if keep_base else None
 
 
+def _expanded(u: Tensor, member: Member) -> Tensor:
+    """(d ⊙ u) Bᵀ: [M, N]."""
+    d = member.mid_scale
+    return torch.mm(u if d is None else u * cast(d, u.dtype), cast(member.B, u.dtype).t())
+
+
+def _base_and_expanded(x: Tensor, expanded: Tensor, member: Member) -> Tensor:
+    """y of one member from (d ⊙ u) Bᵀ."""
+    y = linear(x, member.weight, member.bias)
+    h = member.out_scale
+    if h is None:
+        return y.add_(expanded, alpha=member.scaling)
+    return add_scaled(y, expanded, h if member.scaling == 1.0 else h * member.scaling)
+
+
 def recomposed_weight(member: Member) -> Tensor:
     """g ⊙ W0 + diag(h) B diag(d) A in one product, for weights of 32 bits and more."""
     weight = member.weight
@@ -120,16 +135,20 @@ def adapter_linear(x: Tensor, group: Group, u: Tensor | None, keep: Keep, strate
     x_dropped = x if drop is None else dropped(x, drop, 1.0 / dropout.keep)
     dtype, thin = x.dtype, thin_dtype(x.shape[0], x.dtype, x.is_cpu)
     made = None
-    if u is None and (keep.u or strategy == "library"):
+    if u is None and (keep.u or strategy != "recompose"):
         u = made = F.linear(x_dropped if thin is dtype else x_dropped.to(thin), _down(group, thin))
     kept = made if keep.u else None
     if strategy == "recompose":
         weights = [recomposed_weight(member) for member in members]
         ys = [linear(x, weight, member.bias) for member, weight in zip(members, weights, strict=True)]
-        return Outputs(ys, kept, [], weights if keep.weights else [])
+        return Outputs(ys, kept, [], weights if keep.made else [])
     assert u is not None
     if u.dtype is not thin:
         u = u.to(thin)
+    if strategy == "expand":
+        expanded = [_expanded(part, member) for member, part in zip(members, _parts(u, group), strict=True)]
+        ys = [_base_and_expanded(x, low, member) for member, low in zip(members, expanded, strict=True)]
+        return Outputs(ys, kept, [], expanded if keep.made else [])
     rests = x_dropped is not x and any([member.tied and member.dropout_on_base for member in members])
     x_rest = x - x_dropped if rests else None
     ys, zs = [], []
@@ -213,7 +232,9 @@ def _down_factor_grads(dq: Tensor, x: Tensor, group: Group) -> list[Tensor]:
 def adapter_linear_backward(dys: Sequence[Tensor], group: Group, saved: Saved, wants: Wants, strategy: str) -> Grads:
     """dx and dβ where wanted, and of each member dA given x, P given u (see Grads), dg given its z."""
     members, dropout, _ = group
-    x, u, z, weights = saved
+    x, u, z, made = saved
+    if strategy == "expand":
+        return _expanded_backward(dys, group, saved, wants)
     dtype, thin = dys[0].dtype, thin_dtype(dys[0].shape[0], dys[0].dtype, dys[0].is_cpu)
     if thin is not dtype:
         dys, u = [dy.to(thin) for dy in dys], None if u is None else u.to(thin)
@@ -228,7 +249,7 @@ def adapter_linear_backward(dys: Sequence[Tensor], group: Group, saved: Saved, w
             dx = _input_grad(dys, group, dq)
             dx = dx if thin is dtype else dx.to(dtype)
     if wants.x and dx is None:
-        dx = _recomposed_input_grad(dys, members, weights)
+        dx = _recomposed_input_grad(dys, members, made)
     P = []
     if u is not None:
         for dy, member, part in zip(dys, members, _parts(u, group), strict=True):
@@ -240,7 +261,28 @@ def adapter_linear_backward(dys: Sequence[Tensor], group: Group, saved: Saved, w
         P,
         [column_sums(dy) for dy in given] if wants.bias else [],
         [None if kept is None else column_dots(dy, kept) for dy, kept in zip(given, z, strict=True)] if z else [],
+        [],
+        [],
     )
+
+
+def _expanded_backward(dys: Sequence[Tensor], group: Group, saved: Saved, wants: Wants) -> Grads:
+    """The gradients where (d ⊙ u) Bᵀ was kept: dh = Σ dy ⊙ that, and dd = Σ q ⊙ u with the q that dx takes anyway."""
+    members, keep = group.members, group.dropout.keep
+    u = saved.u
+    assert u is not None
+    douts, dmids, parts = [], [], []
+    for dy, member, part, expanded in zip(dys, members, _parts(u, group), saved.made, strict=True):
+        h, d, s = member.out_scale, member.mid_scale, member.scaling
+        douts.append(column_dots(dy, expanded).mul_(s))
+        q = product(dy if h is None else cast(dy * h, dy.dtype), cast(member.B, dy.dtype), s)
+        dmids.append(column_dots(q, part))
+        q = q if d is None else q.mul_(cast(d, q.dtype))
+        parts.append(q if keep == 1.0 else q.div_(keep))
+    dx = None
+    if wants.x:
+        dx = _input_grad(dys, group, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+    return Grads(dx, [], [], [column_sums(dy) for dy in dys] if wants.bias else [], [], dmids, douts)
 
 
 def _with_scaled_grad(dy: Tensor, member: Member) -> tuple[Tensor, Member]:

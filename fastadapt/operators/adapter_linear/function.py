@@ -48,7 +48,7 @@ def adapter_linear(
     Dtypes: weight has x's dtype, or autocast's takes the place of both; the form's tensors may be fp32 beside 16-bit x.
     Gradients flow to x and to every tensor of the form; weight is frozen. Once differentiable.
     A form with U and V adds (W0 ⊙ (U V)) x̃: it runs as `hadamard_linear`, whatever the strategy on its backend.
-    strategy: "auto", "tune", or by name "split", "fused", "library" or "recompose" (see strategies.py).
+    strategy: "auto", "tune", or by name "split", "fused", "library", "recompose" or "expand" (see strategies.py).
     Raises ValueError on mismatched shapes, devices, a dropout outside [0, 1), a weight that requires grad, a backend
     or strategy that cannot run; TypeError on dtypes that cannot be mixed.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; Liu et al. 2024, arXiv:2402.09353; Kopiczko et al. 2023,
@@ -141,11 +141,9 @@ class AdapterLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, drop: Tensor | None, plan: Plan, *tensors: Any) -> tuple[Tensor, ...]:
-        rows, (ys, u, z, weights) = _outputs(x, drop, plan, tensors)
+        rows, (ys, u, z, made) = _outputs(x, drop, plan, tensors)
         needs = plan.needs
-        ctx.save_for_backward(
-            rows if needs.A else None, u, drop if needs.x or needs.A else None, *tensors, *z, *weights
-        )
+        ctx.save_for_backward(rows if needs.A else None, u, drop if needs.x or needs.A else None, *tensors, *z, *made)
         ctx.x_shape, ctx.plan = x.shape, plan
         return _with_leading(ys, x)
 
@@ -166,7 +164,7 @@ def _backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
     with without_autocast(dys[0]):
         group = plan.group(tensors[:count], drop)
         dys = dys if len(ctx.x_shape) == 2 else tuple([rows_of(dy) for dy in dys])
-        dx, dA, Ps, dbias, dbase = plan.backward(dys, group, saved, wants, plan.strategy)
+        dx, dA, Ps, dbias, dbase, dmids, douts = plan.backward(dys, group, saved, wants, plan.strategy)
         grads: list[Tensor | None] = []
         for index, member in enumerate(group.members):
             # What one member needs is made for all: each gets what it needs itself.
@@ -176,6 +174,8 @@ def _backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
             if Ps:  # a tied g is in it
                 scales = member.mid_scale, member.out_scale
                 dB, dmid, dout = factor_grads(Ps[index], member.B, *scales, needs_B, needs_mid, needs_out)
+            elif douts:
+                dmid, dout = dmids[index] if needs_mid else None, douts[index] if needs_out else None
             grads += (
                 None,
                 dA[index] if dA and needs_A else None,

@@ -61,21 +61,21 @@ class Needs(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """What the forward keeps for the backward: u; what each base_scale multiplies; the recomposed weights."""
+    """What the forward keeps for the backward: u; what each base_scale multiplies; what a strategy makes (Outputs)."""
 
     u: bool
     base: bool
-    weights: bool
+    made: bool
 
 
 class Outputs(NamedTuple):
     """y of each member, and what was to be kept: u [M, ΣR] where it was not given, z [M, N] of each member with a
-    base_scale, the recomposed weights [N, K]."""
+    base_scale; what the strategy makes of each member: its recomposed weight [N, K], or (d ⊙ u) Bᵀ [M, N]."""
 
     y: list[Tensor]
     u: Tensor | None
     z: list[Tensor | None]
-    weights: list[Tensor]
+    made: list[Tensor]
 
 
 class Saved(NamedTuple):
@@ -84,7 +84,7 @@ class Saved(NamedTuple):
     x: Tensor | None
     u: Tensor | None
     z: Sequence[Tensor | None]
-    weights: Sequence[Tensor]
+    made: Sequence[Tensor]
 
 
 class Wants(NamedTuple):
@@ -97,7 +97,7 @@ class Wants(NamedTuple):
 class Grads(NamedTuple):
     """dx, and of each member dA [R, K], P [N, R] = scaling · dyᵀ u, dβ [N] = Σ dy and dg [N] in fp32.
 
-    Of a tied member P = scaling · (g ⊙ dy)ᵀ u.
+    Of a tied member P = scaling · (g ⊙ dy)ᵀ u. The strategy "expand" gives dd [R] and dh [N] in the place of P.
     None and empty where they are not wanted.
     """
 
@@ -106,3 +106,5 @@ class Grads(NamedTuple):
     P: list[Tensor]
     bias: list[Tensor]
     base_scale: list[Tensor | None]
+    mid_scale: list[Tensor]
+    out_scale: list[Tensor]

@@ -20,13 +20,13 @@ def _outline(x: Tensor, group: Group, u: Tensor | None, keep: Keep, strategy: st
     ys = [(m, member.weight.shape[0], dtype) for member in members]
     made = (m, sum(group.down_ranks), dtype) if keep.u and u is None else None
     z = [None if member.base_scale is None else y for y, member in zip(ys, members, strict=True)]
-    weights = [(*member.weight.shape, dtype) for member in members]
-    return Outputs._make((ys, made, z if keep.base else [], weights if keep.weights else []))
+    own = ys if strategy == "expand" else [(*member.weight.shape, dtype) for member in members]
+    return Outputs._make((ys, made, z if keep.base else [], own if keep.made else []))
 
 
 @operator(_outline)
 def adapter_linear(x: Tensor, group: Group, u: Tensor | None, keep: Keep, strategy: str) -> Outputs:
-    """y of each member and what is to be kept: see Outputs. Only the strategy "recompose" keeps weights, and no z."""
+    """y of each member and what is to be kept: see Outputs. "recompose" and "expand" make something, and no z."""
     if STRATEGIES[strategy] == "eager":
         return eager.adapter_linear(x, group, u, keep, strategy)
     ys, made, zs = kernels("adapter_linear").adapter_linear(
@@ -39,10 +39,13 @@ def _backward_outline(dy: Sequence[Tensor], group: Group, saved: Saved, wants: W
     members, k, dtype = group.members, group.members[0].weight.shape[1], sum_dtype(dy[0])
     dx = (dy[0].shape[0], k, dy[0].dtype) if wants.x else None
     dA = [] if saved.x is None else [(member.A.shape[0], k, dtype) for member in members]
-    P = [] if saved.u is None else [(*member.B.shape, dtype) for member in members]
+    expanded = strategy == "expand"
+    P = [] if saved.u is None or expanded else [(*member.B.shape, dtype) for member in members]
     dbias = [(len(member.weight), dtype) for member in members] if wants.bias else []
     dbase = [None if z is None else (z.shape[1], dtype) for z in saved.z]
-    return Grads._make((dx, dA, P, dbias, dbase))
+    dmid = [(member.A.shape[0], dtype) for member in members] if expanded else []
+    dout = [(len(member.weight), dtype) for member in members] if expanded else []
+    return Grads._make((dx, dA, P, dbias, dbase, dmid, dout))
 
 
 @operator(_backward_outline)
@@ -69,7 +72,7 @@ def adapter_linear_backward(dy: Sequence[Tensor], group: Group, saved: Saved, wa
                 # The kernels' z is W0 x alone: what h's part adds to g's gradient is in P.
                 dbase[index] = dbase[index] + dh
             P[index] = scaled_rows(P[index], member.vector)
-    return Grads(found.dx, found.dA or [], P, found.dbias or [], dbase)
+    return Grads(found.dx, found.dA or [], P, found.dbias or [], dbase, [], [])
 
 
 def _untied(members: Sequence[Member]) -> list[Member]:

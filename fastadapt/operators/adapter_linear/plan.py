@@ -21,7 +21,7 @@ from ..masks import NO_DROPOUT, Dropout
 from ..registry import sees_operators
 from . import eager, op, tuner
 from .checks import check_adapter_linear
-from .cost import keeps_recomposed
+from .cost import keeps_made
 from .member import Grads, Group, Keep, Member, Needs, Outputs
 from .plain import PlainCall
 from .strategies import STRATEGIES, candidates, cheapest, check_explicit, check_strategy
@@ -172,7 +172,6 @@ def _made(
     # The kernels have a tied g's gradient from u as well.
     through_u = STRATEGIES.get(chosen) == "triton" and any([tied for *_, tied in values])
     keeps_u = needs.B or needs.mid_scale or needs.out_scale or (needs.base_scale and through_u)
-    keeps_weights = chosen == "recompose" and keeps_recomposed(workload)
     autocast = autocast_dtype(x) is not None
     plain = None
     alone = chosen == "library" and p == 0.0 and not workload.shared_A and all([_is_plain(form) for form in forms])
@@ -194,7 +193,7 @@ def _made(
         casts=any([weight.dtype != dtype for weight in weights]),
         autocast=autocast,
         needs=needs,
-        keep=Keep(keeps_u, needs.base_scale, keeps_weights),
+        keep=Keep(keeps_u, needs.base_scale, keeps_made(chosen, workload)),
         trains=workload.backward,
         plain=plain,
         forward=eager.adapter_linear if direct else op.adapter_linear,

@@ -4,6 +4,7 @@
 * fused: Triton; u computed inside that GEMM, one launch
 * library: PyTorch's GEMM on top of the low-rank product, with addmm_
 * recompose: W0 + diag(h) B diag(d) A made once, then PyTorch's GEMM: where that takes fewer FLOPs; fp32 and fp64
+* expand: as library, with (d ⊙ u) Bᵀ kept where only d and h train: a product less for few tokens; fp32 and fp64
 
 "auto" takes what was measured for this problem on this GPU, or else what the cost model expects to be the fastest;
 "tune" measures first, where nothing was, and keeps the result on disk (see tuner.py).
@@ -25,7 +26,7 @@ from .workload import Workload
 _MOST_FUSED_RANKS = 64
 
 # Every way to run an adapter form, and the backend that does it.
-STRATEGIES = {"split": "triton", "fused": "triton", "library": "eager", "recompose": "eager"}
+STRATEGIES = {"split": "triton", "fused": "triton", "library": "eager", "recompose": "eager", "expand": "eager"}
 
 
 def check_strategy(strategy: str, backend: str) -> None:
@@ -54,17 +55,16 @@ def candidates(workload: Workload, backend: str, x: Tensor, *tensors: Tensor) ->
     names = {name for name, runs_on in STRATEGIES.items() if everything or runs_on == resolved}
     if max(workload.ranks) > _MOST_FUSED_RANKS:
         names.discard("fused")
-    if "recompose" in names and cost.cannot_recompose(workload) is not None:
-        names.discard("recompose")
+    names -= {name for name in names if cost.refusal(name, workload) is not None}
     return tuple([name for name in STRATEGIES if name in names])
 
 
 def check_explicit(strategy: str, workload: Workload, x: Tensor, *tensors: Tensor) -> None:
     """Raises ValueError or TypeError where a strategy that was asked for by name cannot run."""
     resolve_backend(STRATEGIES[strategy], x, *tensors)
-    refusal = cost.cannot_recompose(workload) if strategy == "recompose" else None
+    refusal = cost.refusal(strategy, workload)
     if refusal is not None:
-        raise ValueError(f'strategy "recompose" cannot run here: {refusal}; leave strategy="auto"')
+        raise ValueError(f'strategy "{strategy}" cannot run here: {refusal}; leave strategy="auto"')
 
 
 def cheapest(names: tuple[str, ...], workload: Workload, device: torch.device) -> str:

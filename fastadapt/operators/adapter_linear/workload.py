@@ -17,10 +17,11 @@ class Workload(NamedTuple):
 
     M tokens; K in features; outputs and ranks: N and r of each member; dtype of x and the weights. The adapters' own
     tensors are fp32. shared_A: all members have the same A, and u is computed once (VeRA).
-    base_scale: g; trains_base: g trains, so that z is kept. trains_A: dA, and x is kept. trains_up: P = dyᵀu for B, d
-    or h, and u is kept. dropout is active; with dropout_on_base it also hits what g adds to the base path.
-    backward: whether one follows, and what it must give. mid_scale, out_scale (a vector), bias, trains_bias: the cost
-    model leaves them aside, d, h and β ride on products that are made anyway; what they cost in a strategy is measured.
+    base_scale: g; trains_base: g trains, so that z is kept. trains_A: dA, and x is kept. trains_up: P = dyᵀu for B
+    (trains_B), d or h, and u is kept. dropout is active; with dropout_on_base it also hits what g
+    adds to the base path. backward: whether one follows, and what it must give. mid_scale, out_scale (a vector), bias,
+    trains_bias: the cost model leaves them aside, d, h and β ride on products that are made anyway; what they cost in a
+    strategy is measured.
     """
 
     M: int
@@ -32,6 +33,7 @@ class Workload(NamedTuple):
     base_scale: bool = False
     trains_base: bool = False
     trains_A: bool = True
+    trains_B: bool = True
     trains_up: bool = True
     dropout: bool = False
     dropout_on_base: bool = False
@@ -55,8 +57,9 @@ def workload_of(
     grad = torch.is_grad_enabled()
     trains_A = grad and any([form.A.requires_grad for form in forms])
     trains_base = grad and any([requires_grad(form.base_scale) for form in forms])
-    trains_up = grad and any(
-        [form.B.requires_grad or requires_grad(form.mid_scale) or requires_grad(form.out_scale) for form in forms]
+    trains_B = grad and any([form.B.requires_grad for form in forms])
+    trains_up = trains_B or (
+        grad and any([requires_grad(form.mid_scale) or requires_grad(form.out_scale) for form in forms])
     )
     trains_bias = grad and any([requires_grad(form.bias) for form in forms])
     wants_dx = grad and x.requires_grad
@@ -70,6 +73,7 @@ def workload_of(
         base_scale=any([form.base_scale is not None for form in forms]),
         trains_base=trains_base,
         trains_A=trains_A,
+        trains_B=trains_B,
         trains_up=trains_up,
         dropout=dropout,
         dropout_on_base=dropout and any([form.dropout_on_base for form in forms]),
