@@ -65,7 +65,8 @@ def floor(case: AdapterCase, shape: Shape) -> tuple[float, float]:
     * DoRA: LoRA, and a norm a step: W0 Aᵀ, r·K·N over its tokens. Two passes of 8 bytes over an output:
       the scaling of dy, and dy with the saved product for the gradient of the magnitude.
     * DoRA with dropout: besides, the second base product that the published rule asks for, in y and in dx.
-    * VeRA: W recomposed once a step: r·K·N over its tokens; u once for each distinct input; dyᵀu.
+    * VeRA: u once for each distinct input, and the cheaper of two ways: W recomposed once a step, r·K·N over its
+      tokens, and dyᵀu; or, for few tokens, u expanded and kept, q, and its part of dx once for each distinct input.
     """
     tokens = shape.batch * shape.length
     weights = sum(k * n for k, n in LINEARS)
@@ -74,7 +75,7 @@ def floor(case: AdapterCase, shape: Shape) -> tuple[float, float]:
     frozen = shape.layers * (2 * weights + 3.5 * attention) + 2 * HIDDEN * VOCAB
     moved = 0.0
     if case.method == "vera":
-        added = case.r * (weights / tokens + sum(INPUTS) + outputs)
+        added = case.r * (sum(INPUTS) + outputs + min(weights / tokens, outputs + sum(INPUTS)))
     else:
         added = 3.0 * case.r * sum(k + n for k, n in LINEARS)
     if case.method == "dora":

@@ -95,5 +95,5 @@ def draw_curves(curves: Iterable[tuple[str, Curve]], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right center", frameon=False)  # beside the curves, which it would hide
     save_figure(figure, path)
