@@ -13,13 +13,14 @@ from torch import Tensor
 from . import configs
 from .adapter_grads import input_grads, output_grads
 from .group import Member, matrices, offsets, strides, uniform, vectors
-from .shrink import shrink
+from .shrink import kept_bits, shrink
 from .tiles import (
     count_tiles,
     drop_threshold,
     grouped_tile,
     keep_probability,
     kept_elements,
+    load_kept,
     load_low_rank,
     load_member_vector,
     load_tile,
@@ -108,6 +109,7 @@ def _adapter_linear_kernel(
     base_scales,  # [N] or None
     biases,  # [N] or None
     seed,  # [1] or None
+    kept,  # [M, words] int32: the mask in bits, where u was not computed here, or None
     M,
     Ns,
     K,
@@ -116,6 +118,7 @@ def _adapter_linear_kernel(
     width,
     splits,
     z_rows,
+    words,
     stride_xm,
     stride_xk,
     strides_wn,
@@ -165,7 +168,9 @@ def _adapter_linear_kernel(
         x_tile = load_tile(x, rows, inner, M, K, stride_xm, stride_xk)  # [BLOCK_M, BLOCK_K]
         w_tile = load_tile(weight, inner, columns, K, N, stride_wk, stride_wn)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
-        if seed is not None:
+        if kept is not None:
+            x_tile = tl.where(load_kept(kept, rows, start, M, words, BLOCK_K), x_tile, 0.0)
+        elif seed is not None:
             x_tile = tl.where(kept_elements(seed, rows, start, threshold, BLOCK_K), x_tile, 0.0)
         if DROPOUT_ON_BASE:
             dropped = tl.dot(x_tile, w_tile, dropped, input_precision="ieee")
@@ -329,6 +334,7 @@ def _launch_members(
     fused: bool,
     shared_A: bool,
     seed: Tensor | None,
+    kept: Tensor | None,
     p: float,
     dropout_on_base: bool,
 ) -> None:
@@ -362,10 +368,12 @@ def _launch_members(
         "base_scales": base_scales,
         "biases": biases,
         "seed": seed,
+        "kept": kept,
         "M": M,
         "Ns": tuple(Ns),
         "K": K,
         "Rs": uniform(Rs),
+        "words": 0 if kept is None else kept.shape[1],
         "u_offsets": uniform(u_offsets),
         "width": u.shape[1],
         "splits": 1 if partials is None else partials.shape[0],
@@ -419,11 +427,13 @@ def adapter_linear(
     fused = u is None and strategy == "fused"
     if fused and max(ranks) > configs.MOST_FUSED_RANKS:
         raise ValueError(f'strategy "fused" takes ranks up to {configs.MOST_FUSED_RANKS}, got {max(ranks)}')
-    partials = None
+    partials = kept = None
     if fused:
         u = torch.empty(M, sum(A.shape[0] for A in As), dtype=x.dtype, device=x.device)
     elif u is None:
-        u, partials = shrink([x], As, out_dtype=x.dtype, seed=seed, p=p)
+        # Two products of x want the mask in every tile of columns: drawn once, it is read there.
+        kept = kept_bits(x) if any(on_base) and sum(ranks) > 0 else None
+        u, partials = shrink([x], As, out_dtype=x.dtype, seed=seed, p=p, kept=kept)
     else:
         u = u.contiguous()
     ys = [torch.empty(M, member.weight.shape[0], dtype=x.dtype, device=x.device) for member in members]
@@ -447,6 +457,7 @@ def adapter_linear(
                     fused=fused,
                     shared_A=shared_A,
                     seed=seed,
+                    kept=kept if both else None,
                     p=p,
                     dropout_on_base=both,
                 )
