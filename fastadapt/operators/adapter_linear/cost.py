@@ -7,7 +7,7 @@ where nothing was measured and gives way to a measurement where one was taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .devices import ITEMSIZE, Device
@@ -121,9 +121,10 @@ def _library(w: Workload, phase: str, flops: float, moved: float, launches: int 
 def _split_forward(w: Workload, s: _Sizes) -> list[Work]:
     z = s.y if w.trains_base and w.backward else 0
     products = (2 if w.two_products else 1) * s.base + s.expand
+    bits = s.mask / 8 if w.two_products else 0  # the mask, drawn once
     return [
-        _triton(w, "shrink", s.shrink, s.x + s.A + s.u),
-        _triton(w, "linear", products, s.x + s.weight + s.u + s.B + s.y + z),
+        _triton(w, "shrink", s.shrink, s.x + s.A + s.u + bits),
+        _triton(w, "linear", products, s.x + s.weight + s.u + s.B + s.y + z + bits),
     ]
 
 
@@ -140,6 +141,7 @@ def _split_backward(w: Workload, s: _Sizes) -> list[Work]:
         (s.expand, s.B + s.q, wants_q),
         (s.expand, s.B + s.u, w.trains_up),
         (0, s.y, w.trains_base),
+        (0, s.y, w.base_scale and w.wants_dx),  # g ⊙ dy, for dx
     ]
     found = []
     if any(wanted for *_, wanted in sums):
@@ -147,7 +149,8 @@ def _split_backward(w: Workload, s: _Sizes) -> list[Work]:
         found.append(_triton(w, "dy", flops, s.y + sum(moved for _, moved, wanted in sums if wanted)))
     if w.wants_dx:
         products = (2 if w.two_products else 1) * s.base + s.down
-        found.append(_triton(w, "dx", products, s.y + s.weight + s.q + s.A + s.x))
+        dys = (2 if w.two_products else 1) * s.y
+        found.append(_triton(w, "dx", products, dys + s.weight + s.q + s.A + s.x))
     if w.trains_A:
         found.append(_triton(w, "dA", s.down, s.x + s.q + s.dA))
     return found
@@ -309,12 +312,18 @@ def _beside_base(strategy: str, w: Workload) -> float:
     return u + w.M * s.up + P + q + dx + passes * s.N
 
 
+def library_for_now(strategies: Sequence[str], w: Workload) -> bool:
+    """Whether the library has a workload until a measurement says otherwise: two products with the base weight."""
+    return w.two_products and "library" in strategies
+
+
 def cheapest(strategies: Iterable[str], w: Workload, device: Device) -> str:
     """The strategy of those given that the model expects to be fastest; ValueError where none of them can run.
 
     What no roofline says is a rule: "fused" only for decoding (M <= 64), "recompose" and "expand" exactly where they
-    spare the library products, "expand" for few tokens alone, since it keeps [M, N], and where no kernel can run.
-    Large K, few tokens and a pass without a backward favour the library by the numbers.
+    spare the library products, "expand" for few tokens alone, since it keeps [M, N], and where no kernel can run; no
+    kernel for two products with the base weight until a measurement says so. Large K, few tokens and a pass without a
+    backward favour the library by the numbers.
     """
     names = list(strategies)
     expands = w.backward and w.M <= _EXPAND_TOKENS and not {"split", "fused"} & set(names)
@@ -326,6 +335,8 @@ def cheapest(strategies: Iterable[str], w: Workload, device: Device) -> str:
             best = name
     if best != "library":
         return best
+    if library_for_now(names, w):
+        return "library"
     rules = ("recompose", "expand")
     candidates = [name for name in names if name not in rules and (name != "fused" or w.M <= _DECODE_TOKENS)]
     if not candidates:
