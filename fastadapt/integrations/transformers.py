@@ -20,6 +20,7 @@ from ..model.adapted import active_adapters, adapter_configs
 from ..model.inject import control as control_of
 from ..model.peft_files import CONFIG_FILE
 from ..model.saving import save_adapter
+from ..model.sharded import whole
 from ..training.state import load_tensors, pack, trained_tensors, unpack
 
 CONTROL_FILE = "adapter_control.safetensors"
@@ -31,10 +32,10 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         Trainer(model, arguments, train_dataset=data, callbacks=[fastadapt.integrations.AdapterCallback()])
 
     After each optimizer step it calls `fastadapt.control(model).step()`; the gradient of the method's regularizer,
-    which the loss in the logs does not have, is in those that are clipped. Every checkpoint becomes an adapter directory, and
-    gets a file with the control's state, by which training goes on as if it had not stopped; at the end the model has
-    that of the best checkpoint where load_best_model_at_end took its weights. Methods without a control need no
-    callback and lose nothing by it.
+    which the loss in the logs does not have, is in those that are clipped. Every checkpoint becomes an adapter
+    directory, and gets a file with the control's state, by which training goes on as if it had not stopped; at the end
+    the model has that of the best checkpoint where load_best_model_at_end took its weights. Methods without a control
+    need no callback and lose nothing by it.
     resume_from: the checkpoint's directory where that is not OUTPUT/checkpoint-<step>.
     Raises ValueError when training goes on from a checkpoint without the control's state, or with another model's.
     """
@@ -74,28 +75,28 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if not state.is_world_process_zero:
-            return
         if not checkpoint.is_dir():
             warnings.warn(f"there is no {checkpoint}: the adapter and its control are not saved", stacklevel=2)
             return
-        if not (checkpoint / CONFIG_FILE).exists():
+        if state.is_world_process_zero and not (checkpoint / CONFIG_FILE).exists():
             _save_adapters(model, checkpoint)
         if self.controls:
-            self._save(model, checkpoint / CONTROL_FILE)
+            self._save(model, checkpoint / CONTROL_FILE, writes=state.is_world_process_zero)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         best = Path(state.best_model_checkpoint or "", CONTROL_FILE)
         if args.load_best_model_at_end and state.best_model_checkpoint and self.controls and best.is_file():
             self._restore(model, _read(best))
 
-    def _save(self, model: nn.Module, path: Path) -> None:
+    def _save(self, model: nn.Module, path: Path, *, writes: bool) -> None:
         state = {
             name: {"control": own.state_dict(), "tensors": trained_tensors(model, name)}
             for name, own in self.controls.items()
         }
         tensors: dict[str, Tensor] = {}
         text = json.dumps(pack(state, tensors))
+        if not writes:  # here for the pieces alone
+            return
         with written_whole(path) as draft:
             save_file(tensors, draft, metadata={"state": text})
 
@@ -117,7 +118,7 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         for name in self.controls:
             saved = states.get(name, {}).get("tensors", {})
             for key, tensor in trained_tensors(model, name).items():
-                if key in saved and not torch.equal(tensor.cpu(), saved[key]):
+                if key in saved and not torch.equal(whole(key, tensor).cpu(), saved[key]):
                     raise ValueError(
                         f"{path} is not of the checkpoint that the model was loaded from, by {key}: give "
                         "AdapterCallback(resume_from=...) that one"

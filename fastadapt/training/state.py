@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..model.adapted import adapter_layers, saved_modules
+from ..model.sharded import fill, whole
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -16,7 +16,7 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     Raises TypeError for what is neither a tensor, a plain value nor a dict, list or tuple of such.
     """
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()  # safetensors refuses shared storage
+        tensors[name] = whole(name, value.detach()).cpu().contiguous().clone()  # safetensors refuses shared storage
         return {"#tensor": name}
     if isinstance(value, dict):
         # Optimizers number their parameters, and JSON has no numbers for keys.
@@ -83,6 +83,5 @@ def load_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
                 f"tensor {name} must have shape {tuple(tensor.shape)} for this model, the checkpoint has "
                 f"{tuple(tensors[name].shape)}: {cure}"
             )
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])
+    for name, tensor in wanted.items():
+        fill(tensor, tensors[name])

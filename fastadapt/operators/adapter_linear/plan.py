@@ -172,7 +172,7 @@ def _made(
     # The kernels have a tied g's gradient from u as well.
     through_u = STRATEGIES.get(chosen) == "triton" and any([tied for *_, tied in values])
     keeps_u = needs.B or needs.mid_scale or needs.out_scale or (needs.base_scale and through_u)
-    keeps_weights = chosen == "recompose" and keeps_recomposed(workload)
+    keeps_weights = chosen == "recompose" and not torch.compiler.is_compiling() and keeps_recomposed(workload)
     autocast = autocast_dtype(x) is not None
     plain = None
     alone = chosen == "library" and p == 0.0 and not workload.shared_A and all([_is_plain(form) for form in forms])
