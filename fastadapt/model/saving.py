@@ -64,7 +64,7 @@ def write_adapter(model: nn.Module, target: Path, fields: dict[str, Any], tensor
         tensors = {spelled: base_tensor(model, name), **tensors}
     # Shared tensors are cloned: a safetensors file has no aliases.
     sharded = any(map(is_sharded, tensors.values()))
-    tensors = {name: whole(name, tensor.detach()).cpu().clone().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: whole(name, tensor).detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     if sharded and not is_first():
         return
     # Sorted at the top alone: of the patterns in it the first that matches wins.

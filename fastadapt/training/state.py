@@ -16,7 +16,7 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     Raises TypeError for what is neither a tensor, a plain value nor a dict, list or tuple of such.
     """
     if isinstance(value, Tensor):
-        tensors[name] = whole(name, value.detach()).cpu().contiguous().clone()  # safetensors refuses shared storage
+        tensors[name] = whole(name, value).detach().cpu().contiguous().clone()  # safetensors refuses shared storage
         return {"#tensor": name}
     if isinstance(value, dict):
         # Optimizers number their parameters, and JSON has no numbers for keys.
