@@ -1,6 +1,6 @@
 """fastadapt: one fused engine for low-rank adapters."""
 
-from . import functional, optim
+from . import functional, integrations, optim
 from .environment import __version__
 from .layers.linear import AdapterLinear
 from .methods import (
@@ -71,6 +71,7 @@ __all__ = [
     "functional",
     "initialize_eva",
     "inject",
+    "integrations",
     "load_adapter",
     "merge",
     "optim",

@@ -21,8 +21,19 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
+def partition_error(name: str, value: Tensor) -> ValueError | None:
+    """The error for a parameter that DeepSpeed's ZeRO-3 has cut and not gathered, None for any other tensor."""
+    shape = getattr(value, "ds_shape", None)
+    if shape is None or tuple(shape) == tuple(value.shape):
+        return None
+    return ValueError(
+        f"{name} is cut into pieces by DeepSpeed's ZeRO-3, which fastadapt does not gather: train with ZeRO-1 or "
+        "ZeRO-2, DDP or FSDP2 (fully_shard)"
+    )
+
+
 def shape_error(name: str, required: str, value: Tensor) -> ValueError:
-    return ValueError(f"{name} must have shape {required}, got {tuple(value.shape)}")
+    return partition_error(name, value) or ValueError(f"{name} must have shape {required}, got {tuple(value.shape)}")
 
 
 def check_probability(name: str, p: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import zlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -36,7 +37,10 @@ def version(tensor: Tensor) -> int:
 
 def content(tensor: Tensor) -> int:
     """A fingerprint of the bytes of a tensor on a CPU: a change that no version tells shows in it."""
-    return zlib.crc32(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+    flat = tensor.detach().contiguous()
+    size = flat.numel() * flat.element_size()
+    # Not by numpy(), after which FSDP could not free the storage any more.
+    return zlib.crc32((ctypes.c_char * size).from_address(flat.data_ptr())) if size else 0
 
 
 class Identity:

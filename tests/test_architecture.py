@@ -198,7 +198,7 @@ def test_the_kernels_know_nothing_above_them() -> None:
 def test_importing_the_package_takes_neither_triton_nor_the_extras() -> None:
     program = (
         "import sys, torch\n"
-        "for name in ('triton', 'typer', 'transformers', 'peft', 'rich', 'fastadapt_kernels'):\n"
+        "for name in ('triton', 'typer', 'transformers', 'trl', 'peft', 'rich', 'fastadapt_kernels'):\n"
         "    sys.modules[name] = None  # as if it were not installed\n"
         "import fastadapt\n"
         "assert not torch.cuda.is_initialized()\n"

@@ -331,6 +331,11 @@ class AdapterConfig:
         """What happens between the steps of training to these adapters, each in the layer of the same path."""
         return Control()
 
+    @property
+    def is_controlled(self) -> bool:
+        """Whether the method's control does anything."""
+        return type(self).control is not AdapterConfig.control
+
     def shared_tensors(self, adapters: dict[str, Adapter]) -> dict[str, SharedTensors]:
         """Modules whose tensors all layers share, by the prefix of their names in a checkpoint; most have none."""
         return {}

@@ -47,6 +47,13 @@ class DeltaLoRAAdapter(LoRAAdapter):
         for name, value in zip(("lora_anchor_A", "lora_anchor_B"), self.factors, strict=True):
             self.add_tensor(name, value, value, value.dtype, frozen=True)
 
+    def release(self) -> None:
+        """LoRA again, as before it was anchored."""
+        self.anchored = False
+        for name in ("lora_anchor_A", "lora_anchor_B"):
+            delattr(self, name)
+            del self.checkpoint_names[name]
+
     def form(self, weight: Tensor, bias: Tensor | None) -> AdapterForm:
         form = super().form(weight, bias)
         if not self.anchored:
@@ -142,10 +149,15 @@ class Anchor(Control):
         self._anchor_when_due()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
+        return {"steps": self.steps, "anchored": self.config.anchored}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from that state. The adapters' tensors, anchors as well, are no part of it: load them after it."""
         self.steps = int(state["steps"])
+        if self.config.anchored and not state.get("anchored", True):  # an earlier state
+            for adapter in self.adapters:
+                adapter.release()
+            self.config.anchored = False
         self._anchor_when_due()
 
 

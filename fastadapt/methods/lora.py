@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_probability
+from ..checks import check_probability, partition_error
 from ..forms import PlainLoRA
 from ..layers.kinds import AdapterConv2d, AdapterEmbedding
 from ..layers.layer import Adapter, AdapterLayer, Reads
@@ -93,7 +93,11 @@ class LoRAAdapter(Adapter):
         """A [r, in] and B [out, r] as matrices."""
         A, B = self._names
         down, up = self.tensor(A), self.tensor(B)
-        return (down, up) if down.dim() == 2 else (down.flatten(1), up.flatten(1))
+        if down.dim() == 2:
+            return down, up
+        if error := partition_error(A, down):
+            raise error
+        return down.flatten(1), up.flatten(1)
 
     def _norm(self, weight: Tensor) -> Tensor:
         return row_norm(self.memo, weight, *self.factors, self.scaling, changing=self.training)

@@ -295,6 +295,10 @@ class NOAHConfig(AdapterConfig):
     def control(self, layers: dict[str, AdapterLayer], adapters: dict[str, Adapter]) -> Control:
         return NOAHControl(self, sizes_of(adapters)) if self.supernet else Control()
 
+    @property
+    def is_controlled(self) -> bool:
+        return self.supernet
+
 
 def sizes_of(adapters: Mapping[str, Adapter]) -> NOAHSizes:
     """The sizes that all of one NOAH's adapters go by. Raises ValueError where there are none."""

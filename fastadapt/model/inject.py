@@ -36,6 +36,7 @@ from .places import shared_places
 from .saving import hook_saving, save_pretrained, unhook_saving
 from .targets import saved_paths, shared_inputs, target_paths, warn_of_rest
 from .tying import tie_adapters, tie_copies, untied, with_ties
+from .uncontrolled import unwatch, watch
 from .wrappers import check_open, inside
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
@@ -189,6 +190,8 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
     configs[injection.name] = replace(injection.config, inference_mode=not trainable)
     hook_saving(model, AdapterLayer, partial(save_pretrained, configs))
     set_adapter(model, injection.name)
+    if trainable and injection.config.is_controlled:
+        watch(injection.name, injection.config, injection.adapters.values())
 
 
 def replace_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -331,6 +334,7 @@ def control(model: nn.Module, adapter_name: str = "default") -> Control:
     methods both do nothing, so that one training loop serves all. Raises ValueError for an unknown name.
     """
     found = present(model, adapter_name)
+    unwatch(found.adapters.values())
     return found.config.control(found.layers, found.adapters)
 
 

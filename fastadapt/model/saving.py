@@ -22,6 +22,7 @@ from ..layers.saved import ModuleToSave
 from ..methods import AdapterConfig
 from .adapted import PREFIX, Injection, active_adapters, adapter_layers, base_tensor, part_of, present
 from .peft_files import CONFIG_FILE, OWN_CONFIG, REPLACED, TENSOR_FILE
+from .sharded import is_first, is_sharded, whole
 from .targets import selection_of
 from .tying import untied
 from .wrappers import inside
@@ -35,7 +36,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
 
     Both files are written beside their places and then renamed, so that a full disk or any other error leaves an
     adapter that was there before as it was, and a kill never a mixture of two. Their modes are those that the umask
-    gives. Raises ValueError for an unknown adapter name, OSError where the directory cannot be written.
+    gives. Under FSDP2 every rank has to call this, to put the pieces together, and rank 0 writes. Raises ValueError for
+    an unknown adapter name or an adapter that ZeRO-3 has cut, OSError where the directory cannot be written.
     """
     _save(model, Path(directory), present(model, adapter_name))
 
@@ -51,7 +53,7 @@ def _save(model: nn.Module, target: Path, injection: Injection) -> None:
 
 
 def write_adapter(model: nn.Module, target: Path, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes both files of a PEFT directory, whole or not at all."""
+    """Writes both files of a PEFT directory, whole or not at all; of a sharded adapter on one rank, called on all."""
     model = inside(model)
     if fields.get("base_model_name_or_path") is None:
         fields["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
@@ -61,7 +63,10 @@ def write_adapter(model: nn.Module, target: Path, fields: dict[str, Any], tensor
         spelled = f"{PREFIX}model.{path}.{'base_layer.' if layered else ''}{leaf}"
         tensors = {spelled: base_tensor(model, name), **tensors}
     # Shared tensors are cloned: a safetensors file has no aliases.
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    sharded = any(map(is_sharded, tensors.values()))
+    tensors = {name: whole(name, tensor).detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    if sharded and not is_first():
+        return
     # Sorted at the top alone: of the patterns in it the first that matches wins.
     text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
     metadata = {"format": "pt"}
@@ -139,7 +144,9 @@ def save_pretrained(
             if given.get("state_dict") is not None:
                 given["state_dict"] = _renamed(given["state_dict"], names, _names(module))
             return save(*bound.args, **bound.kwargs)
-    if not given.get("is_main_process", True):
+    # The other ranks are here for their pieces, where nobody has put the state together.
+    sharded = given.get("state_dict") is None and any(map(is_sharded, module.parameters()))
+    if not given.get("is_main_process", True) and not sharded:
         return None
     if given.get("push_to_hub"):
         raise ValueError("push_to_hub needs a plain model: save the adapter first, and upload its directory")
@@ -247,15 +254,20 @@ def _write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Writes tensors as a safetensors file, each once as it has no aliases, and none that is elsewhere (meta)."""
     tensors: dict[str, Tensor] = {}
     seen = set()
+    sharded = False
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             continue
+        if is_sharded(tensor):
+            sharded, tensor = True, whole(name, tensor)
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
         shares = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
         tensors[name] = tensor.clone() if shares else tensor.contiguous()
+    if sharded and not is_first():
+        return
     with written_whole(path) as draft:
         try:
             save_file(tensors, draft, metadata={"format": "pt"})

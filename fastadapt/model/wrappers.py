@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..checks import partition_error
+
 # Classes that call the one module inside of them as it is, by name, and where they keep it: torch.compile's, and those
 # that train it on several devices.
 _SEEN_THROUGH = {
@@ -65,5 +67,7 @@ def check_open(model: nn.Module) -> None:
         if "MultiAdapterLinear" in classes:
             raise ValueError("the model is served by a MultiAdapterModel: unwrap() it first")
     for name, parameter in bare.named_parameters():
+        if error := partition_error(name, parameter):
+            raise error
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise ValueError(f"{name} is cut into pieces (DTensor): put adapters into the model before fully_shard")

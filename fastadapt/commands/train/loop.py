@@ -15,11 +15,11 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from ...methods import METHODS, AdapterConfig
-from ...model.adapted import adapter_configs, adapter_layers, saved_modules
+from ...model.adapted import adapter_configs
 from ...model.inject import control, inject
+from ...training.state import load_tensors, trained_tensors
 from ..batches import Batch, Row, collate, epoch_batches, length
 from . import state as train_state
 from .options import Options
@@ -73,39 +73,6 @@ def evaluate(model: Any, rows: Sequence[Row], batch_size: int, padding: int, ste
             if classes:
                 right += int((output.logits.argmax(-1) == batch["labels"]).sum())
     return Evaluation(step, total / targets, right / targets if classes else None)
-
-
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that the adapter keeps, by module path, and each tensor once: methods may share them among layers."""
-    parts = {
-        path: layer.adapters[ADAPTER] for path, layer in adapter_layers(model).items() if ADAPTER in layer.adapters
-    }
-    parts |= {path: module.copies[ADAPTER] for path, module in saved_modules(model).items() if ADAPTER in module.copies}
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for path, part in parts.items():
-        for name, tensor in part.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                found[f"{path}.{name}"] = tensor
-    return found
-
-
-def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copies a checkpoint's tensors into the model. Raises ValueError unless names and shapes are the same."""
-    wanted = trained_tensors(model)
-    for name in sorted(wanted.keys() ^ tensors.keys()):
-        what = "is missing in the checkpoint" if name in wanted else "does not belong to this model"
-        raise ValueError(f"tensor {name} {what}: put the model back that it was trained on, or use --overwrite")
-    for name, tensor in wanted.items():
-        if tensors[name].shape != tensor.shape:
-            raise ValueError(
-                f"tensor {name} must have shape {tuple(tensor.shape)} for this model, the checkpoint has "
-                f"{tuple(tensors[name].shape)}: put the model back that it was trained on, or use --overwrite"
-            )
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])
 
 
 @contextlib.contextmanager
@@ -192,7 +159,7 @@ class Training:
         # A method that gives ranks away may shape its tensors by its state.
         self.control = control(self.model, ADAPTER)
         self.control.load_state_dict(state["control"])
-        load_tensors(self.model, state["tensors"])
+        load_tensors(self.model, ADAPTER, state["tensors"], "or use --overwrite")
         self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -220,7 +187,7 @@ class Training:
             "settings": self.settings,
             "threads": torch.get_num_threads(),
             "config": self.config,
-            "tensors": trained_tensors(self.model),
+            "tensors": trained_tensors(self.model, ADAPTER),
             "control": self.control.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),

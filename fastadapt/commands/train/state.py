@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...files import DRAFTS, sha256_of, written_whole
+from ...training.state import pack, unpack
 
 PREFIX = "checkpoint-"
 FORMAT = 1
@@ -32,44 +33,6 @@ _KINDS = {"settings": dict, "config": dict, "step": int, "steps": int}
 LOCK_SECONDS = 10.0
 # What a killed process may leave.
 _REMOVING = ".removing-"
-
-
-def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """`value` as JSON can say it; its tensors go into `tensors` by their path in it.
-
-    Raises TypeError for what is neither a tensor, a plain value nor a dict, list or tuple of such.
-    """
-    if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()  # safetensors refuses shared storage
-        return {"#tensor": name}
-    if isinstance(value, dict):
-        # Optimizers number their parameters, and JSON has no numbers for keys.
-        plain = all(isinstance(key, str) and not key.startswith("#") for key in value)
-        items = [(key, pack(item, tensors, f"{name}/{key}")) for key, item in value.items()]
-        return dict(items) if plain else {"#items": [list(item) for item in items]}
-    if isinstance(value, (list, tuple)):
-        packed = [pack(item, tensors, f"{name}/{index}") for index, item in enumerate(value)]
-        return packed if isinstance(value, list) else {"#tuple": packed}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(
-        f"{name.lstrip('/')} cannot go into a checkpoint: it must be a tensor or a plain value, got {value!r}"
-    )
-
-
-def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `pack`."""
-    if isinstance(value, list):
-        return [unpack(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "#tensor" in value:
-        return tensors[value["#tensor"]].clone()  # its own memory, where the file may go
-    if "#tuple" in value:
-        return tuple([unpack(item, tensors) for item in value["#tuple"]])
-    if "#items" in value:
-        return {key: unpack(item, tensors) for key, item in value["#items"]}
-    return {key: unpack(item, tensors) for key, item in value.items()}
 
 
 def checkpoints(output: Path) -> dict[int, Path]:

@@ -172,6 +172,8 @@ def _made(
     # The kernels have a tied g's gradient from u as well.
     through_u = STRATEGIES.get(chosen) == "triton" and any([tied for *_, tied in values])
     keeps_u = needs.B or needs.mid_scale or needs.out_scale or (needs.base_scale and through_u)
+    # A recomposed weight is kept by a rule of sizes, which compiled code does not compare.
+    by_rule = chosen == "expand" or not torch.compiler.is_compiling()
     autocast = autocast_dtype(x) is not None
     plain = None
     alone = chosen == "library" and p == 0.0 and not workload.shared_A and all([_is_plain(form) for form in forms])
@@ -193,7 +195,7 @@ def _made(
         casts=any([weight.dtype != dtype for weight in weights]),
         autocast=autocast,
         needs=needs,
-        keep=Keep(keeps_u, needs.base_scale, keeps_made(chosen, workload)),
+        keep=Keep(keeps_u, needs.base_scale, by_rule and keeps_made(chosen, workload)),
         trains=workload.backward,
         plain=plain,
         forward=eager.adapter_linear if direct else op.adapter_linear,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backends import resolve_backend
 from . import cost
-from .devices import DEVICES, device_of
+from .devices import device_of
 from .workload import Workload
 
 # The kernels' own limit (fastadapt_kernels.configs), which is not imported where there is no Triton.
@@ -69,7 +69,7 @@ def check_explicit(strategy: str, workload: Workload, x: Tensor, *tensors: Tenso
 
 def cheapest(names: tuple[str, ...], workload: Workload, device: torch.device) -> str:
     """The one of these strategies that the cost model takes to be the fastest."""
-    if torch.compiler.is_compiling():  # sizes may be symbols, which no cache can hold
-        kernels = STRATEGIES[names[0]] == "triton" and not cost.library_for_now(names, workload)
-        return names[0] if kernels else cost.cheapest(names, workload, DEVICES["CPU"])
+    # Compiled code is for inputs of all sizes: to compare them would make a graph for each side of every crossover.
+    if torch.compiler.is_compiling():
+        return "library" if cost.library_for_now(names, workload) else names[0]
     return _cached_cheapest(names, workload, device_of(device))

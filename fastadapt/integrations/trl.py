@@ -1,0 +1,43 @@
+"""TRL: the reference of preference training without a second base model."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..model.inject import disable_adapter
+
+ModelType = TypeVar("ModelType", bound=nn.Module)
+
+
+def reference_model(model: ModelType) -> ModelType:
+    """The base model of an adapted one, as a model of its own that shares all tensors: no second copy of the base.
+
+        DPOTrainer(model, ref_model=fastadapt.integrations.reference_model(model), ...)
+
+    A call of it is a call of `model` inside `disable_adapter(model)`. It takes the mode of `model`, whatever train() or
+    eval() is called on it. Make it before a trainer wraps the model, and let nothing shard it (FSDP, ZeRO-3).
+    A call raises ValueError while the model is merged.
+    """
+    reference = copy.copy(model)
+    for name, value in model.__dict__.items():
+        # What belongs to a module itself; the modules and tensors in it are the model's.
+        if name.startswith("_") and isinstance(value, dict):
+            reference.__dict__[name] = copy.copy(value)
+    disabled: list[ExitStack] = []
+
+    def begin(*_: Any) -> None:
+        stack = ExitStack()
+        stack.enter_context(disable_adapter(model))
+        disabled.append(stack)
+
+    def end(*_: Any) -> None:
+        disabled.pop().close()
+
+    reference.register_forward_pre_hook(begin)
+    reference.register_forward_hook(end, always_call=True)
+    reference.train = lambda mode=True: reference  # type: ignore[method-assign]
+    return reference
