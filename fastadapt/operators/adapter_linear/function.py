@@ -187,7 +187,7 @@ def _called_backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]
         [rows, u, drop, *[tensors[slot] for slot in slots], *[kept[index] for index in called if kept]],
         [*needed[:3], *[needed[3 + slot] for slot in slots]],
     )
-    dx, _, _, *grads = _backward(part, *[dys[index] for index in called])  # type: ignore[misc]
+    dx, _, _, *grads = _backward(part, *[dys[index] for index in called])  # type: ignore[arg-type]
     found[0] = dx
     for slot, grad in zip(slots, grads, strict=True):
         found[3 + slot] = grad

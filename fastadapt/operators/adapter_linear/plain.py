@@ -168,7 +168,7 @@ def _called_backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]
         [rows, u, *[tensors[slot] for slot in slots if slot < 3 * n]],
         [*needed[:2], *[needed[2 + slot] for slot in slots]],
     )
-    dx, _, *grads = _group_backward(part, *[dys[index] for index in called])  # type: ignore[misc]
+    dx, _, *grads = _group_backward(part, *[dys[index] for index in called])  # type: ignore[arg-type]
     found[0] = dx
     for slot, grad in zip(slots, grads, strict=True):
         found[2 + slot] = grad
