@@ -21,6 +21,7 @@ COLORS = {
     "fused": "#173a70",
     "library": "#3c78c8",
     "recompose": "#2f9fb5",
+    "expand": "#57b8a5",
     "triton": "#1f4e9c",
     "eager": "#3c78c8",
     "ours": "#6fa8dc",

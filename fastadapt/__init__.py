@@ -2,6 +2,7 @@
 
 from . import functional, integrations, optim
 from .environment import __version__
+from .integrations.peft import accelerate_peft, restore_peft
 from .layers.linear import AdapterLinear
 from .methods import (
     AdaLoRAConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "VPTConfig",
     "VeRAConfig",
     "__version__",
+    "accelerate_peft",
     "adapted_layers",
     "add_weighted_adapter",
     "control",
@@ -75,6 +77,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "optim",
+    "restore_peft",
     "save_adapter",
     "select_layers",
     "set_adapter",

@@ -410,3 +410,39 @@ def test_a_mode_ends_what_waits() -> None:
     assert model.q_proj.group._round is not None
     model.train()
     assert model.q_proj.group._round is None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("used", [("q_proj",), ("k_proj",), ("q_proj", "v_proj")])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_member_without_a_loss_has_no_gradient(name: str, used: tuple[str, ...], p: float, sizes: list[int]) -> None:
+    """As by itself: not zeros, which an optimizer would take for a step of its momentum and its weight decay."""
+    config = copy.deepcopy(CONFIGS[name])
+    setattr(config, "vera_dropout" if isinstance(config, VeRAConfig) else "lora_dropout", p)
+    model, x = attention(config, biased=True).train(), torch.randn(5, 12)
+    found = []
+    for tried in (model, ungrouped(model)):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(3)  # of a group all have the mask of its first
+        ys = {projection: tried.get_submodule(projection)(leaf) for projection in QKV}
+        if p and tried is not model:
+            ys = {}
+            for projection in QKV:
+                torch.manual_seed(3)
+                ys[projection] = tried.get_submodule(projection)(leaf)
+        sum(ys[projection].square().sum() for projection in used).backward()  # type: ignore[union-attr]
+        assert leaf.grad is not None
+        found.append({"dx": leaf.grad, **grads(tried)})
+    assert sizes[0] == (2 if name == "two of three" else 3)
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "VeRA"])
+def test_a_kept_graph_serves_one_member_after_the_other(name: str) -> None:
+    model, x = attention(copy.deepcopy(CONFIGS[name])), torch.randn(5, 12)
+    ys = [model.get_submodule(projection)(x) for projection in QKV]
+    for y in ys:
+        y.square().sum().backward(retain_graph=True)
+    one_by_one = grads(model)
+    model(x).square().sum().backward()
+    assert_same(one_by_one, grads(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +143,30 @@ class AdapterLinear(AdapterLayer):
             columns.append(self.base_output(units) - shift)
         return torch.cat(columns).T, shift
 
+    def kind(self) -> tuple[Any, ...] | None:
+        adapters = self.active_adapters
+        base: Any = self._modules["base_layer"]
+        if self.merged or not adapters or self.on_stream or not is_plain(base, self.plain_forward):
+            return None
+        return (
+            *kind_of_weight(self.weight_matrix),
+            adapters[0].dropout if len(adapters) == 1 else self.dropout,
+            self.training,
+            self.backend,
+            self.strategy,
+        )
+
+    def makers(self) -> list[Any]:
+        base: Any = self._modules["base_layer"]
+        own = base._parameters
+        # A weight that is made anew at each access is never the same: its layer runs by itself.
+        tensors = own.values() if "weight" in own else (base.weight, base.bias)
+        return [self.training, *makers(self.active_adapters, *tensors)]
+
+    def operands(self) -> tuple[Tensor, AdapterForm]:
+        weight = self.weight_matrix
+        return weight, self._form(weight, self.base_bias)
+
     def apart(self, x: Tensor) -> Tensor:
         """y for an x that no other layer reads."""
         group, self.group = self.group, None
@@ -160,6 +184,35 @@ _UNIT_VECTORS = 512
 _MISSES = 2
 
 
+class Member(Protocol):
+    """What a group asks of a layer."""
+
+    training: bool
+    backend: str
+    strategy: str
+
+    @property
+    def dropout(self) -> float: ...
+
+    def kind(self) -> tuple[Any, ...] | None:
+        """What layers that run together have in common: `kind_of_weight`, and more.
+
+        None where a forward is not a form alone on a plain layer: nothing is active, merged, an adapter on the stream.
+        """
+
+    def makers(self) -> list[Any]:
+        """Equal as long as the output would come out the same: see sharing.makers."""
+
+    def operands(self) -> tuple[Tensor, AdapterForm]:
+        """The base weight [out, in] and the form on it."""
+
+
+def kind_of_weight(weight: Tensor) -> tuple[Any, ...]:
+    """What x has to go with, (in, device, trained), and what else of their weights layers have in common."""
+    # A sharded or offloaded weight is not what it seems to be until its own layer is called.
+    return weight.shape[-1], weight.device, weight.requires_grad, weight.dim(), weight.dtype, type(weight)
+
+
 class ProjectionGroup:
     """Linear layers that are expected to read the same x, run as one when the first of them is called.
 
@@ -170,7 +223,7 @@ class ProjectionGroup:
     dropout the layers of a group share one mask.
     """
 
-    def __init__(self, layers: Sequence[AdapterLinear]) -> None:
+    def __init__(self, layers: Sequence[Member]) -> None:
         self.layers = list(layers)
         self._round: MadeOf | None = None  # of the outputs that were not fetched yet, by id of their layer
         self._misses = 0
@@ -178,7 +231,7 @@ class ProjectionGroup:
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles start empty
         return {"layers": self.layers, "_round": None, "_misses": 0}
 
-    def output(self, layer: AdapterLinear, x: Tensor) -> Tensor | None:
+    def output(self, layer: Member, x: Tensor) -> Tensor | None:
         """y of `layer` for x, or None where it has to run by itself."""
         if self._misses >= _MISSES or torch.compiler.is_compiling() or x.is_inference():
             return None
@@ -189,7 +242,7 @@ class ProjectionGroup:
                 y, made_by = waiting.pop(id(layer), (None, None))
                 if not waiting:
                     self._round = None
-                if y is not None and before == circumstances(x) and made_by == _makers(layer) and not is_consumed(y):
+                if y is not None and before == circumstances(x) and made_by == layer.makers() and not is_consumed(y):
                     fetched: Tensor = y
                     return fetched
             else:
@@ -210,19 +263,21 @@ class ProjectionGroup:
             if torch._C._current_graph_task_id() == -1:
                 self._misses += 1
 
-    def _lead(self, layer: AdapterLinear, x: Tensor) -> Tensor | None:
-        kind = _kind(layer)
+    def _lead(self, layer: Member, x: Tensor) -> Tensor | None:
+        kind = layer.kind()
         if kind is None or kind[:3] != (x.shape[-1], x.device, False):
             return None
-        others = [other for other in self.layers if other is not layer and _kind(other) == kind]
+        others = [other for other in self.layers if other is not layer and other.kind() == kind]
         if not others or layer not in self.layers:
             return None
         members = [layer, *others]
-        weights, forms = [member.weight_matrix for member in members], []
-        for member, weight in zip(members, weights, strict=True):
-            forms.append(member._form(weight, member.base_bias))
-            if forms[-1].U is not None:  # it would run by itself, in what looks like a group
+        weights, forms = [], []
+        for member in members:
+            weight, form = member.operands()
+            if form.U is not None:  # it would run by itself, in what looks like a group
                 return None
+            weights.append(weight)
+            forms.append(form)
         y, *ys = adapter_linear_group(
             x,
             weights,
@@ -232,39 +287,6 @@ class ProjectionGroup:
             backend=layer.backend,
             strategy=layer.strategy,
         )
-        waiting = {id(member): (other, _makers(member)) for member, other in zip(others, ys, strict=True)}
+        waiting = {id(member): (other, member.makers()) for member, other in zip(others, ys, strict=True)}
         self._round = MadeOf(x, (circumstances(x), waiting), self.drop)
         return y
-
-
-def _kind(layer: AdapterLinear) -> tuple[Any, ...] | None:
-    """What layers that run together have in common, and x with the first of it: (in, device, trained base weight).
-
-    None where a forward is not a form alone on a plain layer: nothing is active, merged, an adapter on the stream.
-    """
-    adapters = layer.active_adapters
-    base: Any = layer._modules["base_layer"]
-    if layer.merged or not adapters or layer.on_stream or not is_plain(base, layer.plain_forward):
-        return None
-    weight = layer.weight_matrix
-    return (
-        weight.shape[-1],
-        weight.device,
-        weight.requires_grad,
-        weight.dim(),
-        weight.dtype,
-        # A sharded or offloaded weight is not what it seems to be until its own layer is called.
-        type(weight),
-        adapters[0].dropout if len(adapters) == 1 else layer.dropout,
-        layer.training,
-        layer.backend,
-        layer.strategy,
-    )
-
-
-def _makers(layer: AdapterLinear) -> list[Any]:
-    base: Any = layer._modules["base_layer"]
-    own = base._parameters
-    # A weight that is made anew at each access is never the same: its layer runs by itself.
-    tensors = own.values() if "weight" in own else (base.weight, base.bias)
-    return [layer.training, *makers(layer.active_adapters, *tensors)]

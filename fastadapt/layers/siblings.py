@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from torch import nn
+
+LayerType = TypeVar("LayerType", bound=nn.Module)
 
 # Names of sibling projections that read the same input.
 SIBLINGS = (
@@ -33,3 +38,18 @@ def siblings(path: str) -> tuple[str, ...]:
     """The names, the last parts of their paths, of the layers that read what the layer at `path` reads, its own too."""
     parent, _, name = path.rpartition(".")
     return next((names for names in readers_of_one_input(parent) if name in names), (name,))
+
+
+def groups(modules: Iterable[tuple[str, nn.Module]], kind: type[LayerType]) -> list[list[LayerType]]:
+    """The layers of a kind that read the same input, as the names of siblings in these modules tell: two and more.
+
+    A group checks that at run time.
+    """
+    found = []
+    for path, parent in modules:
+        for names in readers_of_one_input(path):
+            children = [getattr(parent, name, None) for name in names]
+            layers = [child for child in children if isinstance(child, kind)]
+            if len(layers) > 1:
+                found.append(layers)
+    return found

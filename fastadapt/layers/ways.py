@@ -43,6 +43,13 @@ def is_plain(base: nn.Module, forward: Callable[..., Any] | None) -> bool:
     )
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something runs beside the module's own forward, or in its place."""
+    own = module.__dict__
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in own or any([own[kind] for kind in kinds]) or bool(_FORWARD_HOOKS or _PRE_HOOKS)
+
+
 def why_called(base: nn.Module, forward: Callable[..., Any] | None) -> str:
     """In words what `is_plain` finds, "" where it finds nothing."""
     own, name = base.__dict__, type(base).__name__

@@ -14,7 +14,7 @@ from ..layers.kinds import AdapterModule
 from ..layers.layer import AdapterLayer
 from ..layers.linear import AdapterLinear
 from ..layers.saved import ModuleToSave
-from ..layers.siblings import readers_of_one_input
+from ..layers.siblings import groups
 from ..methods import AdapterConfig, patterns
 from ..methods.config import path_suffixes
 from .bypassed import expert_weights, why_refused
@@ -266,15 +266,7 @@ def saved_paths(model: nn.Module, config: AdapterConfig, *, needs_head: bool = T
 
 
 def shared_inputs(model: nn.Module) -> list[list[AdapterLinear]]:
-    """The adapter layers of `model` in groups that read the same input, as the names of siblings tell; groups of two
-    and more. A group checks that at run time."""
-    found = []
-    for path, parent in inside(model).named_modules():
-        if isinstance(parent, AdapterModule):  # it answers with its base layer's children, which come next
-            continue
-        for names in readers_of_one_input(path):
-            children = [getattr(parent, name, None) for name in names]
-            layers = [child for child in children if isinstance(child, AdapterLinear)]
-            if len(layers) > 1:
-                found.append(layers)
-    return found
+    """The adapter layers of `model` in groups that read the same input: see siblings.groups."""
+    # An AdapterModule answers with its base layer's children, which come next.
+    named = inside(model).named_modules()
+    return groups(((path, part) for path, part in named if not isinstance(part, AdapterModule)), AdapterLinear)

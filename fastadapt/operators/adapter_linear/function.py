@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -145,12 +145,51 @@ class AdapterLinearFunction(torch.autograd.Function):
         needs = plan.needs
         ctx.save_for_backward(rows if needs.A else None, u, drop if needs.x or needs.A else None, *tensors, *z, *made)
         ctx.x_shape, ctx.plan = x.shape, plan
+        if len(ys) > 1:  # members without a loss get no gradient, in the place of zeros
+            ctx.set_materialize_grads(False)
         return _with_leading(ys, x)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         ctx.consumed = True  # what others keep of this call's outputs has no graph any more
-        return _differentiated_once(ctx, *dys) if torch.is_grad_enabled() else _backward(ctx, *dys)
+        return _differentiated_once(ctx, *dys) if torch.is_grad_enabled() else _called_backward(ctx, *dys)
+
+
+class _Part(NamedTuple):
+    """What a backward reads of its context, of some members of a group."""
+
+    x_shape: torch.Size
+    plan: Plan
+    saved_tensors: Sequence[Tensor | None]
+    needs_input_grad: Sequence[bool]
+
+
+def _called_backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`_backward` of the members that have a loss."""
+    called = [index for index, dy in enumerate(dys) if dy is not None]
+    n = len(dys)
+    if len(called) == n:
+        return _backward(ctx, *dys)  # type: ignore[arg-type]
+    found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if not called:
+        return tuple(found)
+    (rows, u, drop, *tensors), plan, needed = ctx.saved_tensors, ctx.plan, ctx.needs_input_grad
+    if u is not None and not plan.shared_A:
+        parts = torch.split_with_sizes(u, [len(tensors[index * TENSORS + 1]) for index in range(n)], 1)
+        u = torch.cat([parts[index] for index in called], 1)
+    slots = [index * TENSORS + kind for index in called for kind in range(TENSORS)]
+    kept = tensors[n * TENSORS :]
+    part = _Part(
+        ctx.x_shape,
+        plan._replace(values=tuple([plan.values[index] for index in called])),
+        [rows, u, drop, *[tensors[slot] for slot in slots], *[kept[index] for index in called if kept]],
+        [*needed[:3], *[needed[3 + slot] for slot in slots]],
+    )
+    dx, _, _, *grads = _backward(part, *[dys[index] for index in called])  # type: ignore[arg-type]
+    found[0] = dx
+    for slot, grad in zip(slots, grads, strict=True):
+        found[3 + slot] = grad
+    return tuple(found)
 
 
 def _backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
@@ -192,7 +231,7 @@ def _backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
 
 
 # Beside a graph of the gradients (create_graph=True) it says that they have none; elsewhere it costs time alone.
-_differentiated_once = once_differentiable(_backward)
+_differentiated_once = once_differentiable(_called_backward)
 
 
 def _reference(x: Tensor, weights: Sequence[Tensor], forms: Sequence[AdapterForm], p: float) -> tuple[Tensor, ...]:

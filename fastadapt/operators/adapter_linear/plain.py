@@ -138,12 +138,49 @@ class PlainGroupFunction(torch.autograd.Function):
         own = tensors[: 3 * len(call.ranks)]
         ctx.save_for_backward(rows if call.trains_A else None, u if call.trains_B else None, *own)
         ctx.call = call
+        ctx.set_materialize_grads(False)  # members without a loss get no gradient, in the place of zeros
         return tuple(ys) if x.dim() == 2 else tuple([with_leading(y, x.shape) for y in ys])
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         ctx.consumed = True  # what others keep of this call's outputs has no graph any more
-        return _group_once(ctx, *dys) if torch.is_grad_enabled() else _group_backward(ctx, *dys)
+        return _group_once(ctx, *dys) if torch.is_grad_enabled() else _called_backward(ctx, *dys)
+
+
+class _Part(NamedTuple):
+    """What a backward reads of its context, of some members of a group."""
+
+    call: PlainCall
+    saved_tensors: Sequence[Tensor | None]
+    needs_input_grad: Sequence[bool]
+
+
+def _called_backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`_group_backward` of the members that have a loss."""
+    called = [index for index, dy in enumerate(dys) if dy is not None]
+    n = len(dys)
+    if len(called) == n:
+        return _group_backward(ctx, *dys)  # type: ignore[arg-type]
+    found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if not called:
+        return tuple(found)
+    (rows, u, *tensors), call, needed = ctx.saved_tensors, ctx.call, ctx.needs_input_grad
+    if u is not None:
+        parts = torch.split_with_sizes(u, call.ranks, 1)
+        u = torch.cat([parts[index] for index in called], 1)
+    scalings, ranks = (tuple([values[index] for index in called]) for values in (call.scalings, call.ranks))
+    # The members' tensors come kind by kind.
+    slots = [start + index for start in range(0, 4 * n, n) for index in called]
+    part = _Part(
+        call._replace(scalings=scalings, ranks=ranks),
+        [rows, u, *[tensors[slot] for slot in slots if slot < 3 * n]],
+        [*needed[:2], *[needed[2 + slot] for slot in slots]],
+    )
+    dx, _, *grads = _group_backward(part, *[dys[index] for index in called])  # type: ignore[arg-type]
+    found[0] = dx
+    for slot, grad in zip(slots, grads, strict=True):
+        found[2 + slot] = grad
+    return tuple(found)
 
 
 def _group_backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,4 +222,4 @@ def _group_backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
 
 
 # Beside a graph of the gradients (create_graph=True) they say that they have none; elsewhere it costs time alone.
-_once, _group_once = once_differentiable(_backward), once_differentiable(_group_backward)
+_once, _group_once = once_differentiable(_backward), once_differentiable(_called_backward)

@@ -1,0 +1,361 @@
+"""PEFT's LoRA and VeRA layers with a forward of ours: subclasses that a live layer is given as its class.
+
+They are classes of a module, so that a model with them can be pickled. Nothing of PEFT's is replaced: what a forward of
+ours does not cover goes to PEFT's own, which comes next in the order of the classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import dora, variants
+from peft.tuners.lora import layer as lora
+from peft.tuners.vera import layer as vera
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ..checks import FLOATING
+from ..forms import stacked
+from ..layers.linear import ProjectionGroup, kind_of_weight, plain_forward
+from ..layers.sharing import makers
+from ..layers.ways import is_hooked, is_plain
+from ..methods.row_norm import row_norm
+from ..operators.adapter_linear.function import adapter_linear
+from ..operators.adapter_update.function import adapter_update
+from ..operators.calls import autocast_dtype
+from ..reference import AdapterForm
+from ..staleness import Kept
+
+_LINEAR, _MAGNITUDE = nn.Linear.forward, dora.DoraLinearLayer.forward
+
+# How often PEFT has written base weights past their versions: several layers may have the same one.
+_base_writes = 0
+
+
+class Accelerated(nn.Module):
+    """What a layer of PEFT's runs by in the place of its own forward, as long as `why_left` has no reason.
+
+    The way is chosen at each call, from PEFT's own state: on a plain base layer its formula and the adapters' form are
+    one operator, together with the siblings that read the same x; on any other the form goes onto what it gives.
+    Shapes: x [..., in]; y [..., out].
+    """
+
+    backend = strategy = "auto"
+    group: ProjectionGroup | None = None
+
+    # PEFT's.
+    base_layer: Any
+    active_adapters: Any
+    merged_adapters: Any
+    disable_adapters: Any
+
+    def start(self) -> None:
+        """Takes up the work, with nothing kept."""
+        self.norms: dict[str, Kept] = {}
+        self.writes_seen = _base_writes
+        self.group = None
+
+    def stop(self) -> None:
+        """Gives the layer back to PEFT, as it was."""
+        for name in ("norms", "writes_seen", "group"):
+            self.__dict__.pop(name, None)
+        self.__class__ = next(kind for kind, own in ACCELERATED.items() if own is type(self))  # type: ignore[assignment]
+
+    def forget(self) -> None:
+        """Drops norms and the outputs that siblings wait for."""
+        self.norms.clear()
+        if self.group is not None:
+            self.group.forget()
+
+    def train(self, mode: bool = True) -> Any:
+        self.forget()
+        return super().train(mode)
+
+    # PEFT writes base weights through .data, which no version tells, in these three: the inits of some adapters too.
+    def merge(self, *args: Any, **kwargs: Any) -> Any:
+        return self._writing("merge", *args, **kwargs)
+
+    def unmerge(self, *args: Any, **kwargs: Any) -> Any:
+        return self._writing("unmerge", *args, **kwargs)
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> Any:
+        return self._writing("update_layer", *args, **kwargs)
+
+    def _writing(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        global _base_writes
+        try:
+            return getattr(super(), name)(*args, **kwargs)
+        finally:
+            _base_writes += 1
+
+    # What the two methods of PEFT's say of one adapter.
+
+    def _inside(self, name: str) -> Any:
+        return self._modules[name]
+
+    @property
+    def _factors(self) -> Any:
+        """Something by the names of the adapters that the layer has."""
+        raise NotImplementedError
+
+    def _dropout_module(self, name: str) -> Any:
+        raise NotImplementedError
+
+    def _tensors(self, name: str) -> list[Any]:
+        """The tensors that the adapter's form is made of."""
+        raise NotImplementedError
+
+    def _why_left(self, name: str, plain: bool) -> str:
+        """`why_left` for one adapter; plain: whether the base layer is."""
+        raise NotImplementedError
+
+    def _form(self, name: str, weight: Tensor | None, bias: Tensor | None) -> AdapterForm:
+        """The adapter's form on a base weight [out, in] and bias; without a weight on what the base layer gives."""
+        raise NotImplementedError
+
+    # A forward.
+
+    @property
+    def _names(self) -> list[str]:
+        """The active adapters that the layer has."""
+        has = self._factors
+        return [name for name in self.active_adapters if name in has]
+
+    def why_left(self) -> str:
+        """Why a forward is PEFT's own, as things are; "" where it is ours."""
+        if self.disable_adapters or self.merged_adapters:
+            return "disabled" if self.disable_adapters else "merged"
+        names = self._names
+        if not names:
+            return "no adapter is active"
+        base: Any = self._modules["base_layer"]
+        plain = is_plain(base, plain_forward(base))
+        if not plain and is_hooked(base):
+            return "the base layer has hooks"
+        if plain and torch.is_grad_enabled() and base._parameters["weight"].requires_grad:
+            return "the base weight trains"
+        if not getattr(self, "cast_input_dtype_enabled", True):
+            return "PEFT's casting of inputs is off"
+        drops = set()
+        for name in names:
+            dropout = self._dropout_module(name)
+            p = _active(dropout)
+            if p is None or (p and dropout.training != self.training):
+                return "a dropout of another kind"
+            drops.add(p)
+            why = self._why_left(name, plain)
+            if why:
+                return why
+        return "the dropouts of the active adapters differ" if len(drops) > 1 and plain else ""
+
+    @property
+    def way(self) -> str:
+        """How a forward runs that is ours: "grouped", "fused" or "called"."""
+        if not is_plain(self.base_layer, plain_forward(self.base_layer)):
+            return "called"
+        return "fused" if self.group is None else "grouped"
+
+    def _fits(self, x: Any) -> bool:
+        """Whether x is one that our operators take; PEFT's own forward takes others, or says why not."""
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.dtype not in FLOATING or x.is_nested:
+            return False
+        if not torch.compiler.is_compiling() and _transformed():
+            return False
+        weight: Any = self.base_layer._parameters.get("weight")
+        dtypes = {x.dtype} if weight is None or weight.dtype not in FLOATING else {x.dtype, weight.dtype}
+        # Autocast takes both to its own dtype, but leaves float64 alone.
+        if len(dtypes) > 1 and (autocast_dtype(x) is None or torch.float64 in dtypes):
+            return False
+        device = x.device
+        tensors = [tensor for name in self._names for tensor in self._tensors(name) if tensor is not None]
+        return (
+            x.layout is torch.strided
+            and x.shape[-1] == self.in_features
+            and (weight is None or weight.device == device)
+            and all([tensor.device == device and tensor.dtype in FLOATING for tensor in tensors])
+        )
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or self.why_left() or not self._fits(x):
+            return super().forward(x, *args, **kwargs)
+        base: Any = self._modules["base_layer"]
+        if not is_plain(base, plain_forward(base)):
+            y = base(x)
+            for name in self._names:
+                y = adapter_update(y, self._dropout_module(name)(x), self._form(name, None, None))
+            return y
+        found = None
+        if self.group is not None and not self._may_be_differentiated_alone(x):
+            found = self.group.output(self, x)
+        if found is not None:
+            return found
+        weight, form = self.operands()
+        return adapter_linear(
+            x,
+            weight,
+            form,
+            dropout=self.dropout,
+            training=self.training,
+            backend=self.backend,
+            strategy=self.strategy,
+        )
+
+    def _may_be_differentiated_alone(self, x: Tensor) -> bool:
+        """Whether each sibling may get a backward of its own, as in PEFT: a group has one graph, which serves once.
+
+        An x with a graph of its own does not: that would serve once as well.
+        """
+        return x.grad_fn is None and torch.is_grad_enabled() and (x.requires_grad or self._trains)
+
+    @property
+    def _trains(self) -> bool:
+        tensors = [self.base_layer.bias, *[tensor for name in self._names for tensor in self._tensors(name)]]
+        return any([tensor is not None and tensor.requires_grad for tensor in tensors])
+
+    # What a group asks of its members.
+
+    @property
+    def dropout(self) -> float:
+        return _active(self._dropout_module(self._names[0])) or 0.0
+
+    def kind(self) -> tuple[Any, ...] | None:
+        base: Any = self._modules["base_layer"]
+        if self.why_left() or not is_plain(base, plain_forward(base)):
+            return None
+        # A member that does not train must not get a graph from one that does.
+        return *kind_of_weight(self.operand), type(self), self.dropout, self.training, self._trains
+
+    def makers(self) -> list[Any]:
+        names = self._names
+        tensors = [tensor for name in names for tensor in self._tensors(name)]
+        own = self.base_layer._parameters
+        return [
+            self.training,
+            tuple(names),
+            *[self._scaling(name) for name in names],
+            *makers((), own["weight"], own["bias"], *tensors),
+        ]
+
+    @property
+    def operand(self) -> Tensor:
+        """The base weight as a view [out, in]."""
+        base: Any = self._modules["base_layer"]
+        weight: Tensor = base._parameters["weight"]
+        return weight if isinstance(base, nn.Linear) else weight.T
+
+    def operands(self) -> tuple[Tensor, AdapterForm]:
+        weight, bias = self.operand, self.base_layer._parameters["bias"]
+        return weight, stacked([self._form(name, weight, bias) for name in self._names], bias)
+
+    def _scaling(self, name: str) -> Any:
+        return None
+
+
+def _active(dropout: nn.Module) -> float | None:
+    """The probability with which a module of PEFT's drops now; None where it is not known to."""
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout) is not nn.Dropout or dropout.inplace or is_hooked(dropout):
+        return None
+    p = float(dropout.p) if dropout.training else 0.0
+    return p if p < 1.0 else None
+
+
+def _transformed() -> bool:
+    """Whether somebody traces, or differentiates by other means than a backward."""
+    level: int = forward_ad._current_level
+    return torch._C._are_functorch_transforms_active() or level >= 0 or torch._C._get_tracing_state() is not None
+
+
+class AcceleratedLora(Accelerated, lora.Linear):
+    """PEFT's LoRA, rsLoRA and DoRA: s = scaling, β = b0 + s·b_B; with a magnitude g = m / ‖W0 + s·B·A‖, h = s·g."""
+
+    @property
+    def _factors(self) -> Any:
+        return self._inside("lora_A")._modules
+
+    def _dropout_module(self, name: str) -> Any:
+        return self._inside("lora_dropout")._modules[name]
+
+    def _part(self, part: str, name: str) -> Any:
+        return self._inside(part)._modules.get(name)
+
+    def _tensors(self, name: str) -> list[Any]:
+        B, magnitude = self._part("lora_B", name), self._part("lora_magnitude_vector", name)
+        return [
+            self._part("lora_A", name).weight,
+            *B._parameters.values(),
+            None if magnitude is None else magnitude.weight,
+        ]
+
+    def _scaling(self, name: str) -> Any:
+        return self.scaling[name]
+
+    def _why_left(self, name: str, plain: bool) -> str:
+        A, B = self._part("lora_A", name), self._part("lora_B", name)
+        if not is_plain(A, _LINEAR) or not is_plain(B, _LINEAR) or A.bias is not None:
+            return "lora_A or lora_B is more than a linear layer"
+        if type(self.scaling[name]) not in (float, int):
+            return "its scaling is a tensor"
+        variant = self.lora_variant.get(name)
+        if variant is None:
+            return ""
+        if type(variant) is not variants.DoraLinearVariant:
+            return f"{type(variant).__name__} is a variant that PEFT alone has"
+        if not plain:
+            return "DoRA on a base layer that is more than its weight"
+        if len(self._names) > 1:
+            return "DoRA is active together with another adapter"
+        magnitude, turned = self._part("lora_magnitude_vector", name), not isinstance(self.base_layer, nn.Linear)
+        odd = B.bias is not None or magnitude.fan_in_fan_out != turned or self.ephemeral_gpu_offload
+        return "DoRA of another kind" if odd or not is_plain(magnitude, _MAGNITUDE) else ""
+
+    def _form(self, name: str, weight: Tensor | None, bias: Tensor | None) -> AdapterForm:
+        B = self._part("lora_B", name)
+        down, up, s = self._part("lora_A", name).weight, B.weight, self.scaling[name]
+        if B.bias is not None:
+            added = s * B.bias
+            bias = added if bias is None else bias + added
+        if weight is None or name not in self.lora_variant:
+            return AdapterForm(down, up, None, s, None, bias)
+        if self.writes_seen != _base_writes:
+            self.norms.clear()
+            self.writes_seen = _base_writes
+        kept = self.norms.setdefault(name, Kept())
+        # PEFT's hot swap, and people's averages of weights, write factors through .data, in eval mode too.
+        norm = row_norm(kept, weight, down, up, s, changing=True)
+        g = self._part("lora_magnitude_vector", name).weight / norm
+        return AdapterForm(down, up, out_scale=g, base_scale=g, bias=bias, dropout_on_base=True, scaling=s)
+
+
+class AcceleratedVera(Accelerated, vera.Linear):
+    """PEFT's VeRA: d = λ_d, h = λ_b, on the projection that its layers share. y has x's dtype, under autocast too."""
+
+    @property
+    def _factors(self) -> Any:
+        return self._inside("vera_lambda_d")._parameters
+
+    def _dropout_module(self, name: str) -> Any:
+        return self._inside("vera_dropout")._modules[name]
+
+    def _tensors(self, name: str) -> list[Any]:
+        lambdas = [self._inside(part)._parameters[name] for part in ("vera_lambda_d", "vera_lambda_b")]
+        return [*lambdas, *[self._inside(part)._buffers[name] for part in ("vera_A", "vera_B")]]
+
+    def _why_left(self, name: str, plain: bool) -> str:
+        d, _, A, B = self._tensors(name)
+        fits = d.shape == (A.shape[0],) == (B.shape[1],) and d.dtype == A.dtype == B.dtype
+        return "" if fits else "its vectors do not go with the projection"
+
+    def _form(self, name: str, weight: Tensor | None, bias: Tensor | None) -> AdapterForm:
+        d, b, A, B = self._tensors(name)
+        return AdapterForm(A[:, : self.in_features], B[: self.out_features], d, b, bias=bias)
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        y = super().forward(x, *args, **kwargs)
+        return y.to(x.dtype)
+
+
+# Layers of just these classes: their subclasses, and the layers on quantised weights, have forwards of their own.
+ACCELERATED: dict[type[nn.Module], type[Accelerated]] = {lora.Linear: AcceleratedLora, vera.Linear: AcceleratedVera}
