@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -222,7 +223,7 @@ def test_the_pair_of_serving_kernels_computes_the_formula(tokens: int) -> None:
 
 def test_shares_are_of_the_ceilings() -> None:
     row = {"ms": 2.0, "provider": "ours", "dtype": "bf16", "gflop": 100.0, "minimum_mib": 1.0}
-    found = shares(row, Rates(bytes=2**20 * 1e3, flops={"bf16": 1e14}))
+    found = shares(row, Rates("cuda", 2**20 * 1e3, {"bf16": 1e14}))
     assert found["tflops"] == pytest.approx(50)
     assert (found["of_flops"], found["of_bandwidth"]) == pytest.approx((0.5, 0.5))
     assert set(shares({**row, "provider": "linear"}, None).values()) == {None}
@@ -327,13 +328,12 @@ def test_kernels_are_compiled_beside_each_other_and_checks_are_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOY_COMPILED", str(tmp_path))
-    jobs = [job for job in toy_jobs.compiling("cpu") if job.label != "ceilings"]
-    first = conductor.Ceilings(1 << 12, 16)
     journal = Journal(None)
-    conduct(plan_of([jobs[0], first, *jobs[1:]], "compiling", workers=2), journal)
-    # Every one but that which breaks its worker; and the jobs follow in their order.
+    conduct(plan_of(toy_jobs.compiling("cpu"), "compiling", workers=2), journal)
+    # Every one but that which breaks its worker; the checks are done meanwhile, the others follow in their order.
     assert {path.name for path in tmp_path.iterdir()} == {"first a", "first b", "second right"}
-    assert list(jobs_of(journal)) == ["check", "ceilings", "first", "second"]
+    assert set(list(jobs_of(journal))[:2]) == {"check", "late check"}
+    assert list(jobs_of(journal))[2:] == ["first", "second"]
     (failed,) = journal.document["compiling"]["failed"]
     assert failed.startswith("first abort: crashed")
     assert journal.document["compiling"]["workers"] == 2
@@ -521,6 +521,7 @@ def test_what_ncu_counts_stands_beside_what_is_counted_here() -> None:
     # x, y and W once, and little else.
     assert row["counted_mib"] == pytest.approx(64 + 64 + 32, abs=2)
     assert counters.parsed("==ERROR== no permission\n", {}) == []
+    assert counters.read_case(json.dumps(dataclasses.asdict(job.case))) == job.case
 
 
 class FakeCuda:

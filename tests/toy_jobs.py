@@ -70,6 +70,12 @@ class Toy(Job):
             Path(place, f"{self.name} {provider}").touch()
 
 
+class Compiled(Toy):
+    """One whose kernels are compiled before it is done."""
+
+    part = "counters"
+
+
 def breaking(device_type: str) -> list[Job]:
     return [Toy("first"), Toy("second", ("right", "abort", "also right")), Toy("third", ("raise",)), Toy("fourth")]
 
@@ -79,7 +85,7 @@ def hanging(device_type: str) -> list[Job]:
 
 
 def compiling(device_type: str) -> list[Job]:
-    return [Toy("check"), Ceilings(1 << 12, 16), Toy("first", ("a", "abort", "b")), Toy("second", ("right",))]
+    return [Toy("check"), Compiled("first", ("a", "abort", "b")), Compiled("second"), Toy("late check")]
 
 
 def small(device_type: str) -> list[Job]:

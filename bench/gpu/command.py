@@ -194,7 +194,7 @@ def print_results(console: Console, document: Document) -> None:
         console.print(f"not run: {label}", markup=False, highlight=False)
 
 
-# Seconds before the first job: imports, workers, and compiling by as many as an H200's machine has cores.
+# Seconds before the first time: imports, workers; checks and kernels by as many of them as an H200's machine has cores.
 _BEGINNING, _EACH_KERNELS, _CORES = 15.0, 2.5, 16
 
 
@@ -202,9 +202,10 @@ def print_list(console: Console, jobs: Sequence[Job], kind: str, seconds: float)
     """The jobs in order and when each is expected to end, at the rates of an H200 (or of a core)."""
     ends = _BEGINNING
     if kind == "cuda":
-        ends += _EACH_KERNELS * sum(len(job.to_compile(kind)) for job in jobs) / _CORES
+        checks = sum(job.part == "checks" for job in jobs)
+        ends += _EACH_KERNELS * (checks + sum(len(job.to_compile(kind)) for job in jobs)) / _CORES
     for job in jobs:
-        took = job.expected(GUESSED[kind])
+        took = 0.0 if kind == "cuda" and job.part == "checks" else job.expected(GUESSED[kind])
         ends += took
         mark = "" if ends <= seconds else "  beyond the budget"
         console.print(f"{ends:6.1f} s  {took:5.1f}  {job.label}{mark}", markup=False, highlight=False)

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.ceilings import Ceilings
 from bench.gpu.crew import Answer, Worker
 from bench.gpu.job import GUESSED, Job, Rates
 from bench.gpu.journal import Journal
 from fastadapt.progress import progress_bar
+
+# A job to be done, or the provider of one whose kernels are to be compiled.
+Unit = tuple[Job, str | None]
 
 # Of the budget, for compiling: what is not compiled by then is when its turn comes.
 _COMPILING = 0.2
@@ -60,7 +62,7 @@ def conduct(plan: Plan, journal: Journal) -> None:
         if plan.workers:
             waiting = _compile(plan, crew, journal)
         for worker in crew[1:]:
-            worker.stop()
+            worker.close()
         _work_off(plan, crew[0], journal, waiting)
         journal.document["ended"] = "complete" if not waiting else "out of time"
     except BaseException as problem:
@@ -91,9 +93,9 @@ def _work_off(plan: Plan, worker: Worker, journal: Journal, waiting: list[Job]) 
     with progress_bar("jobs", len(waiting)) as update:
         for job in list(waiting):
             update(advance=1, description=job.label)
-            expected = pace.of(job.expected(_rates(plan, journal)))
+            expected = job.expected(_rates(plan, journal))
             # A cheaper one further down may still fit.
-            if expected > plan.left:
+            if pace.of(expected) > plan.left:
                 continue
             waiting.remove(job)
             answer = _done(plan, worker, journal, job)
@@ -136,15 +138,16 @@ def _keep(plan: Plan, journal: Journal, job: Job, answer: Answer) -> None:
         note = f"{answer.at}: {note}"
     journal.add(job.part, answer.rows)
     journal.job(job.label, status, answer.seconds, job.expected(_rates(plan, journal)), note)
+    journal.write()
 
 
 def _compile(plan: Plan, crew: list[Worker], journal: Journal) -> list[Job]:
-    """Fills Triton's cache by many workers, which do the checks before the ceilings meanwhile; gives the other jobs.
+    """Fills Triton's cache by many workers, which do the checks as well; gives the jobs that are left, in their order.
 
     A cache that was brought along is found there, and nothing is compiled again.
     """
-    first = next((index for index, job in enumerate(plan.jobs) if isinstance(job, Ceilings)), 0)
-    checks, others = list(plan.jobs[:first]), list(plan.jobs[first:])
+    checks = [job for job in plan.jobs if job.part == "checks"]
+    first = next((index for index, job in enumerate(plan.jobs) if job.part != "checks"), 0)
     idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
     for worker in crew:
         idle.put(worker)
@@ -163,23 +166,24 @@ def _compile(plan: Plan, crew: list[Worker], journal: Journal) -> list[Job]:
         finally:
             idle.put(worker)
 
-    units: list[tuple[Job, str | None]] = [(job, None) for job in checks]
-    units += [(job, provider) for job in others for provider in job.to_compile(plan.device_type)]
-    left = []
+    # Nothing is timed before the first checks; the others can wait for the kernels of the times.
+    units: list[Unit] = [(job, None) for job in checks[:first]]
+    timed = [job for job in plan.jobs if job not in checks]
+    units += [(job, provider) for job in timed for provider in job.to_compile(plan.device_type)]
+    units += [(job, None) for job in checks[first:]]
+    left = list(plan.jobs)
     for (job, provider), answer in _side_by_side(units, task, len(crew), crew):
-        if provider is None and answer is None:
-            left.append(job)
-        elif provider is None and answer is not None:
+        if answer is None:  # there was no time
+            continue
+        if provider is None:
+            left.remove(job)
             _keep(plan, journal, job, answer)
-        elif answer is not None and answer.status != "ok":
+        elif answer.status != "ok":
             report["failed"].append(f"{job.label} {provider}: {answer.status}: {answer.note}")
     report |= {"seconds": time.monotonic() - started, "cached_after": cached_kernels()}
     journal.document["compiling"] = report
     journal.write()
-    return [job for job in plan.jobs if job in left] + others
-
-
-Unit = tuple[Job, str | None]
+    return left
 
 
 def _side_by_side(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from bench.report import Row
 
 _STARTING = 180.0
+_ENDING = 10.0
 
 
 class StartError(RuntimeError):
@@ -102,7 +103,9 @@ class Worker:
         if process is None:
             return
         process.kill()
-        process.wait()
+        # One that a hung GPU keeps is left to the system.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_ENDING)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 # What it was asked last stays unsaid.

@@ -19,18 +19,19 @@ class DeviceLostError(RuntimeError):
 class Rates(NamedTuple):
     """What a device reaches: bytes a second in a copy, operations a second in a product by dtype (fp64 among them)."""
 
+    device_type: str
     bytes: float
     flops: Mapping[str, float]
 
     @classmethod
-    def of(cls, ceilings: Mapping[str, float]) -> Rates:
-        return cls(ceilings["bytes"], {name: rate for name, rate in ceilings.items() if name != "bytes"})
+    def of(cls, device_type: str, ceilings: Mapping[str, float]) -> Rates:
+        return cls(device_type, ceilings["bytes"], {name: ceilings[name] for name in ceilings if name != "bytes"})
 
 
 # Until they are measured: an H200, and one core of a server's CPU.
 GUESSED = {
-    "cuda": Rates(4.3e12, {"bf16": 780e12, "fp16": 780e12, "fp32": 50e12, "fp64": 50e12}),
-    "cpu": Rates(10e9, {"bf16": 20e9, "fp16": 5e9, "fp32": 60e9, "fp64": 30e9}),
+    "cuda": Rates("cuda", 4.3e12, {"bf16": 780e12, "fp16": 780e12, "fp32": 50e12, "fp64": 50e12}),
+    "cpu": Rates("cpu", 10e9, {"bf16": 20e9, "fp16": 5e9, "fp32": 60e9, "fp64": 30e9}),
 }
 
 

@@ -28,7 +28,7 @@ class Journal:
     def rates(self) -> Rates | None:
         """The ceilings, once they are measured."""
         found = self.document["ceilings"]
-        return Rates.of(found) if "bytes" in found and "fp64" in found else None
+        return Rates.of(self.document["device"]["type"], found) if "bytes" in found and "fp64" in found else None
 
     def add(self, part: str, rows: Sequence[Row]) -> None:
         """Enters the rows of a job."""
@@ -40,10 +40,9 @@ class Journal:
             self.document[part] += rows
 
     def job(self, label: str, status: str, seconds: float | None, expected: float, note: str = "") -> None:
-        """Enters what became of a job, and writes the document."""
+        """Enters what became of a job."""
         entry = {"job": label, "status": status, "seconds": seconds, "expected": expected, "note": note}
         self.document["jobs"].append(entry)
-        self.write()
 
     def write(self) -> None:
         """Writes the document."""

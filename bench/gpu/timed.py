@@ -44,7 +44,8 @@ OURS += ("triton", "eager")
 _MOST_COPIES = 8
 # What a job takes beside its runs: operands, allocations, captures.
 _BASE_SECONDS = 0.3
-_COMPILER_SECONDS = {True: 40.0, False: 30.0}
+_COMPILER_SECONDS = {"cuda": 40.0, "cpu": 30.0}
+_TIMING_SECONDS = {"cuda": 0.2, "cpu": 0.02}
 
 Exact = tuple[Outputs, Outputs]
 
@@ -192,12 +193,11 @@ class Timed(Job):
 
     def expected(self, rates: Rates) -> float:
         operations, moved = self.amounts
-        dtype, on_gpu = self.columns()["dtype"], rates.bytes > 5e11
         # A call reaches half of a ceiling, and somewhat more than the least bytes.
-        call = max(operations / rates.flops[dtype], moved / rates.bytes) * 2 + 3e-5
-        names = self.providers("cuda" if on_gpu else "cpu")
-        each = 6 * call + min(max(3 * call, 0.2 if on_gpu else 0.02), 36 * call)
-        compiling = _COMPILER_SECONDS[on_gpu] if "compile" in names else 0.0
+        call = max(operations / rates.flops[self.columns()["dtype"]], moved / rates.bytes) * 2 + 3e-5
+        names = self.providers(rates.device_type)
+        each = 6 * call + min(max(3 * call, _TIMING_SECONDS[rates.device_type]), 36 * call)
+        compiling = _COMPILER_SECONDS[rates.device_type] if "compile" in names else 0.0
         return _BASE_SECONDS + compiling + len(names) * each + 4 * operations / rates.flops["fp64"]
 
     def to_compile(self, device_type: str) -> list[str]:
