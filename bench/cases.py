@@ -14,7 +14,7 @@ BENCHES = {
     "audit": "bench.audit",
     "traffic": "bench.traffic",
     "predictions": "bench.predictions",
-    "gpu": "bench.gpu",
+    "gpu": "bench.gpu.command",
     "microbench": "bench.microbench",
     "methods": "bench.methods",
     "vision": "bench.vision",

@@ -9,7 +9,6 @@ import fastadapt.functional  # noqa: F401
 from fastadapt.operators import registry
 
 # What a bench leaves out on purpose, and why.
-_NO_CHOICE = "doctor checks it on the device; there is no strategy to choose by its time"
 _NO_KERNEL = "has no kernel: PyTorch's own products and passes"
 _UPDATE = ("adapter_update", "adapter_update_backward")
 LEFT_OUT: dict[str, dict[str, str]] = {
@@ -18,15 +17,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
         **dict.fromkeys(_UPDATE, _NO_KERNEL),
         "row_squares": "reads W0 once when a layer is adapted, in no pass",
     },
-    "gpu": {
-        **dict.fromkeys(_UPDATE, _NO_CHOICE),
-        "hadamard_linear": _NO_CHOICE,
-        "hadamard_linear_backward": _NO_CHOICE,
-        "bottleneck": _NO_CHOICE,
-        "bottleneck_backward": _NO_CHOICE,
-        "multi_adapter_linear": _NO_CHOICE,
-        "row_squares": "part of what is checked and timed as weight_norm",
-    },
+    "gpu": {},
     "microbench": {},
 }
 

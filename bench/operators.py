@@ -352,10 +352,10 @@ class _SameInput(nn.Module):
         return [layer(x) for layer in self.layers()]
 
 
-def _peft(case: OperatorCase, operands: Operands) -> Run:
-    """PEFT's layers with the same numbers, adapters in the dtype of the base: with fp32 ones it would cast x as well.
+def _peft(case: OperatorCase, operands: Operands, *, upcast: bool = False) -> Run:
+    """PEFT's layers with the same numbers; in evaluation with its cache of DoRA's norms on.
 
-    In evaluation with its cache of DoRA's norms on.
+    Adapters are in the dtype of the base; `upcast`: in fp32, PEFT's default, with which it casts x as well.
     """
     from peft import get_peft_model
     from peft.tuners.lora import dora
@@ -368,8 +368,8 @@ def _peft(case: OperatorCase, operands: Operands) -> Run:
     names = [name for name, _ in module.named_children()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(module, case.adapter.peft_config(names), autocast_adapter_dtype=False)
-    model.to(operands.x.device, operands.x.dtype).train(case.operator == "step")
+        model = get_peft_model(module, case.adapter.peft_config(names), autocast_adapter_dtype=upcast)
+    model.to(operands.x.device, None if upcast else operands.x.dtype).train(case.operator == "step")
     leaves = {}
     for index, (layer, values) in enumerate(zip(module.layers(), operands.adapters, strict=True)):
         if case.adapter.method == "vera":
@@ -412,8 +412,8 @@ def prepare(case: OperatorCase, provider: str, operands: Operands) -> Run:
     if provider == "linear":
         return _linear(case, operands)
     same_dtype = operands.to(dtype, dtype)
-    if provider == "peft":
-        return _peft(case, same_dtype)
+    if provider in ("peft", "peft_fp32"):
+        return _peft(case, same_dtype, upcast=provider == "peft_fp32")
     if provider == "compile":
         # Its cache is by function: other cases' would count as recompilations of this one.
         torch.compiler.reset()
@@ -504,14 +504,19 @@ def check(case: OperatorCase, provider: str, device: torch.device) -> Verdict:
     Under dropout only a strategy can be checked: its backend says which mask it draws.
     """
     operands = make_operands(case, device)
-    mask, p = _mask(operands.x, case.dropout, STRATEGIES[provider]) if case.dropout else (None, 0.0)
     run = prepare(case, provider, operands)
     torch.manual_seed(0)
     actual = run()
-    dtype = DTYPES[case.dtype]
-    reference = _reference(case, operands.to(dtype, dtype), mask=mask, p=p)()
-    exact = _reference(case, operands.to(torch.float64, torch.float64), mask=mask, p=p)()
-    return judge(actual, {name: exact[name] for name in actual}, reference)
+    exact, plain = formula(case, operands, STRATEGIES.get(provider, "eager"))
+    return judge(actual, {name: exact[name] for name in actual}, plain)
+
+
+def formula(case: OperatorCase, operands: Operands, backend: str) -> tuple[Outputs, Outputs]:
+    """What the formula makes of a case in fp64 and in its dtype, with the mask that a backend draws after seed 0."""
+    mask, p = _mask(operands.x, case.dropout, backend) if case.dropout else (None, 0.0)
+    dtypes = torch.float64, DTYPES[case.dtype]
+    exact, plain = (_reference(case, operands.to(dtype, dtype), mask=mask, p=p)() for dtype in dtypes)
+    return exact, plain
 
 
 def _mask(x: Tensor, p: float, backend: str) -> tuple[Tensor, float]:

@@ -27,6 +27,10 @@ COLORS = {
     "ours": "#6fa8dc",
     "ungrouped": "#b9cfe6",
     "peft": "#e07b39",
+    "peft_fp32": "#a8501a",
+    "unsloth": "#c9a227",
+    "punica": "#7b4fa3",
+    "loop": "#b9a5cf",
     "compile": "#5a9e4b",
     "reference": "#9a9a9a",
     "linear": "#222222",
@@ -34,6 +38,10 @@ COLORS = {
 MARKERS = ("o", "s", "^", "D", "v")
 LABELS = {
     **OTHERS,
+    "peft_fp32": "PEFT, fp32 adapters",
+    "unsloth": "LoRA by hand, as Unsloth",
+    "punica": "two kernels, as Punica",
+    "loop": "adapter by adapter",
     **{name: f"ours: {name}" for name in STRATEGIES},
     "triton": "ours: Triton",
     "eager": "ours: eager",
@@ -101,8 +109,9 @@ def _legend(figure: Any, providers: Sequence[str]) -> None:
 
 
 def _best(rows: Sequence[Row]) -> Row | None:
-    """The fastest strategy among the rows of one case."""
-    timed = [row for row in rows if row["provider"] in STRATEGIES and row["ms"] is not None]
+    """The fastest of ours among the rows of one case."""
+    ours = (*STRATEGIES, "ours", "triton", "eager")
+    timed = [row for row in rows if row["provider"] in ours and row["ms"] is not None]
     return min(timed, key=lambda row: row["ms"], default=None)
 
 
@@ -115,33 +124,38 @@ def _cases(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]
 
 
 def draw_gpu(document: Document, path: Path) -> None:
-    """What `python -m bench gpu` found: the roofline, and bars for every number of tokens, forward and step."""
+    """What `python -m bench gpu` found: the roofline, and bars for every number of tokens, forward and step; then many
+    adapters in one batch, and the other operators."""
     main_dtype = next(row["dtype"] for row in document["rows"])
-    rows = [row for row in document["rows"] if row["operator"] != "weight_norm" and row["dtype"] == main_dtype]
+    known = [row for row in document["rows"] if row["dtype"] == main_dtype and row["status"] != "skipped"]
+    rows = [row for row in known if row["operator"] in ("forward", "step")]
     tokens = sorted({row["M"] for row in rows})
-    panels: dict[tuple[int, str], list[Row]] = {}
-    for row in rows:
+    panels: dict[tuple[str, str], list[Row]] = {}
+    # Forward and step side by side, dropout below.
+    for row in sorted(rows, key=lambda row: ("dropout" in row["case"], row["M"], row["operator"])):
         kind = "forward" if row["operator"] == "forward" else "forward + backward"
         dropout = ", with dropout" if "dropout" in row["case"] else ""
-        panels.setdefault((row["M"], kind + dropout), []).append(row)
+        panels.setdefault((f"{kind}{dropout}, {row['M']} tokens", LABELS["linear"]), []).append(row)
+    for row in known:
+        if row["operator"] == "multi_adapter_linear":
+            panels.setdefault(("many adapters in one batch", LABELS["linear"]), []).append(row)
+        elif row not in rows:
+            panels.setdefault(("other operators", LABELS["reference"]), []).append(row)
     lines = (len(panels) + 1) // 2
     figure = new_figure(16, 5.5 + 4.3 * lines)
     device = document["device"]
     runtime = f", runtime {device['runtime']}, driver {device['driver']}" if "driver" in device else ""
-    extent = "quick run, few shapes" if document["quick"] else "full run"
-    how = "timed by events" if device["type"] == "cuda" else "no GPU: the eager strategies on a CPU"
-    figure.suptitle(
-        f"{device['name']}{runtime}\n{main_dtype}, {extent}, {how}, medians; {_provenance(document)}", fontsize=11
-    )
+    how = "replays of CUDA graphs" if device["type"] == "cuda" else "no GPU: the eager strategies on a CPU"
+    figure.suptitle(f"{device['name']}{runtime}\n{main_dtype}, {how}, medians; {_provenance(document)}", fontsize=11)
     grid = figure.add_gridspec(1 + lines, 2, height_ratios=[1.25, *[1.0] * lines])
     _roofline(figure.add_subplot(grid[0, :]), document["ceilings"], rows, main_dtype, tokens)
-    shown = ["fastest", *(name for name in ("ours", "peft", "compile", "reference") if _was_timed(rows, name))]
-    # Forward and step side by side, dropout below.
-    for index, (count, kind) in enumerate(sorted(panels, key=lambda panel: ("dropout" in panel[1], *panel))):
+    others = ("ours", "peft_fp32", "peft", "unsloth", "compile", "punica", "loop", "reference")
+    shown = ["fastest", *(name for name in others if _was_timed(known, name))]
+    for index, ((title, baseline), group) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[1 + index // 2, index % 2])
-        _case_bars(axes, panels[count, kind], shown)
-        axes.set_title(f"{kind}, {count} tokens", fontsize=10)
-        axes.set_ylabel("time, x of F.linear on the same layers")
+        _case_bars(axes, group, [name for name in shown if name == "fastest" or _was_timed(group, name)])
+        axes.set_title(title, fontsize=10)
+        axes.set_ylabel(f"time, x of {baseline}")
     _legend(figure, shown)
     save_figure(figure, path, dpi=110)
 
@@ -151,7 +165,7 @@ def _was_timed(rows: Sequence[Row], provider: str) -> bool:
 
 
 def _case_bars(axes: Any, rows: Sequence[Row], shown: Sequence[str]) -> None:
-    cases = _cases(rows, "case", "layers")
+    cases = _cases(rows, "case", "layers", "M")
     values: dict[str, list[float | None]] = {name: [] for name in shown}
     notes: list[str] = []
     for group in cases.values():
@@ -159,8 +173,8 @@ def _case_bars(axes: Any, rows: Sequence[Row], shown: Sequence[str]) -> None:
         notes.append(best["provider"] if best else "")
         for name in shown:
             found = best if name == "fastest" else next((row for row in group if row["provider"] == name), None)
-            values[name].append(found["x_linear"] if found else None)
-    labels = [f"{case.removesuffix('_dropout')}\n{layers}" for case, layers in cases]
+            values[name].append(found["x"] if found else None)
+    labels = [f"{case.removesuffix('_dropout')}\n{layers}" for case, layers, _ in cases]
     _grouped_bars(axes, labels, values, {"fastest": notes})
     axes.tick_params(axis="x", labelsize=7 if len(labels) > 8 else 9)
     axes.axhline(1.0, color=COLORS["linear"], linewidth=1, linestyle="--")
@@ -168,7 +182,7 @@ def _case_bars(axes: Any, rows: Sequence[Row], shown: Sequence[str]) -> None:
 
 def _roofline(axes: Any, ceilings: Mapping[str, float], rows: Sequence[Row], dtype: str, tokens: Sequence[int]) -> None:
     """Achieved rate of the formula's operations over its arithmetic intensity, under the measured ceilings."""
-    providers = ("fastest", "peft", "compile", "reference")
+    providers = ("fastest", "peft", "unsloth", "compile", "reference")
     points: dict[tuple[str, int, str], list[tuple[float, float]]] = {}
     for (operator, _, _, count), group in _cases(rows, "operator", "case", "layers", "M").items():
         best = _best(group)

@@ -15,6 +15,7 @@ import typer
 
 from bench import l2, report
 from bench.peers import PEERS, frozen, moved_mib
+from bench.plots import read
 from fastadapt.commands.report import write_json
 from fastadapt.files import written_whole
 from fastadapt.operators.adapter_linear.cost import (
@@ -77,9 +78,9 @@ def row_of(device: Device, name: str, method: str, w: Workload) -> report.Row:
     row: report.Row = {"device": device.name, "layers": name, "method": method, "M": w.M, "K": w.K}
     row |= {"outputs": " ".join(map(str, w.outputs)), "r": w.ranks[0], "dropout": w.dropout, "backward": w.backward}
     row["picked"] = cheapest(STRATEGIES, w, device)
-    sequences: dict[str, list[Work] | None] = {"frozen": _passes(frozen(w), w)}
+    sequences: dict[str, list[Work] | None] = {"frozen": taken(frozen(w), w)}
     sequences |= {strategy: row_norm(w) + works(strategy, w) for strategy in STRATEGIES}
-    sequences |= {peer: _passes(passes(w), w) for peer, passes in PEERS.items()}
+    sequences |= {peer: taken(passes(w), w) for peer, passes in PEERS.items()}
     for key, sequence in sequences.items():
         row[f"{key}_us"] = None if sequence is None else 1e6 * predicted_seconds(sequence, device)
         row[f"{key}_mib"] = None if sequence is None else sum(work.bytes for work in sequence) / 2**20
@@ -101,7 +102,8 @@ def row_norm(w: Workload) -> list[Work]:
     return [Work("norm", 4 * n * w.K * r, 2 * n * w.K, _NORM_LAUNCHES, triton=True) for n, r in members]
 
 
-def _passes(passes: tuple[list[Work], list[Work]] | None, w: Workload) -> list[Work] | None:
+def taken(passes: tuple[list[Work], list[Work]] | None, w: Workload) -> list[Work] | None:
+    """The works of the passes that a workload has: the forward, and the backward where one follows."""
     if passes is None:
         return None
     forward, backward = passes
@@ -172,7 +174,7 @@ def speedups(h100: Device) -> dict[str, float]:
         for K in l2.PUBLISHED_GIB:
             w = workload("lora", tokens, K, (K,), dropout=True)
             torch_time, fused_time = (
-                predicted_seconds(_passes(PEERS[peer](w), w) or (), h100) for peer in ("peft_bf16", "lorafusion")
+                predicted_seconds(taken(PEERS[peer](w), w) or (), h100) for peer in ("peft_bf16", "lorafusion")
             )
             ratios.append(torch_time / fused_time)
     return {"mean": statistics.mean(ratios), "best": max(ratios), "worst": min(ratios)}
@@ -361,7 +363,7 @@ def _losses(rows: Sequence[report.Row], training: Sequence[report.Row]) -> list[
     behind = [row for row in rows if row["x_best_peer"] < 1.0]
     h100 = DEVICES["H100-SXM"]
     own_rule = workload("dora", 8192, *groups("Llama 8B")["o"], dropout=True)._replace(dropout_on_base=False)
-    axolotl = predicted_seconds(_passes(PEERS["axolotl"](own_rule), own_rule) or (), h100)
+    axolotl = predicted_seconds(taken(PEERS["axolotl"](own_rule), own_rule) or (), h100)
     ours = predicted_seconds(row_norm(own_rule) + works("split", own_rule._replace(dropout_on_base=True)), h100)
     named = "; ".join(f"{row['device']} {row['layers'].removeprefix('Llama ')} M {row['M']}" for row in kernels)
     ahead = "; ".join(
@@ -388,8 +390,18 @@ def _losses(rows: Sequence[report.Row], training: Sequence[report.Row]) -> list[
 def main(
     markdown: Annotated[Path, typer.Option(help="The page.")] = RESULTS / "PREDICTIONS.md",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="A document of `bench gpu`: put its times beside the predicted ones instead.")
+    ] = None,
 ) -> None:
     """Predicted times of our strategies and of other libraries on GPUs, marked as such; writes a page."""
+    if measured is not None:
+        from bench.measured import show
+
+        found = show(read(measured))
+        if json_file is not None:
+            write_json(json_file, "measured", found)
+        return
     rows = all_rows()
     with written_whole(markdown) as draft:
         draft.write_text(document(rows), encoding="utf-8")

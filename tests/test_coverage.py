@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from bench import audit, coverage, gpu, microbench, traffic
+from bench import audit, coverage, microbench, traffic
+from bench.gpu import command
 from fastadapt.commands import doctor
 from fastadapt.operators import registry
 from fastadapt.operators.registry import OPERATORS
@@ -33,10 +34,8 @@ def run_traffic(path: Path, patch: Patch) -> None:
 
 
 def run_gpu(path: Path, patch: Patch) -> None:
-    patch.setattr(gpu, "check_row", lambda case, provider, device: {"status": "ok"})
-    patch.setattr(gpu, "ceilings", lambda device, plan: {})
-    patch.setattr(gpu, "time_case", lambda *_: [])
-    gpu.main(path, "cpu", quick=True)
+    patch.setattr(command, "conduct", lambda plan, journal: None)
+    command.main(path, "cpu", seconds=1.0, tune=False, listed=False)
 
 
 def run_microbench(path: Path, patch: Patch) -> None:

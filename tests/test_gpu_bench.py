@@ -1,4 +1,4 @@
-"""The operator registry, `bench gpu` and the microbenchmarks on a CPU: results, rows and pictures."""
+"""The operator registry and the microbenchmarks on a CPU: results, rows and pictures."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from torch import Tensor
 
-from bench import gpu, microbench, operators, plots
+from bench import microbench, operators, plots
 from bench.__main__ import main
 from bench.cases import SAVED_CASES, AdapterCase
 from bench.operators import LLAMA_8B, SMALL, OperatorCase, check, judge, make_operands, prepare, providers
-from bench.plots import draw_gpu, draw_microbench, read
+from bench.plots import draw_microbench, read
 from fastadapt.commands import doctor
 from fastadapt.commands.report import new_figure
 from fastadapt.operators.adapter_linear import function, plan, tuner
@@ -30,7 +29,6 @@ from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-PLAN = gpu.PLANS["cpu", True]._replace(layers=SMALL[:1], check_layers=SMALL[1:], seconds=0.001, product_size=64)
 
 
 @pytest.fixture(autouse=True)
@@ -43,24 +41,6 @@ def _own_cache_and_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     yield
     torch.set_num_threads(threads)
     tuner.forget()
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`bench gpu` with two adapters on one group."""
-    monkeypatch.setitem(gpu.PLANS, ("cpu", True), PLAN)
-    monkeypatch.setattr(gpu, "ADAPTERS", (SAVED_CASES["lora"], SAVED_CASES["vera"]))
-
-
-def run_gpu(path: Path, *, tune: bool = False) -> tuple[int, dict[str, Any]]:
-    """The exit code and the document of a quick run on the CPU."""
-    code = 0
-    try:
-        gpu.main(path, "cpu", quick=True, tune=tune)
-    except typer.Exit as left:
-        code = left.exit_code
-    document: dict[str, Any] = json.loads(path.read_text())
-    return code, document
 
 
 def small_cases() -> list[OperatorCase]:
@@ -160,81 +140,6 @@ def test_flops_are_counted_as_products() -> None:
     assert forward.flops == 2 * m * (k * 28672 + 256 * (k + 28672))  # one u for both
 
 
-def test_gpu_runs_start_to_end_on_a_cpu(tmp_path: Path) -> None:
-    main(["gpu", "--device", "cpu", "--quick", "--json", str(tmp_path / "gpu.json")])
-    document = read(tmp_path / "gpu.json")
-    assert {"name", "machine", "versions", "commit", "rows", "device", "ceilings", "checks", "lost"} <= set(document)
-    assert (document["name"], document["device"]["type"], document["lost"]) == ("gpu", "cpu", "")
-    assert set(document["ceilings"]) == {"bytes", "fp32", "fp16", "bf16"}
-    assert all(value > 0 for value in document["ceilings"].values())
-    checks = document["checks"]
-    assert {row["dtype"] for row in checks} == {"fp32", "fp16", "bf16"}
-    assert {row["provider"] for row in checks} == {"library", "recompose", "ours"}
-    assert all(row["status"] == "ok" or (row["status"] == "skipped" and row["note"]) for row in checks)
-    assert all(0 <= row["x_allowed"] <= 1 for row in checks if row["status"] == "ok")
-    rows = document["rows"]
-    assert {row["operator"] for row in rows} == {"forward", "step", "weight_norm"}
-    assert {row["case"] for row in rows} == set(SAVED_CASES)
-    for row in rows:
-        assert all(not isinstance(value, (dict, list)) for value in row.values())
-        if row["status"] == "ok":
-            assert row["ms"] > 0
-            assert row["provider"] == "linear" or 0 < row["of_roofline"] == max(row["of_flops"], row["of_bandwidth"])
-            assert row["operator"] == "weight_norm" or row["x_linear"] > 0
-        else:
-            assert row["note"]
-            assert row["provider"] in ("compile", "recompose")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.png"]
-    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_gpu_is_asked_for_every_method_group_dtype_and_size() -> None:
-    plan = gpu.PLANS["cuda", False]
-    checked, timed = list(gpu.checked_cases(plan)), list(gpu.timed_cases(plan))
-    for cases in (checked, timed):
-        assert {case.adapter.name for case in cases} == set(SAVED_CASES)
-        assert {case.operator for case in cases} == {"forward", "step", "weight_norm"}
-        assert {case.dtype for case in cases} == {"fp32", "fp16", "bf16"}
-        assert {len(case.layers.out_features) for case in cases} == {1, 2, 3}
-        assert len(set(cases)) == len(cases)
-    assert {case.tokens for case in timed if case.operator == "forward"} == {64, 2048, 8192}
-    assert {case.layers for case in timed} == set(LLAMA_8B) <= {case.layers for case in checked}
-
-
-@pytest.mark.usefixtures("tiny")
-def test_a_wrong_result_is_a_row_and_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def off(case: OperatorCase, provider: str, operands: Any) -> Any:
-        run = prepare(case, provider, operands)
-        if provider != "library" or case.dtype != "fp16":
-            return run
-        return lambda: {name: value * 1.1 for name, value in run().items()}
-
-    monkeypatch.setattr(operators, "prepare", off)
-    code, document = run_gpu(tmp_path / "gpu.json", tune=True)
-    assert code == 1
-    failed = [row for row in document["checks"] if row["status"] == "failed"]
-    assert {(row["provider"], row["dtype"]) for row in failed} == {("library", "fp16")}
-    assert all("error" in row["note"] for row in failed)
-    assert len(document["rows"]) > 0
-    # What is wrong anywhere must not be chosen for its speed.
-    (cache,) = (tmp_path / "cache").glob("*.json")
-    entries = json.loads(cache.read_text())["entries"]
-    assert entries
-    assert all(set(times) == {"recompose"} for times in entries.values())
-
-
-@pytest.mark.usefixtures("tiny")
-def test_tune_gives_the_tuner_its_times(tmp_path: Path) -> None:
-    code, document = run_gpu(tmp_path / "gpu.json", tune=True)
-    assert code == 0
-    case = OperatorCase("step", SAVED_CASES["vera"], PLAN.layers[0], PLAN.tokens[0], PLAN.dtype)
-    key = operators.tuner_key(case, make_operands(case, CPU))
-    rows = [row for row in document["rows"] if (row["operator"], row["case"]) == ("step", "vera")]
-    times = {row["provider"]: row["ms"] for row in rows if row["provider"] in ("library", "recompose")}
-    assert tuner.lookup(key) == min(times, key=lambda name: times[name])
-    assert {"shared_A", "mid_scale", "out_scale", "trains_up", "backward", "wants_dx"} == set(key.features)
-
-
 @pytest.mark.parametrize("adapter", SAVED_CASES.values(), ids=lambda adapter: adapter.name)
 @pytest.mark.parametrize("operator", ["forward", "step"])
 def test_the_tuner_is_given_times_under_the_key_that_the_operator_looks_up(
@@ -253,74 +158,6 @@ def test_the_tuner_is_given_times_under_the_key_that_the_operator_looks_up(
     )
     prepare(case, "ours", operands)()
     assert asked == [operators.tuner_key(case, operands)]
-
-
-@pytest.mark.usefixtures("tiny")
-def test_what_is_missing_or_breaks_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
-
-    def short_of_memory(case: OperatorCase, device: torch.device, seed: int = 0) -> Any:
-        if (case.operator, case.adapter.name) == ("step", "vera"):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB\nmore")
-        return make_operands(case, device, seed)
-
-    def breaks(case: OperatorCase, provider: str, operands: Any) -> Any:
-        if provider == "reference":
-            raise RuntimeError("no compiler here")
-        return prepare(case, provider, operands)
-
-    monkeypatch.setattr(gpu, "make_operands", short_of_memory)
-    monkeypatch.setattr(gpu, "prepare", breaks)
-    code, document = run_gpu(tmp_path / "gpu.json")
-    assert code == 0
-    rows = document["rows"]
-    assert {row["status"] for row in rows if row["provider"] in ("peft", "reference")} == {"skipped"}
-    starved = [row for row in rows if (row["operator"], row["case"]) == ("step", "vera")]
-    assert {row["note"] for row in starved} == {"out of memory"}
-    assert {row["status"] for row in starved if row["provider"] in gpu.OURS} == {"failed"}
-    assert {row["note"] for row in rows if row["provider"] == "reference"} <= {
-        "RuntimeError: no compiler here",
-        "out of memory",
-    }
-    draw_gpu(document, tmp_path / "again.png")
-    assert (tmp_path / "again.png").stat().st_size > 10_000
-
-
-@pytest.mark.usefixtures("tiny")
-def test_a_lost_device_ends_the_run_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = itertools.count()
-    checked = gpu.check_row
-
-    def lost_at_third(*arguments: Any) -> Any:
-        if next(calls) == 2:
-            raise gpu.DeviceLostError("an illegal memory access was encountered")
-        return checked(*arguments)
-
-    monkeypatch.setattr(gpu, "check_row", lost_at_third)
-    code, document = run_gpu(tmp_path / "gpu.json")
-    assert code == 1
-    assert len(document["checks"]) == 2
-    assert "illegal memory access" in document["lost"]
-    assert document["rows"] == []
-
-
-def test_a_device_that_takes_no_work_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(_: Any) -> None:
-        raise RuntimeError("CUDA error: unspecified launch failure")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", fails)
-    with pytest.raises(gpu.DeviceLostError, match="ValueError: first"):
-        gpu.require_alive(torch.device("cuda"), ValueError("first"))
-    gpu.require_alive(CPU, ValueError("first"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_said() -> None:
-    with pytest.raises(typer.BadParameter, match="needs a GPU"):
-        gpu.chosen_device("cuda")
-    with pytest.raises(typer.BadParameter, match="must be cuda or cpu"):
-        gpu.chosen_device("meta")
-    assert gpu.chosen_device("") == CPU
 
 
 MICRO = ["forward lora qkv", "weight_norm dora o", "hadamard_linear HiRA", "multi_adapter_linear"]

@@ -27,15 +27,17 @@ def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
         figure.savefig(draft, dpi=dpi)
 
 
+def provenance() -> dict[str, Any]:
+    """Where numbers come from: {"machine", "versions", "commit"}."""
+    return {"machine": machine(), "versions": versions(), "commit": commit()}
+
+
 def write_json(path: Path, name: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
     """Writes {"name", "machine", "versions", "commit", "rows", ...} whole or not at all."""
-    document = {
-        "name": name,
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "rows": list(rows),
-        **more,
-    }
+    write_document(path, {"name": name, **provenance(), "rows": list(rows), **more})
+
+
+def write_document(path: Path, document: dict[str, Any]) -> None:
+    """Writes a document whole or not at all."""
     with written_whole(path) as draft:
         draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

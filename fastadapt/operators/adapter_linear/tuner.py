@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import random
 import re
 import statistics
 import threading
@@ -24,18 +23,17 @@ import torch
 
 from ...environment import processor, versions
 from ...files import cache_directory, written_whole
+from .stopwatch import sampled
 from .strategies import STRATEGIES
 from .workload import Workload
 
-# Counted up where the text of a key, or what it stands for, changes.
-FORMAT = 2
+# Counted up where the text of a key, what it stands for, or what is timed, changes.
+FORMAT = 3
 
 NVIDIA_RELEASE = Path("/proc/driver/nvidia/version")
 
 # A call takes less than an hour: larger numbers in a file are damage.
 _LONGEST = 3600.0
-_WARM_UP = 3
-_FEWEST_ROUNDS = 3
 _LOCK_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
@@ -274,57 +272,7 @@ def measure(
     seconds: float = 1.0,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> Times:
-    """Median seconds of a call of each candidate; one that raises is left out and told to `on_failure`.
-
-    Each round runs all of them once in a new order, so that the device's drift is common to all; after three rounds
-    `seconds` end it early. On a GPU events time the device's work, each run after a write that pushes everything else
-    out of the L2 cache. PyTorch's random state is left as it was.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    stopwatch = _device_stopwatch(device) if device.type == "cuda" else _wall_seconds
-    shuffler = random.Random(0)
-    end = None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for index in range(-_WARM_UP, rounds):
-            if index == 0:
-                end = time.monotonic() + seconds
-            if end is not None and index >= _FEWEST_ROUNDS and time.monotonic() > end:
-                break
-            for name in shuffler.sample(list(samples), len(samples)):
-                try:
-                    elapsed = stopwatch(candidates[name])
-                except Exception as problem:  # out of memory or shared memory, a compiler's refusal: all end its run
-                    del samples[name]
-                    _log.debug("%s cannot run: %s", name, problem)
-                    if on_failure is not None:
-                        on_failure(name, problem)
-                    continue
-                if index >= 0:
-                    samples[name].append(elapsed)
+    """Median seconds of a call of each candidate, as `stopwatch.sampled` takes them: on a GPU of the device alone."""
+    found = sampled(candidates, device, rounds=rounds, seconds=seconds, on_failure=on_failure)
     # No less than a clock's tick: a time is positive.
-    return {name: max(statistics.median(times), 1e-9) for name, times in samples.items()}
-
-
-def _wall_seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _device_stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    """Seconds between two events around a run, after the L2 cache was filled with something else."""
-    size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-    flush = torch.empty(max(2 * size, 1 << 26), dtype=torch.int8, device=device)
-
-    def seconds(run: Callable[[], object]) -> float:
-        with torch.cuda.device(device):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # It also keeps the device busy while the host issues the launches that are timed.
-            flush.zero_()
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-
-    return seconds
+    return {name: max(statistics.median(samples.seconds), 1e-9) for name, samples in found.items()}
