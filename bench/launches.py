@@ -126,7 +126,7 @@ def bare_launch() -> Callable[[], object]:
 
 
 def call_of(case: LaunchCase) -> Callable[[], object]:
-    """LoRA on bf16 layers: a forward without gradients, or a forward and a backward to x, A and B."""
+    """LoRA on bf16 layers: a forward where nothing trains, or a forward and a backward to x, A and B."""
     torch.manual_seed(0)
     x = torch.randn(TOKENS, FEATURES, dtype=torch.bfloat16)
     weights = [torch.randn(FEATURES, FEATURES, dtype=torch.bfloat16) for _ in range(case.layers)]
@@ -135,12 +135,8 @@ def call_of(case: LaunchCase) -> Callable[[], object]:
     def forward() -> tuple[Tensor, ...]:
         return adapter_linear_group(x, weights, forms, strategy=case.strategy)
 
-    def inference() -> None:
-        with torch.no_grad():
-            forward()
-
     if not case.backward:
-        return inference
+        return forward
     trained = [x, *[tensor for form in forms for tensor in (form.A, form.B)]]
     for tensor in trained:
         tensor.requires_grad_()

@@ -182,7 +182,12 @@ def _made(
         casts = any([tensor.dtype != dtype for tensor in (*weights, *tensors)])
         trains = needs.A, needs.B, workload.backward
         plain = PlainCall(scalings, workload.ranks, *trains, dtype, casts, autocast)
-    direct = STRATEGIES.get(chosen) == "eager" and not sees_operators(x)
+    forward: Callable[..., Outputs] = op.adapter_linear
+    backward: Callable[..., Grads] = op.adapter_linear_backward
+    if not sees_operators(x):
+        here = STRATEGIES.get(chosen) == "eager"
+        forward = eager.adapter_linear if here else op.adapter_linear.run
+        backward = eager.adapter_linear_backward if here else op.adapter_linear_backward.run
     return Plan(
         strategy=chosen,
         measured=measured,
@@ -196,8 +201,8 @@ def _made(
         keep=Keep(keeps_u, needs.base_scale, keeps_weights),
         trains=workload.backward,
         plain=plain,
-        forward=eager.adapter_linear if direct else op.adapter_linear,
-        backward=eager.adapter_linear_backward if direct else op.adapter_linear_backward,
+        forward=forward,
+        backward=backward,
     )
 
 
