@@ -2,14 +2,16 @@
 
 The launchers run on meta tensors and record what they would launch for a GPU with the target's shared memory; Triton
 then compiles that for the target, which needs no GPU. The exit status is 1 if a kernel does not compile, spills
-registers, does not fit the target's shared (or tensor) memory, or leaves a product of 16-bit numbers, or on AMD of
-fp32 numbers, to anything but the matrix unit. NVIDIA's matrix units do not compute in IEEE fp32: there such products
-are fused multiply-adds by design.
+registers, does not fit the target's shared (or tensor) memory, leaves a product of 16-bit numbers, or on AMD of fp32
+numbers, to anything but the matrix unit, or on the main path makes Hopper's matrix unit wait after every instruction.
+NVIDIA's matrix units do not compute in IEEE fp32: there such products are fused multiply-adds by design.
 
 A row is one kernel with one set of tile sizes and operands. `registers`: 32-bit registers of a thread, AMD's
 accumulation registers included. `spill_bytes`: what a thread keeps in local memory for want of registers.
 `shared_bytes` and `shared_limit`: shared memory of a block, and the most that the target gives to one. `matrix_ops`:
-matrix instructions in the code, unrolled ones counted apart. `widest_load`, `widest_store`: bits of a thread's widest
+matrix instructions in the code, unrolled ones counted apart. `groups`: groups of Hopper's asynchronous ones that the
+code commits, and `waits`: those after which the machine code waits, as many as groups unless ptxas has serialised them
+(its warning C7515). `widest_load`, `widest_store`: bits of a thread's widest
 access to global memory; tensors on 16-byte boundaries are assumed, as PyTorch allocates them. `code_bytes`: machine
 code. `operands`: tensors that were there, with their dtype where it is not the row's, "ᵀ" where columns are contiguous
 instead of rows, "…" behind a tensor for each further one of a group; and the sizes and strides that 16 does not divide.
@@ -81,6 +83,9 @@ COLUMNS = {
 
 # Arguments that are sizes of tensors: where 16 divides them, rows begin on 16-byte boundaries.
 SIZES = {"M", "N", "K", "Q", "R", "Ns", "Rs", "Ks"}
+
+# The kernels of a training step's products: here a matrix unit that stands still is a fault; elsewhere it is shown.
+MAIN_PATH = ("_adapter_linear_kernel", "_adapter_linear_dx_kernel", "_shrink_kernel")
 
 # Columns of tensor memory that one block may take on sm_100.
 TENSOR_MEMORY = 512
@@ -202,7 +207,11 @@ BOTTLENECKS_BY_OPERANDS: list[Bottleneck] = [
     *(Bottleneck(4099, 577, H) for H in (50, 100)),
 ]
 QUICK_BOTTLENECKS = [Bottleneck(1576, 768, 64, "relu"), Bottleneck(16384, 768, 8, "identity", groups=2)]
-QUICK: list[Case] = [(8192, Group.qkv(16), LORA), (8192, Group.square(64), ON_BASE)]
+QUICK: list[Case] = [
+    (8192, Group.qkv(16), LORA),
+    *((8192, Group.square(16), form) for form in (LORA, Form("g"))),
+    (8192, Group.square(64), ON_BASE),
+]
 
 
 class Recomposed(NamedTuple):
@@ -460,6 +469,7 @@ def compiled(job: Job) -> report.Row:
     assembly = kernel.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     dots_wanted, dots_left = dots(kernel.asm["ttir"], kernel.asm["ttgir"], fp32_unit=target.backend == "hip")
     registers, spill_bytes = nvidia_registers(binary) if target.backend == "cuda" else amd_registers(assembly)
+    groups = assembly.count("wgmma.commit_group")
     return row | {
         "registers": registers,
         "spill_bytes": spill_bytes,
@@ -467,6 +477,8 @@ def compiled(job: Job) -> report.Row:
         "shared_limit": target.shared_limit,
         "tensor_memory": getattr(kernel.metadata, "tmem_size", None) or 0,
         "matrix_ops": matrix_ops(assembly),
+        "groups": groups,
+        "waits": waiting(nvidia_tool("nvdisasm", "--print-code", binary=binary)) if groups else 0,
         "dots_wanted": dots_wanted,
         "dots_left": dots_left,
         "widest_load": widest(assembly, "load"),
@@ -497,16 +509,20 @@ def shown_operands(launch: Any, dtype: str) -> str:
     return " ".join(tensors + [f"({' '.join(odd)} odd)"] * bool(odd))
 
 
-def nvidia_registers(cubin: bytes) -> tuple[int, int]:
-    """(registers of a thread, bytes that it spills), as cuobjdump reads them."""
+def nvidia_tool(name: str, option: str, *, binary: bytes) -> str:
+    """What a tool that comes with Triton prints about a cubin."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(binary)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        return resource_usage(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def nvidia_registers(cubin: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes that it spills), as cuobjdump reads them."""
+    return resource_usage(nvidia_tool("cuobjdump", "--dump-resource-usage", binary=cubin))
 
 
 def resource_usage(dump: str) -> tuple[int, int]:
@@ -524,6 +540,11 @@ def amd_registers(amdgcn: str) -> tuple[int, int]:
 def matrix_ops(assembly: str) -> int:
     """How many instructions go to the matrix unit, in PTX or amdgcn."""
     return len(re.findall(r"\b(?:wgmma\.mma_async\.|mma\.sync\.|tcgen05\.mma\.|v_mfma_)", assembly))
+
+
+def waiting(sass: str) -> int:
+    """How many of Hopper's matrix instructions signal their end, for which the code then waits, in machine code."""
+    return len(re.findall(r"\bHGMMA\.[^;]*\bgsb0\b", sass))
 
 
 # Bits of an AMD memory instruction without a count of dwords.
@@ -577,6 +598,10 @@ def violations(row: report.Row) -> list[str]:
         found.append(f"needs {row['tensor_memory']} columns of tensor memory, there are {TENSOR_MEMORY}")
     if row["dots_left"] or (row["dots_wanted"] and not row["matrix_ops"]):
         found.append("has a product that is not made by the matrix unit")
+    # Results of before they were counted have neither.
+    groups, waits = row.get("groups", 0), row.get("waits", 0)
+    if waits > groups and row["kernel"] in MAIN_PATH:
+        found.append(f"waits after {waits} matrix instructions that it commits as {groups} groups")
     return found
 
 
@@ -670,9 +695,9 @@ def section(document: Document) -> str:
     return "\n\n".join(
         [
             f"{len(kernels):,} kernels: every configuration that `configs.py` could pick at that commit, in {dtypes}; "
-            "registers, spilled bytes and shared memory, the worst of each target. A spill, a tile that does not fit "
-            f"or a 16-bit product off the matrix unit is wrong, and so are {len(wrong) or 'none'}"
-            + ("." if not wrong else ":\n\n* " + "\n* ".join(wrong)),
+            "registers, spilled bytes and shared memory, the worst of each target. A spill, a tile that does not fit, "
+            "a 16-bit product off the matrix unit or, on the main path, one that waits after every instruction is "
+            f"wrong, and so are {len(wrong) or 'none'}" + ("." if not wrong else ":\n\n* " + "\n* ".join(wrong)),
             page.table("target | compiled | kernels | registers | spilled bytes | shared memory", rows),
         ]
     )

@@ -62,6 +62,8 @@ SHARED_MEMORY = {"A100-SXM4-80GB": 166_912, "H100-SXM": 232_448, "B200": 232_448
 # narrowest output has two of the interpreter's tiles, as k and v have two of a GPU's in the pass over dy.
 _SMALL = ((40, 72, 128), (50, 104, 118))
 _DROPOUT = 0.1
+# Operands that one launch makes for another, and no part of a split sum: they live within a pass, and count.
+_PASSED_ON = {"scaled_dys": "scaled_dy", "kept": "mask"}
 # Widths of the square layer for the two counts of a batch of many adapters.
 _NARROW = (72, 104)
 
@@ -456,6 +458,10 @@ def measure(small: Sequence[Run], full: Run, shared_memory: int) -> Traffic:
     parts = counted_parts(small)
     with recorded(shared_memory) as launches:
         passes = full("meta", launches)
+    for launch in launches:
+        for name, tensor in tensors_of(launch.arguments):
+            if name.split("[")[0] in _PASSED_ON:
+                passes.known(_PASSED_ON[name.split("[")[0]], tensor)
     turns = {kernel: iter(launched) for kernel, launched in parts.items()}
     touched, counts = [], {name: 0 for name, _ in passes.phases}
     for index, launch in enumerate(launches):

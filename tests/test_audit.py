@@ -46,6 +46,12 @@ AMDGCN = """
     .vgpr_count:     88
     .vgpr_spill_count: 2
 """
+SASS = """
+        /*1a30*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8].tnspB, !UPT ;
+        /*1a40*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR12].tnspB, R24, gsb0 ;
+        /*1a50*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*1a60*/                   HGMMA.64x16x16.F32.BF16 R152, R20, gdesc[UR4].tnspB, R152, gsb0 ;
+"""
 USAGE = """ Function _kernel:
   REG:198 STACK:8 SHARED:1024 LOCAL:16 CONSTANT[0]:640 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
@@ -55,6 +61,7 @@ def clean_row(**changes: Any) -> dict[str, Any]:
     row = {"kernel": "_kernel", "target": "sm_80", "dtype": "bf16", "config": "BLOCK_M=64", "operands": "x"}
     row |= {"registers": 128, "spill_bytes": 0, "shared_bytes": 166_912, "shared_limit": 166_912}
     row |= {"tensor_memory": 512, "matrix_ops": 8, "dots_wanted": 1, "dots_left": 0, "code_bytes": 4096}
+    row |= {"groups": 2, "waits": 2}
     return row | {"widest_load": 128, "widest_store": 128} | changes
 
 
@@ -66,6 +73,7 @@ def test_assembly_is_read_right() -> None:
     assert audit.widest(PTX.replace("cp.async", "cp_async"), "load") == 64
     assert (audit.widest(AMDGCN, "load"), audit.widest(AMDGCN, "store")) == (128, 64)
     assert audit.widest("", "load") == 0
+    assert audit.waiting(SASS) == 2
 
 
 def test_products_off_the_matrix_unit_are_found() -> None:
@@ -98,6 +106,7 @@ def test_code_is_what_can_be_executed() -> None:
         ({"tensor_memory": 513}, "513 columns"),
         ({"matrix_ops": 0}, "matrix unit"),
         ({"dots_left": 1}, "matrix unit"),
+        ({"waits": 5, "kernel": audit.MAIN_PATH[0]}, "waits after 5 matrix instructions that it commits as 2 groups"),
         ({"error": "CompilationError: no"}, "CompilationError"),
     ],
 )
@@ -112,9 +121,9 @@ def test_what_is_wrong_is_named_and_fails(
         audit.main(targets="sm_80", dtypes="bf16")
     assert stop.value.exit_code == 1
     printed = capsys.readouterr().out
-    assert "_kernel sm_80 bf16 [BLOCK_M=128] (x): " in printed
+    assert f"{rows[1]['kernel']} sm_80 bf16 [BLOCK_M=128] (x): " in printed
     assert words in printed
-    del rows[1]
+    rows[1] = clean_row(waits=5)  # off the main path it is only shown
     audit.main()
 
 

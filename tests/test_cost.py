@@ -55,6 +55,14 @@ def test_shrinking_inside_the_gemm_is_for_decoding_alone(device: object) -> None
             assert cheapest(ALL, layer(tokens, 4096, 4096, backward=backward), device) != "fused"
 
 
+def test_two_products_are_left_to_the_library_until_they_are_measured() -> None:
+    two = layer(8192, 4096, 4096, base_scale=True, trains_base=True, dropout=True, dropout_on_base=True)
+    for device in GPUS:
+        assert cheapest(ALL, two, device) == "library"
+        assert cheapest(ALL, two._replace(dropout_on_base=False), device) == "split"
+        assert cheapest(("split",), two, device) == "split"
+
+
 def test_what_is_given_is_chosen_from() -> None:
     assert cheapest(("library",), layer(8192, 1024, 1024), H100) == "library"
     assert cheapest(("split",), layer(8192, 14336, 4096), H100) == "split"
@@ -118,6 +126,22 @@ def test_works_count_flops_and_launches() -> None:
     assert forward_works("split", two)[1].flops == 2 * M * N * (2 * K + r)
     frozen = layer(M, K, N, r, trains_A=False, trains_up=False, wants_dx=False)
     assert works("split", frozen) == forward_works("split", frozen)
+
+
+def test_a_scaled_dy_and_the_bits_of_a_mask_are_counted() -> None:
+    M, K, N = 128, 64, 32
+    plain, scaled = layer(M, K, N), layer(M, K, N, base_scale=True)
+    assert moved("dy", scaled) - moved("dy", plain) == 2 * M * N
+    assert moved("dx", scaled) == moved("dx", plain)
+    on_base = scaled._replace(dropout=True, dropout_on_base=True)
+    assert moved("dx", on_base) - moved("dx", plain) == 2 * M * N
+    for phase in ("shrink", "linear"):
+        assert moved(phase, on_base) - moved(phase, plain) == M * K / 8
+
+
+def moved(phase: str, w: Workload) -> float:
+    (found,) = (work.bytes for work in works("split", w) if work.phase == phase)
+    return found
 
 
 def test_time_is_the_longer_of_products_and_traffic_and_a_launch() -> None:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from fastadapt_kernels import configs, tiles, weight_norm
 from fastadapt_kernels.adapter_linear import Member, adapter_linear, adapter_linear_backward
+from fastadapt_kernels.shrink import kept_bits, shrink
 from helpers import assert_follows, guarded, guarded_outputs, margins_intact
 from torch import Tensor
 
@@ -452,6 +453,39 @@ def philox_words(seed: int, quad: int, row: int) -> list[int]:
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     return [c0, c1, c2, c3]
+
+
+def test_the_bits_that_the_shrink_leaves_are_the_mask() -> None:
+    M, K = 37, 200
+    x, A, seed = torch.ones(M, K, device=DEVICE), torch.zeros(3, K, device=DEVICE), seed_tensor()
+    kept = kept_bits(x)
+    shrink([x], [A], out_dtype=x.dtype, seed=seed, p=P, kept=kept)
+    bits = kept[:, :, None] >> torch.arange(32, device=DEVICE, dtype=torch.int32) & 1
+    assert torch.equal(bits.flatten(1)[:, :K].bool(), tiles.dropout_mask(seed, M, K, P))
+
+
+def test_a_mask_that_hits_the_base_path_is_drawn_once_and_read_as_bits() -> None:
+    member = meta_member(4096, 4096, 16)._replace(
+        base_scale=torch.empty(4096, dtype=torch.float32, device="meta"), dropout_on_base=True
+    )
+    (shrinking, product), _ = launches_of([member], 8192, dropout=True)
+    assert shrinking.arguments["kept"] is product.arguments["kept"] is not None
+    plain = member._replace(dropout_on_base=False)
+    assert [launch.arguments["kept"] for launch in launches_of([plain], 8192, dropout=True)[0]] == [None, None]
+
+
+def test_dx_has_its_operands_ready_made() -> None:
+    """Multiplied by g inside its loop, dy would reach Hopper's matrix unit through registers, in every tile again."""
+    scale = torch.empty(4096, dtype=torch.float32, device="meta")
+    kept, dropped, bare = (meta_member(4096, 4096, 16)._replace(base_scale=g) for g in (scale, scale, None))
+    members = [kept, dropped._replace(dropout_on_base=True), bare]
+    _, (pass_over_dy, dx, _) = launches_of(members, 512, dropout=True)
+    own, offset, _ = pass_over_dy.arguments["scaled_dys"]
+    assert pass_over_dy.arguments["base_shifts"] == (0.0, 1.0, 0.0)
+    assert pass_over_dy.arguments["scaled_rows"] == (512, 512, 0)
+    assert dx.arguments["dys"][0] is own
+    assert dx.arguments["offset_dys"][1] is offset
+    assert dx.arguments["dys"][1:] == pass_over_dy.arguments["dys"][1:]
 
 
 def test_dropout_mask_is_philox() -> None:

@@ -57,7 +57,16 @@ def test_parts_count_to_the_cost_model_and_no_large_tensor_is_left_over() -> Non
     row, touched = traffic.row_of("dora_dropout", traffic.CASES["dora_dropout"], 8192, "H100-SXM")
     # The model counts q, which lives within the backward, with the rest.
     assert row["mib"] - row["norm_mib"] == pytest.approx(row["split_target_mib"], rel=0.005)
-    assert row["large_tensors"] == "dx dy x y z"
+    # (g - 1) ⊙ dy lives from the pass over dy to dx, and nothing else does.
+    assert row["large_tensors"] == "dx dy scaled_dy x y z"
+    bits = 8192 * 4096 / 8
+    mask = {
+        (operand.phase, operand.kernel, operand.read, operand.written) for operand in touched if operand.role == "mask"
+    }
+    assert mask == {
+        ("forward", "_shrink_kernel", 0, bits),
+        ("forward", "_adapter_linear_kernel", bits, 0),
+    }
     assert row["launches_forward"] <= 2
     assert row["launches_backward"] <= 3
     assert row["partials_mib"] < 24

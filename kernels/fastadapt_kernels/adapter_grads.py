@@ -35,13 +35,17 @@ def _output_grads_kernel(
     Bs,  # [N, R] where q is wanted, or None
     q,  # [tiles, M, q_width] or None: a tile's part of (h ⊙ dy) B
     sums,  # [splits, total]
+    scaled_dys,  # [M, N], contiguous, or None: (g - base_shift) ⊙ dy
     out_scales,  # [N] or None
+    base_scales,  # [N] or None: g
+    base_shifts,
     M,
     Ns,
     Rs,
     u_offsets,
     q_offsets,
     z_rows,
+    scaled_rows,
     P_offsets,
     bias_offsets,
     base_offsets,
@@ -95,6 +99,11 @@ def _output_grads_kernel(
         stride_zm = pick(strides_zm, member)
         stride_zn = pick(strides_zn, member)
 
+    if scaled_dys is not None:
+        scaled_dy = pick(scaled_dys, member)
+        scaled_M = tl.where(tile_r == 0, pick(scaled_rows, member), 0)
+        base_scale = load_member_vector(base_scales, member, columns, N, 1.0) - pick(base_shifts, member)
+
     # Transposed: the large tile then goes to the dot as it was loaded.
     P = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
     # Two-dimensional until the loop is over: a reduction across threads in every step would cost more than it saves.
@@ -105,6 +114,8 @@ def _output_grads_kernel(
     for start in range(first, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         dy_tile = load_tile(dy, rows, columns, M, N, stride_dm, stride_dn)  # [BLOCK_M, BLOCK_N]
+        if scaled_dys is not None:
+            store_tile(scaled_dy, dy_tile.to(tl.float32) * base_scale[None, :], rows, columns, scaled_M, N, N, 1)
         if WANT_BIAS:
             bias_acc += dy_tile.to(tl.float32)
         if zs is not None:
@@ -133,7 +144,7 @@ class OutputGrads(NamedTuple):
     """What one pass over dy gives: views by member of the flat fp32 ``total``, and q or what adds up to it.
 
     Where ``partials`` [splits, total] is there, total is still empty. Where ``q_partials`` is there, q [M, width] is:
-    its member i is the sum of the first q_splits[i] parts.
+    its member i is the sum of the first q_splits[i] parts. ``scaled`` has what dx multiplies with W0 instead of dy.
     """
 
     P: list[Tensor] | None
@@ -144,6 +155,7 @@ class OutputGrads(NamedTuple):
     q: Tensor | None
     q_partials: Tensor | None
     q_splits: list[int]
+    scaled: list[Tensor | None]
 
 
 def output_grads(
@@ -155,10 +167,12 @@ def output_grads(
     *,
     want_bias: bool,
     want_q: bool,
+    base_shifts: Sequence[float] | None = None,
 ) -> OutputGrads:
     """P_i = scaling · dy_iᵀ u_i given u, Σ dy_i, Σ dy_i ⊙ z_i where z_i is given, and with want_q (h ⊙ dy_i) B_i.
 
-    want_q is a wish: without any of the sums, q is left out.
+    Given base_shifts, also (g_i - shift_i) ⊙ dy_i of each member that has g: dx then finds its operand as it needs it.
+    want_q is a wish: without any of the others, q is left out.
     """
     M, device = dys[0].shape[0], dys[0].device
     Ns = [dy.shape[1] for dy in dys]
@@ -176,8 +190,13 @@ def output_grads(
     if want_bias:
         dbias = [total.narrow(0, start, N) for start, N in zip(bias_offsets, Ns, strict=True)]
     dbase = [None if z is None else total.narrow(0, start, N) for start, N, z in zip(base_offsets, Ns, zs, strict=True)]
-    nothing = OutputGrads(P, dbias, dbase, total, None, None, None, [1] * len(dys))
-    if total.numel() == 0 or M == 0:
+    scales = vectors([member.base_scale for member in members]) if base_shifts is not None else None
+    scaled: list[Tensor | None] = [
+        None if scale is None else torch.empty(dy.shape, dtype=dy.dtype, device=device)
+        for dy, scale in zip(dys, scales or [None] * len(dys), strict=True)
+    ]
+    nothing = OutputGrads(P, dbias, dbase, total, None, None, None, [1] * len(dys), scaled)
+    if M == 0 or (total.numel() == 0 and scales is None):
         total.zero_()
         return nothing
 
@@ -185,6 +204,7 @@ def output_grads(
     given_zs = [z for z in zs if z is not None]
     # A member without z has no rows of it.
     known_zs = [given_zs[0] if z is None else z for z in zs] if given_zs else []
+    given_scaled = [dy for dy in scaled if dy is not None]
     Bs = matrices([member.B for member in members])
     vector_sums = want_bias or bool(given_zs)
     config, splits, steps_per_split = configs.output_grads(
@@ -204,13 +224,18 @@ def output_grads(
         "Bs": Bs if want_q else None,
         "q": q_parts,
         "sums": partials,
+        # A member without g has no rows of it.
+        "scaled_dys": tuple(given_scaled[0] if dy is None else dy for dy in scaled) if given_scaled else None,
         "out_scales": vectors([member.out_scale for member in members]) if want_q else None,
+        "base_scales": scales,
+        "base_shifts": tuple(base_shifts) if scales is not None and base_shifts is not None else (),
         "M": M,
         "Ns": tuple(Ns),
         "Rs": uniform(ranks),
         "u_offsets": uniform(u_offsets),
         "q_offsets": uniform(offsets(ranks)),
         "z_rows": uniform([0 if z is None else M for z in zs]),
+        "scaled_rows": uniform([0 if dy is None else M for dy in scaled]),
         "P_offsets": tuple(P_offsets),
         "bias_offsets": tuple(bias_offsets),
         "base_offsets": tuple(base_offsets),

@@ -14,16 +14,16 @@ from . import configs
 from .adapter_grads import input_grads, output_grads
 from .group import Member, matrices, offsets, strides, uniform, vectors
 from .launch import prepared
-from .shrink import shrink
+from .shrink import kept_bits, shrink
 from .tiles import (
     count_tiles,
     drop_threshold,
     grouped_tile,
     keep_probability,
     kept_elements,
+    load_kept,
     load_low_rank,
     load_member_vector,
-    load_scale,
     load_tile,
     locate,
     pick,
@@ -110,6 +110,7 @@ def _adapter_linear_kernel(
     base_scales,  # [N] or None
     biases,  # [N] or None
     seed,  # [1] or None
+    kept,  # [M, words] int32: the mask in bits, where u was not computed here, or None
     M,
     Ns,
     K,
@@ -118,6 +119,7 @@ def _adapter_linear_kernel(
     width,
     splits,
     z_rows,
+    words,
     stride_xm,
     stride_xk,
     strides_wn,
@@ -167,7 +169,9 @@ def _adapter_linear_kernel(
         x_tile = load_tile(x, rows, inner, M, K, stride_xm, stride_xk)  # [BLOCK_M, BLOCK_K]
         w_tile = load_tile(weight, inner, columns, K, N, stride_wk, stride_wn)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
-        if seed is not None:
+        if kept is not None:
+            x_tile = tl.where(load_kept(kept, rows, start, M, words, BLOCK_K), x_tile, 0.0)
+        elif seed is not None:
             x_tile = tl.where(kept_elements(seed, rows, start, threshold, BLOCK_K), x_tile, 0.0)
         if DROPOUT_ON_BASE:
             dropped = tl.dot(x_tile, w_tile, dropped, input_precision="ieee")
@@ -210,16 +214,46 @@ def _adapter_linear_kernel(
     store_tile(pick(ys, member), acc, rows, columns, M, N, N, 1)
 
 
+@triton.jit
+def _add_low_ranks(
+    acc,
+    q,
+    partials,
+    As,  # by member, or None where no member has a rank
+    mid_scales,
+    q_offsets,
+    writes_q,
+    rows,
+    columns,
+    M,
+    K,
+    Rs,
+    splits,
+    width,
+    strides_ar,
+    strides_ak,
+    BLOCK_R: tl.constexpr,
+):
+    """acc + Σ_i q_i (d_i ⊙ A_i) over the members."""
+    if As is not None:
+        for i in tl.static_range(len(As)):
+            acc = _add_low_rank(
+                acc, q, partials, As[i], mid_scales, None, i, q_offsets[i], writes_q, rows, columns,
+                M, K, Rs[i], splits[i], width, pick(strides_ar, i), pick(strides_ak, i), BLOCK_R,
+            )  # fmt: skip
+    return acc
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def _adapter_linear_dx_kernel(
-    dys,  # [M, N]; this and what follows in the plural: by member
+    dys,  # [M, N], g ⊙ dy where a member has g and keeps its base path; this and the other plurals: by member
+    offset_dys,  # [M, N], contiguous: (g - 1) ⊙ dy where a member drops its base path, or None
     weights,  # [N, K]
     As,  # [R, K], or None where no member has a rank
     q,  # [M, width]
     partials,  # [splits, M, width] or None
     dx,  # [M, K], contiguous
     mid_scales,  # [R] or None
-    base_scales,  # [N] or None each
     seed,  # [1] or None
     M,
     Ns,
@@ -249,19 +283,15 @@ def _adapter_linear_dx_kernel(
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
-    # The mask hits the low-rank product but not dy W0: the low-rank product goes first.
-    if As is not None:
-        for i in tl.static_range(len(As)):
-            acc = _add_low_rank(
-                acc, q, partials, As[i], mid_scales, None, i, q_offsets[i], tile_n == 0, rows, columns,
-                M, K, Rs[i], splits[i], width, pick(strides_ar, i), pick(strides_ak, i), BLOCK_R,
-            )  # fmt: skip
-    dropped = acc
-    if ON_BASE != 0:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    elif seed is not None:
+    if seed is not None and ON_BASE == 0:
+        # The mask hits the low-rank product but not dy W0: the low-rank product goes first.
+        acc = _add_low_ranks(
+            acc, q, partials, As, mid_scales, q_offsets, tile_n == 0, rows, columns,
+            M, K, Rs, splits, width, strides_ar, strides_ak, BLOCK_R,
+        )  # fmt: skip
         kept = kept_elements(seed, rows, tile_n * BLOCK_N, threshold, BLOCK_N)
         acc = tl.where(kept, acc * inverse_keep, 0.0)
+    dropped = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
     for i in tl.static_range(len(dys)):
         stride_dm = pick(strides_dm, i)
@@ -272,22 +302,24 @@ def _adapter_linear_dx_kernel(
             inner = start + tl.arange(0, BLOCK_K)
             dy_tile = load_tile(dys[i], rows, inner, M, Ns[i], stride_dm, stride_dn)  # [BLOCK_M, BLOCK_K]
             w_tile = load_tile(weights[i], inner, columns, Ns[i], K, stride_wn, stride_wk)  # [BLOCK_K, BLOCK_N]
+            acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
             if (ON_BASE >> i) & 1 == 1:
-                acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
-                # g - 1 in fp32: in 16 bits it would be lost beside 1.
-                offset = load_scale(base_scales[i], inner, Ns[i]) - 1.0
-                dy_tile = (dy_tile.to(tl.float32) * offset[None, :]).to(dy_tile.dtype)
-                dropped = tl.dot(dy_tile, w_tile, dropped, input_precision="ieee")
-            else:
-                if base_scales[i] is not None:
-                    # On the left operand: Hopper's matrix unit takes that one from registers, not the right one.
-                    scale = load_scale(base_scales[i], inner, Ns[i])
-                    dy_tile = (dy_tile.to(tl.float32) * scale[None, :]).to(dy_tile.dtype)
-                acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
+                offset_tile = load_tile(offset_dys[i], rows, inner, M, Ns[i], Ns[i], 1)
+                dropped = tl.dot(offset_tile, w_tile, dropped, input_precision="ieee")
 
     if ON_BASE != 0:
+        dropped = _add_low_ranks(
+            dropped, q, partials, As, mid_scales, q_offsets, tile_n == 0, rows, columns,
+            M, K, Rs, splits, width, strides_ar, strides_ak, BLOCK_R,
+        )  # fmt: skip
         kept = kept_elements(seed, rows, tile_n * BLOCK_N, threshold, BLOCK_N)
         acc += tl.where(kept, dropped * inverse_keep, 0.0)
+    elif seed is None:
+        # Ahead of the loop it would make ptxas wait after every product there.
+        acc = _add_low_ranks(
+            acc, q, partials, As, mid_scales, q_offsets, tile_n == 0, rows, columns,
+            M, K, Rs, splits, width, strides_ar, strides_ak, BLOCK_R,
+        )  # fmt: skip
     store_tile(dx, acc, rows, columns, M, K, K, 1)
 
 
@@ -303,6 +335,7 @@ def _launch_members(
     fused: bool,
     shared_A: bool,
     seed: Tensor | None,
+    kept: Tensor | None,
     p: float,
     dropout_on_base: bool,
 ) -> None:
@@ -336,10 +369,12 @@ def _launch_members(
         "base_scales": base_scales,
         "biases": biases,
         "seed": seed,
+        "kept": kept,
         "M": M,
         "Ns": tuple(Ns),
         "K": K,
         "Rs": uniform(Rs),
+        "words": 0 if kept is None else kept.shape[1],
         "u_offsets": uniform(u_offsets),
         "width": u.shape[1],
         "splits": 1 if partials is None else partials.shape[0],
@@ -394,11 +429,13 @@ def adapter_linear(
     fused = u is None and strategy == "fused"
     if fused and max(ranks) > configs.MOST_FUSED_RANKS:
         raise ValueError(f'strategy "fused" takes ranks up to {configs.MOST_FUSED_RANKS}, got {max(ranks)}')
-    partials = None
+    partials = kept = None
     if fused:
         u = torch.empty(M, sum(A.shape[0] for A in As), dtype=x.dtype, device=x.device)
     elif u is None:
-        u, partials = shrink([x], As, out_dtype=x.dtype, seed=seed, p=p)
+        # Two products of x want the mask in every tile of columns: drawn once, it is read there.
+        kept = kept_bits(x) if any(on_base) and sum(ranks) > 0 else None
+        u, partials = shrink([x], As, out_dtype=x.dtype, seed=seed, p=p, kept=kept)
     else:
         u = u.contiguous()
     ys = [torch.empty(M, member.weight.shape[0], dtype=x.dtype, device=x.device) for member in members]
@@ -422,6 +459,7 @@ def adapter_linear(
                     fused=fused,
                     shared_A=shared_A,
                     seed=seed,
+                    kept=kept if both else None,
                     p=p,
                     dropout_on_base=both,
                 )
@@ -440,6 +478,7 @@ class Grads(NamedTuple):
 
 def _launch_dx(
     dys: Sequence[Tensor],
+    scaled: Sequence[Tensor | None],
     members: Sequence[Member],
     q: Tensor | None,
     partials: Tensor | None,
@@ -460,19 +499,20 @@ def _launch_dx(
     Rs = [A.shape[0] for A in As]
     on_base = tuple(_drops_base(member, seed) for member in members)
     mid_scales = vectors([members[i].mid_scale for i in adapted])
-    base_scales = vectors([member.base_scale for member in members]) or (None,) * len(members)
+    offset_dys = [dy if drops else None for dy, drops in zip(scaled, on_base, strict=True)]
+    dys = [dy if own is None or drops else own for dy, own, drops in zip(dys, scaled, on_base, strict=True)]
     seed = seed if adapted or any(on_base) else None
-    plain = seed is None and mid_scales is None and base_scales == (None,) * len(members)
+    plain = seed is None and mid_scales is None
     config = configs.adapter_linear_dx(dx, dys, weights, max(Rs, default=0), two_products=any(on_base), plain=plain)
     arguments = {
         "dys": tuple(dys),
+        "offset_dys": tuple(offset_dys) if any(on_base) else None,
         "weights": tuple(weights),
         "As": tuple(As) or None,
         "q": q,
         "partials": partials,
         "dx": dx,
         "mid_scales": mid_scales,
-        "base_scales": base_scales,
         "seed": seed,
         "M": M,
         "Ns": tuple(Ns),
@@ -526,7 +566,9 @@ def adapter_linear_backward(
     want_q = (want_dx or x is not None) and sum(ranks) > 0
     # Partials of a wide q would outweigh a second reading of dy; and where dx does not finish them, nothing would.
     one_pass = want_q and want_dx and max(ranks) <= configs.MOST_ONE_PASS_RANKS
-    sums = output_grads(dys, members, u, u_offsets, zs, want_bias=want_bias, want_q=one_pass)
+    # g - 1 in fp32: in 16 bits it would be lost beside 1.
+    base_shifts = [float(_drops_base(member, seed)) for member in members] if want_dx else None
+    sums = output_grads(dys, members, u, u_offsets, zs, want_bias=want_bias, want_q=one_pass, base_shifts=base_shifts)
     q, q_partials, splits = sums.q, sums.q_partials, sums.q_splits
     if want_q and q is None:
         q, q_partials = shrink(
@@ -540,7 +582,7 @@ def adapter_linear_backward(
             splits = [q_partials.shape[0]] * len(members)
             if not want_dx:
                 sum_partials(q_partials, q)
-    dx = _launch_dx(dys, members, q, q_partials, splits, q_offsets, seed, p) if want_dx else None
+    dx = _launch_dx(dys, sums.scaled, members, q, q_partials, splits, q_offsets, seed, p) if want_dx else None
     dA = None
     if x is not None:
         dA = input_grads(x, q, members, q_offsets, sums, seed=seed, p=p)

@@ -152,8 +152,11 @@ def _splits(programs: int, steps: int, least_steps: int, wanted: int = _WANTED_P
     return triton.cdiv(steps, steps_per_split), steps_per_split
 
 
-def shrink(xs: Sequence[Tensor], sizes: Sequence[int], A_dtype: torch.dtype) -> tuple[Config, int]:
-    """Tiles of _shrink_kernel for segments of sizes[i] ranks, of one x [M, K] or of one each, and its splits of K."""
+def shrink(xs: Sequence[Tensor], sizes: Sequence[int], *, masked: bool) -> tuple[Config, int]:
+    """Tiles of _shrink_kernel for segments of sizes[i] ranks, of one x [M, K] or of one each, and its splits of K.
+
+    masked: the dropout mask is drawn, in registers that wide tiles would want as well.
+    """
     M, K = xs[0].shape[0], max(x.shape[1] for x in xs)
     dtype, widest = xs[0].dtype, max(sizes)
     if _interpreted():
@@ -169,7 +172,12 @@ def shrink(xs: Sequence[Tensor], sizes: Sequence[int], A_dtype: torch.dtype) -> 
     else:
         block_r = _block(widest, 16, 128)
         large = shared_memory >= _LARGE
-        block_k = {16: 128, 32: 128 if large else 64, 64: 32 if block_m == 16 else 64, 128: 32}[block_r]
+        block_k = {
+            16: 64 if masked else 128,
+            32: 128 if large and not masked else 64,
+            64: 32 if block_m == 16 else 64,
+            128: 32,
+        }[block_r]
         stages = 3 if large else 2
         config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
     programs = triton.cdiv(M, block_m) * sum(triton.cdiv(size, block_r) for size in sizes)

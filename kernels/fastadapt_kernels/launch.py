@@ -119,7 +119,7 @@ class _Place(NamedTuple):
 
     source: int
     offset: int  # of its address, in bytes
-    view: tuple[Sequence[int], Sequence[int], int] | None  # shape, strides, and the offset in elements
+    view: tuple[Any, ...] | None  # shape, strides, and the offset in elements
 
 
 def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
@@ -247,7 +247,7 @@ class _Rehearsal(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _stand_in(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from .tiles import (
     drop_threshold,
     keep_probability,
     kept_elements,
+    kept_words,
     load_member_vector,
     load_tile,
     locate,
@@ -33,12 +34,14 @@ def _shrink_kernel(
     u,  # [splits, M, width]
     in_scales,  # [K_i] or None
     seed,  # [1] or None
+    kept,  # [M, words] int32 or None: the mask of one x in bits, to write
     M,
     Ks,
     sizes,
     starts,
     A_starts,
     width,
+    words,
     strides_xm,
     strides_xk,
     strides_ar,
@@ -85,7 +88,12 @@ def _shrink_kernel(
     for start in range(first, last, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
         x_tile = load_tile(x, rows, columns, M, K, stride_xm, stride_xk)  # [BLOCK_M, BLOCK_K]
-        if seed is not None:
+        if kept is not None:
+            mask, bits = kept_words(seed, rows, start, threshold, BLOCK_K)
+            x_tile = tl.where(mask, x_tile, 0.0)
+            own_words = start // 32 + tl.arange(0, BLOCK_K // 32)
+            store_tile(kept, bits, rows, own_words, tl.where(tile_r == 0, M, 0), words, words, 1)
+        elif seed is not None:
             x_tile = tl.where(kept_elements(seed, rows, start, threshold, BLOCK_K), x_tile, 0.0)
         A_pointers = A_rows[None, :] + columns.to(tl.int64)[:, None] * stride_ak
         A_tile = tl.load(A_pointers, mask=(columns < K)[:, None] & inside[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
@@ -102,6 +110,11 @@ def _shrink_kernel(
     store_tile(u, acc * pick(scalings, segment), rows, ranks, M, pick(sizes, segment), width, 1)
 
 
+def kept_bits(x: Tensor) -> Tensor:
+    """Room for the dropout mask of x [M, K] in bits: int32 [M, K / 32 rounded up to a multiple of 4], empty."""
+    return torch.empty(x.shape[0], 4 * triton.cdiv(x.shape[1], 128), dtype=torch.int32, device=x.device)
+
+
 def shrink(
     xs: Sequence[Tensor],
     As: Sequence[Tensor],
@@ -111,13 +124,15 @@ def shrink(
     scalings: Sequence[float] = (1.0,),
     seed: Tensor | None = None,
     p: float = 0.0,
+    kept: Tensor | None = None,
     exact_A: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(u, partials): column block i of u is scalings_i · x̃_i (in_scales_i ⊙ A_i)ᵀ, in one launch.
 
     One x serves every A, then with one scale, or each A has its own. Where the sum over K was split, u is still empty
     and partials [splits, M, width] in fp32 add up to it: load_low_rank does that where u is read first. exact_A keeps
-    an fp32 A whole beside a 16-bit x, as two 16-bit parts and two dots.
+    an fp32 A whole beside a 16-bit x, as two 16-bit parts and two dots. Into kept, of kept_bits, goes the mask of the
+    one x.
     Shapes: xs_i [M, K_i]; As_i [R_i, K_i]; in_scales_i [K_i]; seed [1] int64; u [M, width = Σ R_i]. Any strides.
     """
     M = xs[0].shape[0]
@@ -127,14 +142,15 @@ def shrink(
     if u.numel() == 0:
         return u, None
     # Without rows there is nothing to point to.
-    kept = [i for i, R in enumerate(ranks) if R > 0]
-    As, ranks = matrices([As[i] for i in kept]), [ranks[i] for i in kept]
+    ranked = [i for i, R in enumerate(ranks) if R > 0]
+    As, ranks = matrices([As[i] for i in ranked]), [ranks[i] for i in ranked]
     if len(xs) == 1:
         sizes = [width]
     else:
-        xs, in_scales, scalings = [xs[i] for i in kept], [in_scales[i] for i in kept], [scalings[i] for i in kept]
+        xs = [xs[i] for i in ranked]
+        in_scales, scalings = [in_scales[i] for i in ranked], [scalings[i] for i in ranked]
         sizes = ranks
-    config, splits = configs.shrink(xs, sizes, As[0].dtype)
+    config, splits = configs.shrink(xs, sizes, masked=seed is not None)
     partials = partial_buffer(u, splits)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * sum(triton.cdiv(size, config["BLOCK_R"]) for size in sizes)
     keep = 1.0 if seed is None else keep_probability(p)
@@ -144,12 +160,14 @@ def shrink(
         "u": partials,
         "in_scales": vectors(in_scales),
         "seed": seed,
+        "kept": kept,
         "M": M,
         "Ks": tuple(x.shape[1] for x in xs),
         "sizes": tuple(sizes),
         "starts": tuple(offsets(sizes)),
         "A_starts": tuple(offsets(ranks)),
         "width": width,
+        "words": 0 if kept is None else kept.shape[1],
         "strides_xm": strides(xs, 0),
         "strides_xk": strides(xs, 1),
         "strides_ar": strides(As, 0),

@@ -137,14 +137,46 @@ def kept_elements(seed, rows, first_column, threshold, COLUMNS: tl.constexpr):
     Row and column are separate counter words, so no product of them can overflow, and one Philox call serves four
     neighbouring columns. first_column must be a multiple of 4.
     """
+    keep0, keep1, keep2, keep3 = _kept_quads(seed, rows, first_column, threshold, COLUMNS)
+    return tl.interleave(tl.interleave(keep0, keep2), tl.interleave(keep1, keep3))
+
+
+@triton.jit
+def kept_words(seed, rows, first_column, threshold, COLUMNS: tl.constexpr):
+    """(the mask of kept_elements, its bits): int32 [len(rows), COLUMNS // 32], the lowest bit for the first column."""
+    keep0, keep1, keep2, keep3 = _kept_quads(seed, rows, first_column, threshold, COLUMNS)
+    quads = keep0.to(tl.int32) | keep1.to(tl.int32) << 1 | keep2.to(tl.int32) << 2 | keep3.to(tl.int32) << 3
+    shifts = 4 * (tl.arange(0, COLUMNS // 4) % 8)
+    parts = tl.reshape(quads << shifts[None, :], (quads.shape[0], COLUMNS // 32, 8))
+    kept = tl.interleave(tl.interleave(keep0, keep2), tl.interleave(keep1, keep3))
+    # No two parts of a word have a bit in common.
+    return kept, tl.sum(parts, axis=2)
+
+
+@triton.jit
+def _kept_quads(seed, rows, first_column, threshold, COLUMNS: tl.constexpr):
+    """Columns 0, 1, 2 and 3 of every four of the mask: [len(rows), COLUMNS // 4] each."""
     quads = first_column // 4 + tl.arange(0, COLUMNS // 4)
-    # [len(rows), COLUMNS // 4] each
     word0, word1, word2, word3 = tl.philox(tl.load(seed), quads[None, :], rows[:, None], 0, 0, _PHILOX_ROUNDS)
     keep0 = (word0 >> 1).to(tl.int32) >= threshold
     keep1 = (word1 >> 1).to(tl.int32) >= threshold
     keep2 = (word2 >> 1).to(tl.int32) >= threshold
     keep3 = (word3 >> 1).to(tl.int32) >= threshold
-    return tl.interleave(tl.interleave(keep0, keep2), tl.interleave(keep1, keep3))
+    return keep0, keep1, keep2, keep3
+
+
+@triton.jit
+def load_kept(words, rows, first_column, row_count, stride_row, COLUMNS: tl.constexpr):
+    """The mask [len(rows), COLUMNS] of kept_words' bits; first_column and COLUMNS are multiples of 32."""
+    columns = tl.arange(0, COLUMNS)
+    bits = tl.full((COLUMNS,), 1, tl.int32) << columns % 32
+    pointers = words + rows.to(tl.int64) * stride_row + first_column // 32
+    inside = rows < row_count
+    chosen = tl.load(pointers, mask=inside, other=0)[:, None]
+    for i in tl.static_range(1, COLUMNS // 32):
+        word = tl.load(pointers + i, mask=inside, other=0)[:, None]
+        chosen = tl.where(columns[None, :] >= 32 * i, word, chosen)
+    return (chosen & bits[None, :]) != 0
 
 
 @triton.jit(do_not_specialize=["threshold"])

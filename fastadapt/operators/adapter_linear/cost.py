@@ -7,7 +7,7 @@ where nothing was measured and gives way to a measurement where one was taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .devices import ITEMSIZE, Device
@@ -118,9 +118,10 @@ def _library(w: Workload, phase: str, flops: float, moved: float, launches: int 
 def _split_forward(w: Workload, s: _Sizes) -> list[Work]:
     z = s.y if w.trains_base and w.backward else 0
     products = (2 if w.two_products else 1) * s.base + s.expand
+    bits = s.mask / 8 if w.two_products else 0  # the mask, drawn once
     return [
-        _triton(w, "shrink", s.shrink, s.x + s.A + s.u),
-        _triton(w, "linear", products, s.x + s.weight + s.u + s.B + s.y + z),
+        _triton(w, "shrink", s.shrink, s.x + s.A + s.u + bits),
+        _triton(w, "linear", products, s.x + s.weight + s.u + s.B + s.y + z + bits),
     ]
 
 
@@ -137,6 +138,7 @@ def _split_backward(w: Workload, s: _Sizes) -> list[Work]:
         (s.expand, s.B + s.q, wants_q),
         (s.expand, s.B + s.u, w.trains_up),
         (0, s.y, w.trains_base),
+        (0, s.y, w.base_scale and w.wants_dx),  # g ⊙ dy, for dx
     ]
     found = []
     if any(wanted for *_, wanted in sums):
@@ -144,7 +146,8 @@ def _split_backward(w: Workload, s: _Sizes) -> list[Work]:
         found.append(_triton(w, "dy", flops, s.y + sum(moved for _, moved, wanted in sums if wanted)))
     if w.wants_dx:
         products = (2 if w.two_products else 1) * s.base + s.down
-        found.append(_triton(w, "dx", products, s.y + s.weight + s.q + s.A + s.x))
+        dys = (2 if w.two_products else 1) * s.y
+        found.append(_triton(w, "dx", products, dys + s.weight + s.q + s.A + s.x))
     if w.trains_A:
         found.append(_triton(w, "dA", s.down, s.x + s.q + s.dA))
     return found
@@ -268,16 +271,24 @@ def recomposing_saves(w: Workload) -> bool:
     return spared > times * (w.K * s.up + 2 * _FLOPS_PER_ELEMENT * w.K * s.N)
 
 
+def library_for_now(strategies: Sequence[str], w: Workload) -> bool:
+    """Whether the library has a workload until a measurement says otherwise: two products with the base weight."""
+    return w.two_products and "library" in strategies
+
+
 def cheapest(strategies: Iterable[str], w: Workload, device: Device) -> str:
     """The strategy of those given that the model expects to be fastest; ValueError where none of them can run.
 
-    What no roofline says is a rule: "fused" only for decoding (M <= 64), "recompose" exactly where `recomposing_saves`.
-    Large K, few tokens and a pass without a backward favour the library by the numbers.
+    What no roofline says is a rule: "fused" only for decoding (M <= 64), "recompose" exactly where `recomposing_saves`,
+    no kernel for two products with the base weight until a measurement says so. Large K, few tokens and a pass without
+    a backward favour the library by the numbers.
     """
     names = list(strategies)
     if "recompose" in names and recomposing_saves(w):
         return "recompose"
     candidates = [name for name in names if name != "recompose" and (name != "fused" or w.M <= _DECODE_TOKENS)]
+    if library_for_now(names, w):
+        return "library"
     if not candidates:
         raise ValueError(f"no strategy of {', '.join(names) or 'none'} can be chosen for {w}")
     if len(candidates) == 1:

@@ -70,5 +70,6 @@ def check_explicit(strategy: str, workload: Workload, x: Tensor, *tensors: Tenso
 def cheapest(names: tuple[str, ...], workload: Workload, device: torch.device) -> str:
     """The one of these strategies that the cost model takes to be the fastest."""
     if torch.compiler.is_compiling():  # sizes may be symbols, which no cache can hold
-        return names[0] if STRATEGIES[names[0]] == "triton" else cost.cheapest(names, workload, DEVICES["CPU"])
+        kernels = STRATEGIES[names[0]] == "triton" and not cost.library_for_now(names, workload)
+        return names[0] if kernels else cost.cheapest(names, workload, DEVICES["CPU"])
     return _cached_cheapest(names, workload, device_of(device))
