@@ -1,4 +1,4 @@
-"""Prepared launches hand the driver what Triton's ordinary path would: the real launcher, into a driver without a device.
+"""Prepared launches hand the driver what Triton's ordinary path would: its real launcher, a driver without a device.
 
 The interpreter, under which the other tests run, launches nothing: the cases run in a process of their own, this file.
 """
@@ -175,10 +175,11 @@ def steps(x: Tensor, members: list[Any], *, ordinary: bool = False, **options: A
 
 
 def main() -> dict[str, Any]:
-    from bench import launches
-    from bench.road import walked
     from fastadapt_kernels import adapter_linear as kernels
     from fastadapt_kernels import launch
+
+    from bench import launches
+    from bench.road import walked
 
     found: dict[str, Any] = {"launches": {}, "calls": {}, "alignment": {}}
     with launches.stub(), overheard() as handed:
