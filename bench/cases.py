@@ -23,6 +23,7 @@ BENCHES = {
     "pool": "bench.pool",
     "fuzz": "bench.fuzz",
     "calls": "bench.calls",
+    "launches": "bench.launches",
     "soak": "bench.soak",
     "road": "bench.road",
     "tables": "bench.tables",

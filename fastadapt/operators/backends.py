@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -16,6 +17,7 @@ BACKENDS = ("auto", "triton", "eager", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def kernels(module: str) -> ModuleType:
     """A module of the kernels, which imports Triton."""
     return importlib.import_module(f"fastadapt_kernels.{module}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import configs
 from .adapter_grads import input_grads, output_grads
 from .group import Member, matrices, offsets, strides, uniform, vectors
+from .launch import prepared
 from .shrink import kept_bits, shrink
 from .tiles import (
     count_tiles,
@@ -400,6 +401,7 @@ def _drops_base(member: Member, seed: Tensor | None) -> bool:
     return member.dropout_on_base and seed is not None and member.base_scale is not None
 
 
+@prepared
 def adapter_linear(
     x: Tensor,
     members: Sequence[Member],
@@ -534,6 +536,7 @@ def _launch_dx(
     return dx
 
 
+@prepared
 def adapter_linear_backward(
     dys: Sequence[Tensor],
     members: Sequence[Member],

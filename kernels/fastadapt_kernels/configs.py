@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -93,6 +93,16 @@ def recorded_launches(shared_memory: int) -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorder.reset(token)
+
+
+def is_recorded() -> bool:
+    """Whether launches are recorded, not run."""
+    return _recorder.get() is not None
+
+
+def rehearsed_launches(device: torch.device) -> AbstractContextManager[list[Launch]]:
+    """`recorded_launches` for the shared memory of a device."""
+    return recorded_launches(_shared_memory(device))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:

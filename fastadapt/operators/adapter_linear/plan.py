@@ -184,7 +184,12 @@ def _made(
         casts = any([weight.dtype != dtype for weight in weights]) or any([tensor.dtype != thin for tensor in tensors])
         trains = needs.A, needs.B, workload.backward
         plain = PlainCall(scalings, workload.ranks, *trains, dtype, thin, casts, autocast)
-    direct = STRATEGIES.get(chosen) == "eager" and not sees_operators(x)
+    forward: Callable[..., Outputs] = op.adapter_linear
+    backward: Callable[..., Grads] = op.adapter_linear_backward
+    if not sees_operators(x):
+        here = STRATEGIES.get(chosen) == "eager"
+        forward = eager.adapter_linear if here else op.adapter_linear.run
+        backward = eager.adapter_linear_backward if here else op.adapter_linear_backward.run
     return Plan(
         strategy=chosen,
         measured=measured,
@@ -198,8 +203,8 @@ def _made(
         keep=Keep(keeps_u, needs.base_scale, by_rule and keeps_made(chosen, workload)),
         trains=workload.backward,
         plain=plain,
-        forward=eager.adapter_linear if direct else op.adapter_linear,
-        backward=eager.adapter_linear_backward if direct else op.adapter_linear_backward,
+        forward=forward,
+        backward=backward,
     )
 
 

@@ -1,0 +1,273 @@
+"""Prepared launches hand the driver what Triton's ordinary path would: its real launcher, a driver without a device.
+
+The interpreter, under which the other tests run, launches nothing: the cases run in a process of their own, this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Python calls of a call of adapter_linear: a third more than there were, and far fewer than the ordinary launches take.
+MOST_CALLS = {"fused": 190, "split": 210, "split_both": 570}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What this file says when it is run."""
+    from bench import launches
+
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    with mock.patch.dict(os.environ, environment, clear=True):
+        if reason := launches.obstacle():
+            pytest.skip(reason)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-W", "ignore", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+@pytest.mark.parametrize("case", MOST_CALLS)
+def test_a_call_is_few_calls_of_python(case: str, found: dict[str, Any]) -> None:
+    assert found["calls"][case] <= MOST_CALLS[case]
+
+
+@pytest.mark.parametrize("case", ["plain", "scaled group", "copies first", "shared A"])
+def test_the_driver_is_handed_what_the_ordinary_path_hands_it(case: str, found: dict[str, Any]) -> None:
+    ordinary, *prepared = found["launches"][case]
+    assert len(ordinary) > 2
+    assert prepared == [ordinary] * len(prepared)
+
+
+@pytest.mark.parametrize("case", ["inputs", "new memory"])
+def test_no_kernel_is_told_of_an_alignment_that_is_not_there(case: str, found: dict[str, Any]) -> None:
+    launches, wrong = found["alignment"][case]
+    assert launches > 0
+    assert wrong == 0
+
+
+def test_a_key_without_alignment_would_be_noticed(found: dict[str, Any]) -> None:
+    assert found["alignment"]["planted"][1] > 0
+
+
+def test_an_outline_is_prepared_at_its_second_call(found: dict[str, Any]) -> None:
+    assert found["programs"] == [0, 1, 1, 1]
+
+
+def test_a_tensor_with_a_mind_of_its_own_is_launched_as_ever(found: dict[str, Any]) -> None:
+    assert found["subclass"] == 0
+
+
+class Handed(NamedTuple):
+    """What one launch hands the driver."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    types: tuple[Any, ...]
+    attributes: dict[tuple[int, ...], Any]
+    values: tuple[Any, ...]
+
+    def addresses(self) -> Iterator[tuple[tuple[int, ...], int]]:
+        """Where an address is among the arguments, and the address."""
+
+        def inside(kind: Any, value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], int]]:
+            if isinstance(kind, tuple):
+                for index, pair in enumerate(zip(kind, value, strict=True)):
+                    yield from inside(*pair, (*path, index))
+            elif kind.startswith("*"):
+                yield path, value if isinstance(value, int) else value.data_ptr()
+
+        yield from inside(self.types, self.values, ())
+
+    def wrong(self) -> int:
+        """Addresses that the kernel takes for multiples of 16 and that are none."""
+        told = {path for path, attributes in self.attributes.items() if ["tt.divisibility", 16] in attributes}
+        return sum(path in told and address % 16 != 0 for path, address in self.addresses())
+
+    def readable(self, inputs: list[Tensor]) -> list[Any]:
+        """All of it, with addresses as places in the inputs, or "new"."""
+        addresses = dict(self.addresses())
+
+        def shown(value: Any, path: tuple[int, ...]) -> Any:
+            if path in addresses:
+                return self._place(addresses[path], inputs)
+            if isinstance(value, tuple):
+                return [shown(part, (*path, index)) for index, part in enumerate(value)]
+            return value
+
+        return [self.kernel, list(self.grid), shown(self.values, ()), str(self.attributes)]
+
+    @staticmethod
+    def _place(address: int, inputs: list[Tensor]) -> str:
+        for index, tensor in enumerate(inputs):
+            if 0 <= address - tensor.data_ptr() < max(tensor.untyped_storage().nbytes(), 1):
+                return f"input {index} + {address - tensor.data_ptr()}"
+        return "new"
+
+
+@contextmanager
+def overheard() -> Iterator[list[Handed]]:
+    """The launches inside, as Triton's launcher gets them. Only of kernels that are compiled inside."""
+    from triton.runtime import driver
+
+    handed: list[Handed] = []
+    launcher = driver.active.launcher_cls
+
+    def launcher_cls(source: Any, metadata: Any) -> Callable[..., None]:
+        launch = launcher(source, metadata)
+
+        def run(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+            types = tuple(source.signature.values())
+            values = rest[-len(types) :]
+            handed.append(Handed(source.fn.fn.__name__, (x, y, z), types, dict(source.attrs), values))
+            launch(x, y, z, stream, function, *rest)
+
+        return run
+
+    driver.active.launcher_cls = launcher_cls
+    yield handed
+
+
+def layer(seed: int, n: int = 32, r: int = 16, factors: torch.dtype = torch.float32, scaled: bool = False) -> Any:
+    from fastadapt_kernels.adapter_linear import Member
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype = factors) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    weight, A, B = normal(n, 64, dtype=torch.bfloat16), normal(r, 64), normal(n, r)
+    if not scaled:
+        return Member(weight, A, B, None, None, 2.0, None, None)
+    # A vector with gaps is copied before the launch.
+    return Member(weight, A, B, normal(r), normal(n), 0.5, normal(n), normal(2 * n)[::2])
+
+
+def steps(x: Tensor, members: list[Any], *, ordinary: bool = False, **options: Any) -> list[Tensor]:
+    """A forward and a backward; gives their inputs."""
+    from fastadapt_kernels import adapter_linear as kernels
+
+    forward, backward = kernels.adapter_linear, kernels.adapter_linear_backward
+    if ordinary:
+        forward, backward = forward.__wrapped__, backward.__wrapped__  # type: ignore[attr-defined]
+    ys, u, zs = forward(x, members, keep_base=True, **options)
+    dys = [torch.ones_like(y) for y in ys]
+    grads = backward(dys, members, x=x, u=u, zs=zs, want_bias=True, **options)
+    tensors = [value for member in members for value in member if isinstance(value, Tensor)]
+    for result, like in zip([*ys, *(grads.P or [])], [*dys, *[m.B for m in members]], strict=True):
+        assert result.shape == like.shape
+    return [x, *tensors]
+
+
+def main() -> dict[str, Any]:
+    from fastadapt_kernels import adapter_linear as kernels
+    from fastadapt_kernels import launch
+
+    from bench import launches
+    from bench.road import walked
+
+    found: dict[str, Any] = {"launches": {}, "calls": {}, "alignment": {}}
+    with launches.stub(), overheard() as handed:
+
+        def of(run: Callable[[], list[Tensor]]) -> list[Handed]:
+            handed.clear()
+            run()
+            return handed.copy()
+
+        def programs() -> int:
+            kept: Any = [cell.cell_contents for cell in kernels.adapter_linear.__closure__ or ()]
+            return sum(p is not None for cell in kept if isinstance(cell, dict) for p in cell.values())
+
+        x = torch.randn(16, 64).bfloat16()
+        counts = []
+        for _ in range(4):
+            kernels.adapter_linear(x, [layer(0)])
+            counts.append(programs())
+        found["programs"] = counts
+
+        seed = torch.tensor([7])
+        mixed = [layer(1), layer(2, factors=torch.bfloat16)]
+        cases: dict[str, tuple[list[Any], dict[str, Any]]] = {
+            "plain": ([layer(3)], {}),
+            "scaled group": ([layer(4, scaled=True), layer(5, n=48, scaled=True)], {"seed": seed, "p": 0.3}),
+            "copies first": (mixed, {}),
+            "shared A": ([member._replace(A=mixed[0].A) for member in (layer(6), layer(7))], {"shared_A": True}),
+        }
+        for name, (members, options) in cases.items():
+            shown = []
+            for index in range(4):
+                inputs: list[Tensor] = []
+                got = of(
+                    lambda m=members, o=options, i=index, into=inputs: into.extend(  # type: ignore[misc]
+                        steps(x, m, ordinary=i == 0, **o)
+                    )
+                )
+                shown.append([one.readable(inputs) for one in got])
+            found["launches"][name] = shown
+
+        def shifted(tensor: Tensor) -> Tensor:
+            """The same numbers, one element behind a multiple of 16 bytes."""
+            memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+            return memory[1:].view(tensor.shape).copy_(tensor)
+
+        def at_odd_places() -> list[Handed]:
+            """Aligned tensors and others in turn."""
+            member = layer(8)
+            odd = [(shifted(x), member), (x, member._replace(A=shifted(member.A), weight=shifted(member.weight)))]
+            got: list[Handed] = []
+            for _ in range(4):
+                for one, its in [(x, member), *odd]:
+                    got += of(lambda one=one, its=its: steps(one, [its]))  # type: ignore[misc]
+            return got
+
+        def judged(got: list[Handed]) -> tuple[int, int]:
+            return len(got), sum(one.wrong() for one in got)
+
+        found["alignment"]["inputs"] = judged(at_odd_places())
+        new_empty = Tensor.new_empty
+
+        def shifted_memory(self: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
+            size = torch.Size(shape)
+            return new_empty(self, size.numel() + 1, dtype=dtype)[1:].view(size)
+
+        with mock.patch.object(Tensor, "new_empty", shifted_memory):
+            found["alignment"]["new memory"] = judged(at_odd_places())
+        with mock.patch.object(launch, "_ALIGNMENT", 1):
+            # As if a key did not hold it.
+            member = layer(9, n=64)
+            got = [one for _ in range(3) for one in of(lambda: steps(x, [member]))]
+            found["alignment"]["planted"] = judged(got + of(lambda: steps(shifted(x), [member])))
+
+        class Own(Tensor):
+            pass
+
+        before = programs()
+        for _ in range(3):
+            kernels.adapter_linear(x.as_subclass(Own), [layer(0, n=16)])
+        found["subclass"] = programs() - before
+
+        for name in MOST_CALLS:
+            call = launches.call_of(launches.CASES[name])
+            for _ in range(4):
+                call()
+            found["calls"][name] = walked(call)[2]
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))
