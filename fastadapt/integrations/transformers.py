@@ -26,7 +26,7 @@ from ..training.state import load_tensors, pack, trained_tensors, unpack
 CONTROL_FILE = "adapter_control.safetensors"
 
 
-class AdapterCallback(TrainerCallback):  # type: ignore[misc]
+class AdapterCallback(TrainerCallback):
     """Has a Trainer do what the active adapters' methods do between the steps: AdaLoRA's budget, Delta-LoRA's anchor.
 
         Trainer(model, arguments, train_dataset=data, callbacks=[fastadapt.integrations.AdapterCallback()])
@@ -44,15 +44,17 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         self.resume_from = resume_from
         self.controls: dict[str, Control] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
         configs = adapter_configs(model)
         trained = [name for name in active_adapters(model) if not configs[name].inference_mode]
         self.controls = {name: control_of(model, name) for name in trained if configs[name].is_controlled}
         if state.global_step and self.controls:
             self._resume(model, self._place(args, state))
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The regularizer's gradient, to which those of the loss are added."""
+        model = kwargs["model"]
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         for name, own in self.controls.items():
             value = own.regularizer()
@@ -73,7 +75,8 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
             for own in self.controls.values():
                 own.step()
 
-    def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if not checkpoint.is_dir():
             warnings.warn(f"there is no {checkpoint}: the adapter and its control are not saved", stacklevel=2)
@@ -83,7 +86,8 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         if self.controls:
             self._save(model, checkpoint / CONTROL_FILE, writes=state.is_world_process_zero)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
         best = Path(state.best_model_checkpoint or "", CONTROL_FILE)
         if args.load_best_model_at_end and state.best_model_checkpoint and self.controls and best.is_file():
             self._restore(model, _read(best))
