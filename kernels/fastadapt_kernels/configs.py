@@ -224,7 +224,8 @@ def adapter_linear_dx(
     masked: dropout hits the low-rank product. plain: no operand beside dys, weights, q and As.
     """
     # A loop for each member: only Hopper's matrix unit leaves registers for the widest tile.
-    plain = not masked and ((plain and len(dys) == 1) or _shared_memory(dx.device) >= _HOPPER)
+    hopper = _shared_memory(dx.device) >= _HOPPER
+    plain = not masked and ((plain and (hopper or len(dys) == 1)) or (hopper and R % 16 == 0))
     config = _product(
         dx, [dx.shape[1]], [*dys, *weights], two_products=two_products, masked=masked, plain=plain, wide=False
     )
