@@ -104,6 +104,7 @@ class Form(NamedTuple):
 LORA = Form()
 VERA = Form("dhb", frozen_A=True)
 EVERYTHING = Form("dhgb", dropout=True)
+BUT_DROPOUT = Form("dhgb")
 ON_BASE = Form("dhgb", dropout=True, on_base=True)
 FORMS = [LORA, Form(parameters=None), Form(dropout=True), VERA, Form("g"), EVERYTHING, ON_BASE]
 
@@ -131,7 +132,8 @@ Case = tuple[int, Group, Form]
 # Every branch of configs.py. What is compiled is the first launch with a config, so the one with most operands.
 BY_CONFIG: list[Case] = [
     *((M, Group.qkv(R), form) for form in (ON_BASE, EVERYTHING) for M in TOKENS for R in RANKS),
-    *((M, Group.square(R), LORA) for M in TOKENS for R in RANKS),
+    *((M, Group.square(R), form) for form in (BUT_DROPOUT, LORA) for M in TOKENS for R in RANKS),
+    *((8192, Group.qkv(R), BUT_DROPOUT) for R in RANKS),
     # A narrow model; and widths that divide by nothing.
     *((8192, Group(576, (576,), (R,)), EVERYTHING) for R in RANKS),
     *((M, Group(577, (577, 193, 1), (R, R, R)), form) for form in (ON_BASE, EVERYTHING) for M in TOKENS for R in RANKS),
@@ -274,6 +276,8 @@ def launch_group(dtype: torch.dtype, case: Case) -> None:
         options |= {"seed": tensor(1, dtype=torch.int64), "p": 0.1}
     for strategy in ("split", "fused") if max(group.Rs) <= configs.MOST_FUSED_RANKS else ("split",):
         ys, u, zs = adapter_linear(x, members, keep_base="g" in form.vectors, strategy=strategy, **options)
+        if "g" in form.vectors:  # where no g trains
+            adapter_linear(x, members, strategy=strategy, **options)
     if form.frozen_A:
         adapter_linear_backward(ys, members, u=u, zs=zs, want_bias="b" in form.vectors, **options)
     else:

@@ -56,7 +56,13 @@ from fastadapt.operators.adapter_linear.workload import Workload
 MIB = 2**20
 
 # Shared memory in bytes that one block may take, by device of the cost model: configs.py chooses tiles by it.
-SHARED_MEMORY = {"A100-SXM4-80GB": 166_912, "H100-SXM": 232_448, "B200": 232_448, "MI300X": 65_536}
+SHARED_MEMORY = {
+    "A100-SXM4-80GB": 166_912,
+    "H100-SXM": 232_448,
+    "H200-SXM": 232_448,
+    "B200": 232_448,
+    "MI300X": 65_536,
+}
 
 # Tokens, K and the width of the narrowest output, for the two counts: small, odd, with several tiles each way. The
 # narrowest output has two of the interpreter's tiles, as k and v have two of a GPU's in the pass over dy.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from fastadapt.operators.adapter_linear.cost import (
     predicted_seconds,
     works,
 )
-from fastadapt.operators.adapter_linear.devices import DEVICES, device_from, device_of
+from fastadapt.operators.adapter_linear.devices import DEVICES, device_from, device_of, keep_measured
 from fastadapt.operators.adapter_linear.workload import Workload
 
 A100, H100 = DEVICES["A100-SXM4-80GB"], DEVICES["H100-SXM"]
@@ -50,6 +51,7 @@ def test_split_is_the_default_for_training_and_the_library_has_large_k_few_token
 def test_shrinking_inside_the_gemm_is_for_decoding_alone(device: object) -> None:
     assert isinstance(device, type(H100))
     assert cheapest(ALL, layer(64, 4096, 4096, backward=False), device) == "fused"
+    assert cheapest(ALL, layer(8, 4096, 4096, 32, backward=False), device) != "fused"
     for tokens in (65, 512, 8192):
         for backward in (True, False):
             assert cheapest(ALL, layer(tokens, 4096, 4096, backward=backward), device) != "fused"
@@ -158,6 +160,17 @@ def moved(phase: str, w: Workload) -> float:
     return found
 
 
+def test_every_tile_of_columns_of_a_fused_decode_reads_a_again() -> None:
+    def moved(r: int) -> float:
+        (product,) = forward_works("fused", layer(16, 4096, 4096, r, backward=False))
+        return product.bytes
+
+    A, u_and_B = 4 * 64 * 4096, 2 * 16 * 64 + 4 * 64 * 4096
+    # The cache gives A beside the weight that memory gives, but not of many ranks.
+    assert moved(16) - moved(8) < A
+    assert moved(128) - moved(64) == (u_and_B + 4096 // 32 * A) / 2
+
+
 def test_time_is_the_longer_of_products_and_traffic_and_a_launch() -> None:
     (product,) = forward_works("fused", layer(8192, 8192, 8192))
     seconds = predicted_seconds([product], H100)
@@ -166,10 +179,34 @@ def test_time_is_the_longer_of_products_and_traffic_and_a_launch() -> None:
     assert predicted_seconds([shrink], H100) == pytest.approx(shrink.bytes / (3.35e12 * 0.9) + 3e-6)
 
 
+def test_what_was_measured_takes_the_place_of_what_is_assumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FASTADAPT_CACHE", str(tmp_path))
+    card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
+    assumed = device_from(card)
+    keep_measured("NVIDIA H200", triton=0.93)
+    path = keep_measured("NVIDIA H200", launch=2e-6)
+    assert device_from(card) == assumed._replace(triton=0.93, launch=2e-6)
+    assert device_from(SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)) == H100
+    for numbers in ({"triton": 0.0}, {"triton": float("nan")}, {"launch": 1.0}, {"bandwidth": 1e12}, {}):
+        with pytest.raises(ValueError, match="numbers must be positive"):
+            keep_measured("NVIDIA H200", **numbers)
+    for damage in ("{", "[]", '{"NVIDIA H200": 3}', "[" * 100_000):
+        path.write_text(damage)
+        assert device_from(card) == assumed
+    assert caplog.text.count("left aside") == 4
+    path.write_text('{"NVIDIA H200": {"triton": "fast", "launch": -1, "attainable_matmul": 0.7}}')
+    assert device_from(card) == assumed._replace(attainable_matmul=0.7)
+
+
 def test_a_cpu_and_every_gpu_have_an_entry() -> None:
     assert device_of(torch.device("cpu")) is DEVICES["CPU"]
     known = SimpleNamespace(name="NVIDIA A100-SXM4-80GB", major=8, minor=0, multi_processor_count=108)
-    assert device_from(known) is A100
+    assert device_from(known) == A100
+    names = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB", "NVIDIA H100 NVL", "NVIDIA GB200")
+    found = [device_from(SimpleNamespace(name=name, major=9, minor=0, multi_processor_count=132)) for name in names]
+    assert [device.name for device in found] == ["H200-SXM", "H100-SXM", *names[2:]]
     ada = SimpleNamespace(
         name="NVIDIA GeForce RTX 4090",
         major=8,

@@ -410,7 +410,8 @@ def test_launches(K: int, Ns: tuple[int, ...], M: int, strategy: str, forward_la
     members = [meta_member(N, K, 16) for N in Ns]
     forward, backward = launches_of(members, M, dropout=dropout, strategy=strategy)
     assert len(forward) == forward_launches
-    assert len(backward) == 3
+    # A narrow x has too few columns for a GPU: where tokens are many, dA is a sum of parts.
+    assert len(backward) == (4 if (K, M) == (576, 8192) else 3)
 
 
 def test_partial_buffers_stay_small() -> None:
@@ -432,6 +433,13 @@ def test_weight_norm(K: int, N: int, R: int, dtype: torch.dtype) -> None:
     assert norm.dtype == WA.dtype == torch.float32
     # Judged in fp32 for a 16-bit weight too: A enters the dot as two 16-bit parts there.
     check(norm, norm_formula, layer.weight, layer.A, layer.B, dtype=torch.float32)
+
+
+def test_weight_norm_of_a_row_that_is_nan_is_nan() -> None:
+    layer = make_layer(1, 40, 33, 8, torch.float32)
+    layer.B[5, 3] = torch.nan
+    norm, _ = weight_norm.weight_norm(layer.weight, layer.A, layer.B, 1.5, weight_norm.row_squares(layer.weight))
+    assert norm.isnan().nonzero().tolist() == [[5]]
 
 
 def test_weight_norm_of_a_cancelled_row_is_not_nan() -> None:

@@ -267,7 +267,7 @@ def output_grads(
 def _input_grads_kernel(
     x,  # [M, K]
     q,  # [M, width]
-    dA,  # [width, K]
+    dA,  # [splits, width, K]
     mid_scales,  # [R] by member or None
     partials,  # [sum_splits, total] or None: sums over dy to complete
     sums,  # [total] or None
@@ -283,22 +283,28 @@ def _input_grads_kernel(
     inverse_keep,
     splits,
     total,
+    dA_splits,
+    steps_per_split,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # A program walks down all rows for a few columns of x, so that dA needs no second stage. Tiles along r are
-    # neighbours: those that share columns of x find them in L2.
+    # A program walks down rows for a few columns of x: all of them, so that dA needs no second stage, but where columns
+    # are too few to keep a GPU busy. Tiles along r are neighbours: those that share columns of x find them in L2.
     tiles_r = tl.cdiv(width, BLOCK_R)
-    tiles = tl.cdiv(K, BLOCK_K) * tiles_r
+    tiles = tl.cdiv(K, BLOCK_K) * tiles_r * dA_splits
     program = tl.program_id(0)
     if program < tiles:
-        tile_k = program // tiles_r
+        split = program % dA_splits
+        tile = program // dA_splits
+        tile_k = tile // tiles_r
         columns = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        ranks = program % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
+        ranks = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
         acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-        for start in range(0, M, BLOCK_M):
+        first = split * steps_per_split * BLOCK_M
+        last = tl.minimum(first + steps_per_split * BLOCK_M, M)
+        for start in range(first, last, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
             x_tile = load_tile(x, rows, columns, M, K, stride_xm, stride_xk)  # [BLOCK_M, BLOCK_K]
             if seed is not None:
@@ -313,6 +319,7 @@ def _input_grads_kernel(
                     inside = (own >= 0) & (own < Rs[i])
                     scale = tl.load(mid_scales[i] + own, mask=inside, other=0.0).to(tl.float32)
                     acc *= tl.where(inside, scale, 1.0)[:, None]
+        dA += split.to(tl.int64) * width * K
         store_tile(dA, acc, ranks, columns, width, K, K, 1)
     else:
         if partials is not None:
@@ -343,12 +350,13 @@ def input_grads(
         if sums.partials is not None:
             sum_partials(sums.partials, sums.total)
         return by_member
-    config = configs.input_grads(x, width)
+    config, splits, steps_per_split = configs.input_grads(x, width)
+    dA_parts = partial_buffer(dA, splits)
     total = 0 if sums.partials is None else sums.total.numel()
     arguments = {
         "x": x,
         "q": q,
-        "dA": dA,
+        "dA": dA_parts,
         "mid_scales": vectors([member.mid_scale for member in members]),
         "partials": sums.partials,
         "sums": None if sums.partials is None else sums.total,
@@ -364,7 +372,10 @@ def input_grads(
         "inverse_keep": 1.0 if seed is None else 1.0 / keep_probability(p),
         "splits": 1 if sums.partials is None else sums.partials.shape[0],
         "total": total,
+        "dA_splits": splits,
+        "steps_per_split": steps_per_split,
     }
-    tiles = triton.cdiv(K, config["BLOCK_K"]) * triton.cdiv(width, config["BLOCK_R"])
+    tiles = triton.cdiv(K, config["BLOCK_K"]) * triton.cdiv(width, config["BLOCK_R"]) * splits
     configs.launch(_input_grads_kernel, (tiles + triton.cdiv(total, config["BLOCK"]),), arguments, config)
+    sum_partials(dA_parts, dA)
     return by_member

@@ -14,6 +14,7 @@ from . import configs
 from .adapter_grads import input_grads, output_grads
 from .group import Member, matrices, offsets, strides, uniform, vectors
 from .launch import prepared
+from .low_rank import add_low_rank, add_low_ranks, scaled_factor
 from .shrink import kept_bits, shrink
 from .tiles import (
     count_tiles,
@@ -22,7 +23,6 @@ from .tiles import (
     keep_probability,
     kept_elements,
     load_kept,
-    load_low_rank,
     load_member_vector,
     load_tile,
     locate,
@@ -32,67 +32,6 @@ from .tiles import (
 )
 
 __all__ = ["Grads", "Member", "adapter_linear", "adapter_linear_backward"]
-
-
-@triton.jit
-def _scaled_factor(
-    factor,  # [R, N]: Bᵀ or A
-    mid_scales,  # [R] by member or None
-    column_scale,  # [BLOCK_N] or None
-    member,
-    ranks,
-    columns,
-    R,
-    N,
-    stride_r,
-    stride_n,
-    BLOCK_R: tl.constexpr,
-):
-    """Tile [BLOCK_R, BLOCK_N] of d ⊙ factor ⊙ column_scale in fp32: the small operand is scaled, then rounded."""
-    tile = load_tile(factor, ranks, columns, R, N, stride_r, stride_n).to(tl.float32)
-    if mid_scales is not None:
-        tile *= load_member_vector(mid_scales, member, ranks, R, 1.0)[:, None]
-    if column_scale is not None:
-        tile *= column_scale[None, :]
-    return tile
-
-
-@triton.jit
-def _add_low_rank(
-    acc,  # [BLOCK_M, BLOCK_N]
-    u,  # [M, width]
-    partials,  # [splits, M, width] or None
-    factor,  # [R, N]
-    mid_scales,
-    column_scale,
-    member,
-    offset,
-    writes_u,
-    rows,
-    columns,
-    M,
-    N,
-    R,
-    splits,
-    width,
-    stride_r,
-    stride_n,
-    BLOCK_R: tl.constexpr,
-):
-    """acc + u[:, offset : offset + R] (d ⊙ factor ⊙ column_scale), walking r in steps, so that no tile is r wide.
-
-    Where u is still in parts, the programs with writes_u also write it.
-    """
-    for start in range(0, R, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
-        u_tile = load_low_rank(u, partials, offset, rows, ranks, M, R, splits, width)  # [BLOCK_M, BLOCK_R]
-        if partials is not None:
-            store_tile(u + offset, u_tile, rows, ranks, tl.where(writes_u, M, 0), R, width, 1)
-        factor_tile = _scaled_factor(
-            factor, mid_scales, column_scale, member, ranks, columns, R, N, stride_r, stride_n, BLOCK_R
-        )
-        acc = tl.dot(u_tile, factor_tile.to(u_tile.dtype), acc, input_precision="ieee")
-    return acc
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -200,48 +139,18 @@ def _adapter_linear_kernel(
         if As is not None:
             u_tile = (low_rank * inverse_keep).to(x.dtype.element_ty)
             store_tile(u + offset, u_tile, rows, ranks, tl.where(writes_u, M, 0), R, width, 1)
-            B_tile = _scaled_factor(
+            B_tile = scaled_factor(
                 B, mid_scales, column_scale, member, ranks, columns, R, N, stride_br, stride_bn, BLOCK_R
             )
             acc = tl.dot(u_tile, B_tile.to(u_tile.dtype), acc, input_precision="ieee")
         else:
-            acc = _add_low_rank(
+            acc = add_low_rank(
                 acc, u, partials, B, mid_scales, column_scale, member, offset, writes_u, rows, columns,
                 M, N, R, splits, width, stride_br, stride_bn, BLOCK_R,
             )  # fmt: skip
     if biases is not None:
         acc += load_member_vector(biases, member, columns, N, 0.0)[None, :]
     store_tile(pick(ys, member), acc, rows, columns, M, N, N, 1)
-
-
-@triton.jit
-def _add_low_ranks(
-    acc,
-    q,
-    partials,
-    As,  # by member, or None where no member has a rank
-    mid_scales,
-    q_offsets,
-    writes_q,
-    rows,
-    columns,
-    M,
-    K,
-    Rs,
-    splits,
-    width,
-    strides_ar,
-    strides_ak,
-    BLOCK_R: tl.constexpr,
-):
-    """acc + Σ_i q_i (d_i ⊙ A_i) over the members."""
-    if As is not None:
-        for i in tl.static_range(len(As)):
-            acc = _add_low_rank(
-                acc, q, partials, As[i], mid_scales, None, i, q_offsets[i], writes_q, rows, columns,
-                M, K, Rs[i], splits[i], width, pick(strides_ar, i), pick(strides_ak, i), BLOCK_R,
-            )  # fmt: skip
-    return acc
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -285,7 +194,7 @@ def _adapter_linear_dx_kernel(
 
     if seed is not None and ON_BASE == 0:
         # The mask hits the low-rank product but not dy W0: the low-rank product goes first.
-        acc = _add_low_ranks(
+        acc = add_low_ranks(
             acc, q, partials, As, mid_scales, q_offsets, tile_n == 0, rows, columns,
             M, K, Rs, splits, width, strides_ar, strides_ak, BLOCK_R,
         )  # fmt: skip
@@ -308,7 +217,7 @@ def _adapter_linear_dx_kernel(
                 dropped = tl.dot(offset_tile, w_tile, dropped, input_precision="ieee")
 
     if ON_BASE != 0:
-        dropped = _add_low_ranks(
+        dropped = add_low_ranks(
             dropped, q, partials, As, mid_scales, q_offsets, tile_n == 0, rows, columns,
             M, K, Rs, splits, width, strides_ar, strides_ak, BLOCK_R,
         )  # fmt: skip
@@ -316,7 +225,7 @@ def _adapter_linear_dx_kernel(
         acc += tl.where(kept, dropped * inverse_keep, 0.0)
     elif seed is None:
         # Ahead of the loop it would make ptxas wait after every product there.
-        acc = _add_low_ranks(
+        acc = add_low_ranks(
             acc, q, partials, As, mid_scales, q_offsets, tile_n == 0, rows, columns,
             M, K, Rs, splits, width, strides_ar, strides_ak, BLOCK_R,
         )  # fmt: skip
@@ -352,8 +261,17 @@ def _launch_members(
         vectors([getattr(member, name) for member in members])
         for name in ("mid_scale", "out_scale", "base_scale", "bias")
     )
-    plain = not kept_base and seed is None and mid_scales is out_scales is base_scales is biases is None
-    config = configs.adapter_linear(x, weights, max(Rs), fused=fused, two_products=dropout_on_base, plain=plain)
+    plain = mid_scales is out_scales is base_scales is biases is None
+    config = configs.adapter_linear(
+        x,
+        weights,
+        max(Rs),
+        fused=fused,
+        two_products=dropout_on_base,
+        masked=seed is not None,
+        scaled=base_scales is not None,
+        plain=plain,
+    )
     arguments = {
         "x": x,
         "weights": tuple(weights),
@@ -502,8 +420,15 @@ def _launch_dx(
     offset_dys = [dy if drops else None for dy, drops in zip(scaled, on_base, strict=True)]
     dys = [dy if own is None or drops else own for dy, own, drops in zip(dys, scaled, on_base, strict=True)]
     seed = seed if adapted or any(on_base) else None
-    plain = seed is None and mid_scales is None
-    config = configs.adapter_linear_dx(dx, dys, weights, max(Rs, default=0), two_products=any(on_base), plain=plain)
+    config = configs.adapter_linear_dx(
+        dx,
+        dys,
+        weights,
+        max(Rs, default=0),
+        two_products=any(on_base),
+        masked=seed is not None,
+        plain=mid_scales is None,
+    )
     arguments = {
         "dys": tuple(dys),
         "offset_dys": tuple(offset_dys) if any(on_base) else None,

@@ -208,7 +208,8 @@ def _bottleneck_backward_kernel(
         factor = tl.where(kept_elements(seed, rows, 0, threshold, BLOCK_H), inverse_keep, 0.0)
     if dropped is not None:
         store_tile(dropped, _activated(pre, ACTIVATION) * factor, rows, hidden, M, H, H, 1)
-    if dv is not None or dhidden is not None or bias_sums is not None:
+    # The parentheses are for Triton 3.3.
+    if (dv is not None or dhidden is not None) or bias_sums is not None:
         factor *= _slope(pre, ACTIVATION)
         grad = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32)
         for start in range(0, N, BLOCK_N):

@@ -186,33 +186,59 @@ def shrink(xs: Sequence[Tensor], sizes: Sequence[int], *, masked: bool) -> tuple
 
 
 def adapter_linear(
-    x: Tensor, weights: Sequence[Tensor], R: int, *, fused: bool, two_products: bool, plain: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    R: int,
+    *,
+    fused: bool,
+    two_products: bool,
+    masked: bool,
+    scaled: bool,
+    plain: bool,
 ) -> Config:
     """Tiles of _adapter_linear_kernel for x [M, K], weights [N_i, K] and ranks up to R.
 
-    plain: no operand beside x, weights, u and Bs, so that registers are left for the widest tile.
+    masked: the dropout mask is drawn in the loop. scaled: the base product has a scale. plain: no operand beside x,
+    weights, u and Bs.
     """
-    # A third operand in the loop: only Hopper's matrix unit leaves registers for the widest tile.
-    plain = plain and (not fused or _shared_memory(x.device) >= _HOPPER)
+    # A third operand in the loop, or vectors behind it: only Hopper's matrix unit leaves registers for the widest tile,
+    # and not for masks of ranks as well.
+    hopper = _shared_memory(x.device) >= _HOPPER
+    few_vectors = hopper and not (fused or scaled) and R % 16 == 0
+    plain = not masked and ((plain and (hopper or not fused)) or few_vectors)
     Ns = [weight.shape[0] for weight in weights]
     wide = fused and (R > 32 or two_products)
-    config = _product(x, Ns, [x, *weights], two_products=two_products, plain=plain, wide=wide)
+    config = _product(x, Ns, [x, *weights], two_products=two_products, masked=masked, plain=plain, wide=wide)
     if fused:
         # The whole rank at once.
         return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
     # On the smaller GPUs, and with few tokens, ptxas holds a tile of 16 ranks to fewer registers than it needs; beside
     # a second product it is the tile of 32 ranks that does not fit.
-    least = 16 if _shared_memory(x.device) >= _LARGE and x.shape[0] > 32 else 32
-    return {"BLOCK_R": _block(R, least, 16 if two_products and config["BLOCK_N"] == 128 else 32), **config}
+    few = two_products and (config["BLOCK_N"] == 128 or (hopper and not _aligned([x, *weights])))
+    least = 16 if few or (_shared_memory(x.device) >= _LARGE and x.shape[0] > 32) else 32
+    return {"BLOCK_R": _block(R, least, 16 if few else 32), **config}
 
 
 def adapter_linear_dx(
-    dx: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor], R: int, *, two_products: bool, plain: bool
+    dx: Tensor,
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    R: int,
+    *,
+    two_products: bool,
+    masked: bool,
+    plain: bool,
 ) -> Config:
-    """Tiles of _adapter_linear_dx_kernel for dx [M, K], dys [M, N_i], weights [N_i, K] and ranks up to R."""
+    """Tiles of _adapter_linear_dx_kernel for dx [M, K], dys [M, N_i], weights [N_i, K] and ranks up to R.
+
+    masked: dropout hits the low-rank product. plain: no operand beside dys, weights, q and As.
+    """
     # A loop for each member: only Hopper's matrix unit leaves registers for the widest tile.
-    plain = plain and (len(dys) == 1 or _shared_memory(dx.device) >= _HOPPER)
-    config = _product(dx, [dx.shape[1]], [*dys, *weights], two_products=two_products, plain=plain, wide=False)
+    hopper = _shared_memory(dx.device) >= _HOPPER
+    plain = not masked and ((plain and (hopper or len(dys) == 1)) or (hopper and R % 16 == 0))
+    config = _product(
+        dx, [dx.shape[1]], [*dys, *weights], two_products=two_products, masked=masked, plain=plain, wide=False
+    )
     shared_memory = _shared_memory(dx.device)
     small, short = shared_memory < _LARGE, dx.shape[0] <= 32
     # The widest tile leaves registers for a few ranks; so does a second product but on Hopper; and on the smaller GPUs
@@ -227,7 +253,14 @@ def _aligned(tensors: Sequence[Tensor]) -> bool:
 
 
 def _product(
-    x: Tensor, Ns: Sequence[int], operands: Sequence[Tensor], *, two_products: bool, plain: bool, wide: bool
+    x: Tensor,
+    Ns: Sequence[int],
+    operands: Sequence[Tensor],
+    *,
+    two_products: bool,
+    masked: bool,
+    plain: bool,
+    wide: bool,
 ) -> Config:
     """Tiles of a product of M rows and N_i columns, in x's dtype.
 
@@ -253,6 +286,9 @@ def _product(
         # A few tokens: as many programs as it takes to stream the weight.
         block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
         block_k, stages = 32 if wide or block_n == 64 else 64, 4 if shared_memory >= _MEDIUM else 3
+        if shared_memory >= _HOPPER and not (wide or two_products or masked):
+            # A multiprocessor must have some 26 KB under way to keep an H200's memory busy: here 32 KB and more.
+            block_k, stages = 128, 5
         block_m = _block(M, 32 if two_products else 16, 32)
         tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": stages}
     elif two_products and wide:
@@ -261,7 +297,7 @@ def _product(
     elif programs(128) < _WANTED_PROGRAMS // 4:
         block_k = 32 if wide or two_products else 64
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
-    elif plain and shared_memory >= _LARGE and programs(256) >= _WANTED_PROGRAMS // 2:
+    elif plain and not two_products and shared_memory >= _LARGE and programs(256) >= _WANTED_PROGRAMS // 2:
         tiles = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     else:
         # Two accumulators and the left operand in registers: only Hopper's matrix unit leaves room for the wider tile.
@@ -304,17 +340,24 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
     return config, *_splits(programs, steps, 4, wanted=_WANTED_PROGRAMS // 4)
 
 
-def input_grads(x: Tensor, R: int) -> Config:
-    """Tiles of _input_grads_kernel for x [M, K] and R ranks, and the elements of a block of sums that it completes."""
+def input_grads(x: Tensor, R: int) -> tuple[Config, int, int]:
+    """Tiles of _input_grads_kernel for x [M, K] and R ranks, and (splits, steps_per_split) of its loop over tokens.
+
+    BLOCK: the elements of a block of sums that the launch completes.
+    """
+    M, K = x.shape
     if _interpreted():
-        return {"BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": 32, "BLOCK": 256}
+        config = {"BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": 32, "BLOCK": 256}
+        return config, *_splits(1, triton.cdiv(M, 16), 1, wanted=2)
     rank = _block(R, 16, 64)
     # Narrow, so that there are enough programs without a split of the tokens and its second stage.
-    block_k = 32 if triton.cdiv(x.shape[1], 32) * triton.cdiv(R, rank) >= _WANTED_PROGRAMS // 8 else 16
+    block_k = 32 if triton.cdiv(K, 32) * triton.cdiv(R, rank) >= _WANTED_PROGRAMS // 8 else 16
     crowded = rank == 64 and not _aligned([x]) and _shared_memory(x.device) < _HOPPER
     block_m, stages = (32, 2) if x.dtype == torch.float32 else (64 if crowded else 128, 3)
-    tiles = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": rank}
-    return {**tiles, "BLOCK": 512, "num_warps": 4, "num_stages": stages}
+    tiles = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": rank, "BLOCK": 512}
+    programs = triton.cdiv(K, block_k) * triton.cdiv(R, rank)
+    splits = _splits(programs, triton.cdiv(M, block_m), 1024 // block_m, wanted=_WANTED_PROGRAMS // 4)
+    return {**tiles, "num_warps": 4, "num_stages": stages}, *splits
 
 
 def hadamard_linear(x: Tensor, operands: Sequence[Tensor], N: int, Q: int) -> Config:

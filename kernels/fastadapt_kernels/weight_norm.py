@@ -62,8 +62,8 @@ def _weight_norm_kernel(
             product = tl.dot(B_inner, gram_tile, product, input_precision="ieee")
         square += tl.sum(product * B_tile, axis=1)
     total = tl.load(base_squared + rows, mask=rows < N, other=0.0) + scaling * (2.0 * cross + scaling * square)
-    # Rounding can leave a row that the adapter cancels slightly below 0.
-    tl.store(norm + rows, tl.sqrt_rn(tl.maximum(total, 0.0)), mask=rows < N)
+    # Rounding can leave a row that the adapter cancels slightly below 0. Unlike a maximum, this keeps NaN.
+    tl.store(norm + rows, tl.sqrt_rn(tl.where(total < 0.0, 0.0, total)), mask=rows < N)
 
 
 def row_squares(weight: Tensor) -> Tensor:

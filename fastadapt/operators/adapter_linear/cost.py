@@ -13,12 +13,17 @@ from typing import NamedTuple
 from .devices import ITEMSIZE, Device
 from .workload import Workload
 
-# The widest output tile of the kernels: inside the GEMM, u is computed anew for each tile of columns.
-_BLOCK_N = 128
-
-# Up to here a layer is bound by its weight and by its launches: shrinking inside the GEMM saves a launch and adds
-# nothing that shows. Above, it spills on some GPUs and was measured at 0.24-0.87x by a peer: not without a measurement.
+# Up to here a layer is bound by its weight and by its launches: shrinking inside the GEMM saves a launch. Above, it
+# spills on some GPUs and was measured at 0.24-0.87x by a peer: not without a measurement.
 _DECODE_TOKENS = 64
+
+# Output tiles of the kernels, while decoding and else: inside the GEMM, u is computed anew for each tile of columns.
+_DECODE_BLOCK_N, _BLOCK_N = 32, 128
+
+# Each of them reads A anew as well, from an L2 cache that gives about twice what memory gives: beside the weight that
+# hides up to these ranks.
+_DECODE_RANKS = 16
+_CACHE_SPEED = 2
 
 # Up to here a library GEMM splits K or streams where a fixed tile leaves multiprocessors idle in its last wave.
 FEW_TOKENS = 2048
@@ -130,9 +135,12 @@ def _split_forward(w: Workload, s: _Sizes) -> list[Work]:
 
 def _fused_forward(w: Workload, s: _Sizes) -> list[Work]:
     _, linear = _split_forward(w, s)
+    block_n = _DECODE_BLOCK_N if w.M <= _DECODE_TOKENS else _BLOCK_N
     # Each tile of columns needs its own member's part of u; the weight tile beside it is read anyway.
-    again = sum(2 * w.M * w.K * r * -(-n // _BLOCK_N) for n, r in zip(w.outputs, w.ranks, strict=True))
-    return [_triton(w, "linear", linear.flops + again, linear.bytes + s.A)]
+    ranks_again = sum(r * -(-n // block_n) for n, r in zip(w.outputs, w.ranks, strict=True))
+    once = linear.bytes + s.A
+    moved = max(once, (linear.bytes + 4 * w.K * ranks_again) / _CACHE_SPEED)
+    return [_triton(w, "linear", linear.flops + 2 * w.M * w.K * ranks_again, moved)]
 
 
 def _split_backward(w: Workload, s: _Sizes) -> list[Work]:
@@ -320,7 +328,7 @@ def library_for_now(strategies: Sequence[str], w: Workload) -> bool:
 def cheapest(strategies: Iterable[str], w: Workload, device: Device) -> str:
     """The strategy of those given that the model expects to be fastest; ValueError where none of them can run.
 
-    What no roofline says is a rule: "fused" only for decoding (M <= 64), "recompose" and "expand" exactly where they
+    What no roofline says is a rule: "fused" only for decoding (M <= 64, r <= 16), "recompose" and "expand" exactly where they
     spare the library products, "expand" for few tokens alone, since it keeps [M, N], and where no kernel can run; no
     kernel for two products with the base weight until a measurement says so. Large K, few tokens and a pass without a
     backward favour the library by the numbers.
@@ -338,7 +346,8 @@ def cheapest(strategies: Iterable[str], w: Workload, device: Device) -> str:
     if library_for_now(names, w):
         return "library"
     rules = ("recompose", "expand")
-    candidates = [name for name in names if name not in rules and (name != "fused" or w.M <= _DECODE_TOKENS)]
+    decoding = w.M <= _DECODE_TOKENS and max(w.ranks) <= _DECODE_RANKS
+    candidates = [name for name in names if name not in rules and (name != "fused" or decoding)]
     if not candidates:
         raise ValueError(f"no strategy of {', '.join(names) or 'none'} can be chosen for {w}")
     if len(candidates) == 1:
