@@ -317,7 +317,9 @@ def layer_of(model: Any, name: str = "q_proj") -> Any:
 def test_twice_is_harmless_and_restoring_gives_all_back() -> None:
     model = peft_model(METHODS["dora"](0.0))
     before = [(type(module), set(module.__dict__)) for module in model.modules()]
+    printed = repr(model)
     first = fastadapt.accelerate_peft(model)
+    assert repr(model) == printed
     model(torch.randn(2, 12))
     assert fastadapt.accelerate_peft(model) == first
     assert str(first) == "4 of 4 layers of PEFT's run through fastadapt: 3 grouped, 1 fused"
