@@ -104,8 +104,10 @@ def follows(model: Any, act: Callable[[Any], Any], x: Tensor, precision: str = "
     def cast(model: Any, dtype: torch.dtype) -> Any:
         model = copy.deepcopy(model).to(dtype)
         if precision == "mixed" and dtype == torch.bfloat16:
-            for parameter in trained(model):
-                parameter.data = parameter.data.float()
+            # VeRA's shared projection too; base layers' trained biases stay what their layers are.
+            own = [p for name, p in model.named_parameters() if "base_layer" not in name and p.requires_grad]
+            for tensor in (*own, *model.buffers()):
+                tensor.data = tensor.data.float()
         return model
 
     def formula(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -191,8 +193,8 @@ def switched(model: Any, method: str) -> None:
 
 def deleted(model: Any, method: str) -> None:
     with_other(model, method)
-    model.delete_adapter("default")
     model.set_adapter("other")
+    model.delete_adapter("default")
 
 
 def merged_and_back(model: Any, method: str) -> None:
