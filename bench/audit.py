@@ -165,6 +165,7 @@ class Batch(NamedTuple):
     vectors: str = "dhgb"  # as a form's
     bias: bool = True
     factors: torch.dtype | None = None  # None: as the activations
+    layers: int = 1  # that read the same x
 
 
 # A token a row, few and many rows; prefill.
@@ -175,11 +176,12 @@ BATCHES_BY_CONFIG: list[Batch] = [
 ]
 BATCHES_BY_OPERANDS: list[Batch] = [
     *(Batch(rows, tokens, R=64, vectors="", bias=False) for rows, tokens in BATCH_ROWS),
+    *(Batch(rows, tokens, layers=3) for rows, tokens in BATCH_ROWS),
     *(Batch(rows, tokens, R=256, vectors="dh", factors=torch.float32) for rows, tokens in BATCH_ROWS),
     # Widths and ranks that divide by nothing; vectors without a rank.
     *(Batch(rows, tokens, 577, 193, R) for rows, tokens in ((8, 1), (4, 2048)) for R in (5, 0)),
 ]
-QUICK_BATCHES = [Batch(8, 1, vectors=""), Batch(16, 32, R=64)]
+QUICK_BATCHES = [Batch(8, 1, vectors="", layers=3), Batch(16, 32, R=64)]
 
 
 class Bottleneck(NamedTuple):
@@ -302,7 +304,7 @@ def launch_batch(dtype: torch.dtype, batch: Batch) -> None:
     """Many adapters on one layer; how many there are is no matter."""
     from fastadapt_kernels.multi_adapter import multi_adapter_linear
 
-    from fastadapt.operators.multi_adapter_linear.batch import PAGE_RANKS, FormTables, SortedTokens
+    from fastadapt.operators.multi_adapter_linear.batch import PAGE_RANKS, FormTables, SortedTokens, places_of_a_tile
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -324,9 +326,12 @@ def launch_batch(dtype: torch.dtype, batch: Batch) -> None:
         tensor(adapters, dtype=torch.float32),
         *(starts if vector in batch.vectors else None for vector in "dhgb"),
     )
-    tokens = SortedTokens(integers(M), integers(M), integers(M), integers(batch.rows + 1))
+    block = places_of_a_tile(batch.rows, batch.tokens)
+    tiles = M if block == 1 else -(-M // block) + batch.rows
+    tokens = SortedTokens(integers(M), integers(M), integers(M), integers(tiles, 3), block)
     bias = tensor(batch.N) if batch.bias else None
-    multi_adapter_linear(tensor(M, batch.K), tensor(batch.N, batch.K), bias, tables, tokens, batch.R)
+    x, weights = tensor(M, batch.K), [tensor(batch.N, batch.K) for _ in range(batch.layers)]
+    multi_adapter_linear(x, weights, [bias] * batch.layers, [tables] * batch.layers, tokens, batch.R)
 
 
 def launch_recomposed(dtype: torch.dtype, case: Recomposed) -> None:

@@ -520,7 +520,7 @@ def count_batch(case: BatchCase, width: int) -> dict[str, int]:
     x = torch.zeros(len(batch), width, dtype=torch.float16)
     weight = torch.zeros(width, width, dtype=torch.float16)
     with metered() as launches:
-        multi_adapter_linear(x, weight, None, tables, batch.sorted(x.device), most)
+        multi_adapter_linear(x, [weight], [None], [tables], batch.sorted(x.device), most)
     found = dict.fromkeys(("pages", "vectors", "x", "y"), 0)
     for launch in launches:
         for name in found.keys() & launch.operands.keys():

@@ -5,7 +5,7 @@ from .operators.adapter_linear.function import adapter_linear, adapter_linear_gr
 from .operators.adapter_update.function import adapter_update
 from .operators.bottleneck.function import bottleneck
 from .operators.hadamard_linear.function import hadamard_linear
-from .operators.multi_adapter_linear.function import multi_adapter_linear
+from .operators.multi_adapter_linear.function import multi_adapter_linear, multi_adapter_linear_group
 from .operators.weight_norm.function import row_squares, weight_norm
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "hadamard_linear",
     "merged_weight",
     "multi_adapter_linear",
+    "multi_adapter_linear_group",
     "row_squares",
     "weight_norm",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from cProfile import Profile
+from itertools import groupby
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,6 +28,8 @@ from fastadapt.operators.multi_adapter_linear.batch import (
     Run,
     SlotForm,
     SortedTokens,
+    places_of_a_tile,
+    sort_tokens,
 )
 from fastadapt.operators.multi_adapter_linear.plan import slot_form
 from fastadapt.reference import multi_adapter_linear_reference
@@ -104,7 +108,7 @@ def make_resident(
     def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
         return (torch.randn(*shape, generator=generator) * std).to(dtype)
 
-    arena = Arena(kept, len(specs), 64 if aligned else 4)
+    arena = Arena(kept, len(specs), 64 if aligned else 16)
     weight = normal(N, K, std=K**-0.5, dtype=dtype)
     b0 = normal(N, std=20.0, dtype=dtype) if bias else None
 
@@ -384,6 +388,10 @@ def place(guard: Callable[[Tensor], Tensor], resident: Resident) -> Resident:
     )
 
 
+def moved(tokens: SortedTokens, to: Callable[[Tensor], Tensor]) -> SortedTokens:
+    return SortedTokens(*map(to, tokens[:-1]), tokens.block)
+
+
 def run(resident: Resident, x: Tensor, tokens: SortedTokens) -> Tensor:
     """The launcher by itself, with a base product in memory of torch.empty's.
 
@@ -396,9 +404,10 @@ def run(resident: Resident, x: Tensor, tokens: SortedTokens) -> Tensor:
         return torch.empty(product.shape, dtype=x.dtype, device=DEVICE).copy_(product)
 
     with mock.patch.object(multi_adapter, "F", mock.Mock(linear=linear)):
-        return multi_adapter.multi_adapter_linear(
-            x, resident.weight, resident.bias, layer.tables, tokens, layer.max_rank
+        (y,) = multi_adapter.multi_adapter_linear(
+            x, [resident.weight], [resident.bias], [layer.tables], tokens, layer.max_rank
         )
+    return y
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -419,7 +428,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(dtype: torch.dtype, toke
     placed, placed_x, placed_tokens = (
         place(guard, resident),
         guard(x),
-        SortedTokens(*map(guard, batch.sorted(x.device))),
+        moved(batch.sorted(x.device), guard),
     )
     with guarded_outputs() as written:
         actual = run(placed, placed_x, placed_tokens)
@@ -438,7 +447,7 @@ def test_only_the_true_ranks_columns_of_u_are_touched(tokens: int) -> None:
     x = torch.randn(len(batch), 36, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with guarded_outputs() as written:
         run(resident, x, batch.sorted(x.device))
-    _, u = written
+    u = written[1][0]
     ranks = torch.tensor([0, 1, 5, 8, 64], device=DEVICE).repeat_interleave(tokens)  # sorted by slot
     inside = torch.arange(256, device=DEVICE) < ranks[:, None]
     assert torch.equal(u.isfinite(), inside)
@@ -470,9 +479,11 @@ def test_launches_do_not_depend_on_who_is_in_the_batch(rows: int, tokens: int) -
     found = set()
     for popularity in ("identical", "uniform", "zipf 1.5", "skewed", "all base"):
         batch = resident.batch(ids_of(popularity, 12, rows), tokens)
-        on_meta = SortedTokens(*(tensor.to("meta") for tensor in batch.sorted(torch.device("cpu"))))
+        on_meta = moved(batch.sorted(torch.device("cpu")), lambda tensor: tensor.to("meta"))
         with configs.recorded_launches(LARGE) as launches:
-            multi_adapter.multi_adapter_linear(x, meta.weight, None, meta.layer.tables, on_meta, meta.layer.max_rank)
+            multi_adapter.multi_adapter_linear(
+                x, [meta.weight], [None], [meta.layer.tables], on_meta, meta.layer.max_rank
+            )
         assert len(launches) == 2
         found.add(str([(launch.grid, launch.config, shown(launch.arguments)) for launch in launches]))
     assert len(found) == 1
@@ -492,10 +503,10 @@ def test_buffers_of_a_batch_serve_the_next() -> None:
     device = torch.device(DEVICE)
     first, second = resident.batch([0, 2, -1, 4], 3), resident.batch([5, 5, 1, 10], 3)
     buffers = first.sorted(device)
-    expected = [tensor.clone() for tensor in second.sorted(device)]
+    expected = [tensor.clone() for tensor in second.sorted(device)[:-1]]
     second.write(buffers)
     assert second.sorted(device) is buffers
-    for buffer, value in zip(buffers, expected, strict=True):
+    for buffer, value in zip(buffers, expected, strict=False):
         assert torch.equal(buffer, value)
     x = torch.randn(12, 36, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     y = run(resident, x, buffers)
@@ -510,11 +521,12 @@ def test_a_batch_in_runs_and_sorted() -> None:
     assert batch.runs == [Run(0, 4, 3), Run(6, 8, 0), Run(8, 10, 3)]
     tokens = batch.sorted(torch.device("cpu"))
     assert tokens is batch.sorted(torch.device("cpu"))
-    assert all(tensor.dtype == torch.int32 for tensor in tokens)
+    assert all(tensor.dtype == torch.int32 for tensor in tokens[:-1])
     assert tokens.order.tolist() == [4, 5, 0, 1, 2, 3, 8, 9, 6, 7]
     assert tokens.adapters.tolist() == [-1] * 2 + [3] * 6 + [0] * 2
     assert tokens.groups.tolist() == [-1] * 2 + [1] * 6 + [4] * 2
-    assert tokens.starts.tolist() == [0, 2, 8, 10, 10, 10]
+    assert tokens.block == 16
+    assert tokens.tiles.tolist() == [[0, 2, -1], [2, 8, 1], [8, 10, 4], *[[10, 10, -1]] * 3]
 
 
 @pytest.mark.parametrize(
@@ -537,11 +549,146 @@ def test_factors_are_cut_where_either_has_a_gap(A_pages: list[int], B_pages: lis
         assert not ranks or torch.equal(torch.cat(parts), torch.cat(rows)[: sum(ranks)])
 
 
+def tiles_by_hand(groups: Sequence[int], tokens: int, block: int) -> list[list[int]]:
+    """The tiles of rows of these groups, one run after another."""
+    found, start = [], 0
+    for group, members in groupby(sorted(groups)):
+        end = start + tokens * len(list(members))
+        found += [[first, end, group] for first in range(start, end, block)]
+        start = end
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens"), [(1, 1), (5, 1), (33, 1), (40, 3), (9, 17), (6, 33), (3, 200), (2, 0), (0, 3)]
+)
+def test_tiles_are_of_one_group_each(rows: int, tokens: int) -> None:
+    chosen = random.Random(rows)
+    for most in (-1, 0, 3, 40):
+        groups = [chosen.randrange(-1, most + 1) for _ in range(rows)]
+        slots = [group if group < 0 else group * 2 + chosen.randrange(2) for group in groups]
+        sorted_tokens = AdapterBatch(slots, tokens, groups).sorted(torch.device("cpu"))
+        tiles, block, M = sorted_tokens.tiles.tolist(), sorted_tokens.block, rows * tokens
+        assert len(tiles) == (M if block == 1 else -(-M // block) + rows)
+        expected = tiles_by_hand(groups, tokens, block)
+        if block == 1:  # tiles of one token know no run
+            expected = [[place, place + 1, group] for place, _, group in expected]
+        assert tiles[: len(expected)] == expected
+        assert tiles[len(expected) :] == [[M, M, -1]] * (len(tiles) - len(expected))
+        order = sorted_tokens.order.tolist()
+        assert sorted(order) == list(range(M))
+        assert sorted_tokens.adapters.tolist() == [slots[token // tokens] for token in order]
+        assert sorted_tokens.groups.tolist() == [groups[token // tokens] for token in order]
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(8, 1), (64, 1), (6, 17), (8, 2048)])
+def test_the_sort_asks_for_no_value(rows: int, tokens: int) -> None:
+    """So a CUDA graph can capture it: tensors without data go through it, and their sizes are those of the batch's."""
+    batch = AdapterBatch([row % 3 - 1 for row in range(rows)], tokens)
+    found = sort_tokens(batch.rows(torch.device("meta")), tokens)
+    for tensor, value in zip(found[:-1], batch.sorted(torch.device("cpu"))[:-1], strict=True):
+        assert tensor.is_meta
+        assert (tensor.shape, tensor.dtype) == (value.shape, value.dtype)
+
+
+def test_the_sort_makes_nothing_of_each_token_by_itself() -> None:
+    """Its calls are as many for 8 rows of 2048 tokens as for 8 of 64."""
+
+    def calls(tokens: int) -> int:
+        batch = AdapterBatch(list(range(8)), tokens)
+        with Profile() as profile:
+            batch.sorted(torch.device("cpu"))
+        return sum(entry.callcount for entry in profile.getstats())
+
+    calls(64)
+    assert calls(64) == calls(2048)
+
+
+def test_the_tiles_are_those_of_the_kernels_configs() -> None:
+    for rows, tokens in ((1, 1), (32, 1), (33, 1), (2, 32), (2, 33), (8, 2048)):
+        x = torch.empty(rows * tokens, 64, dtype=torch.bfloat16, device="meta")
+        with configs.recorded_launches(LARGE):
+            found = {configs.multi_shrink(x, rows, 8)[0]["BLOCK_M"], configs.multi_expand(x, rows)["BLOCK_M"]}
+        assert found == {places_of_a_tile(rows, tokens)}
+
+
 def test_a_group_is_sorted_by_adapter() -> None:
     tokens = AdapterBatch([2, 0, 2, 1], groups=[7, 7, 7, 3]).sorted(torch.device("cpu"))
     assert tokens.order.tolist() == [3, 1, 0, 2]
     assert tokens.adapters.tolist() == [1, 0, 2, 2]
-    assert tokens.starts.tolist() == [0, 1, 4, 4, 4]
+    assert tokens.block == 1
+    assert tokens.tiles.tolist() == [[0, 1, 3], [1, 2, 7], [2, 3, 7], [3, 4, 7]]
+
+
+# Layers that read one x: alike, as in a pool; and as different as they can be.
+GROUPS = {
+    "alike": [("mixed", 36, True), ("mixed", 100, True), ("mixed", 20, True)],
+    "different": [("lora", 20, True), ("dora", 36, False), ("bias", 36, True), ("rank 0", 20, True)],
+    "without a rank": [("rank 0", 36, False), ("bias", 20, False)],
+    "two of which one has no bias": [("dora", 36, False), ("dora", 36, True)],
+}
+
+
+def make_group(name: str, dtype: torch.dtype) -> list[Resident]:
+    """The layers of a group, which hold the adapters of one batch in slots of the same numbers."""
+    return [make_resident(SETS[kind][:3], 36, N, dtype, bias=bias) for kind, N, bias in GROUPS[name]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_gives_what_its_layers_give(
+    name: str, dtype: torch.dtype, tokens: int, backend: str, shuffled_programs: None
+) -> None:
+    residents = make_group(name, dtype)
+    # Each has groups of its own in truth: here they are the slots, of which all layers know as many.
+    ids = [1, -1, 0, 0, 1] if name == "different" else [1, -1, 0, 2 if name == "alike" else 1, 1]
+    residents = [resident._replace(groups=residents[0].groups) for resident in residents]
+    batch = residents[0].batch(ids, tokens)
+    x = torch.randn(len(ids), tokens, 36, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    ys = functional.multi_adapter_linear_group(
+        x,
+        [resident.weight for resident in residents],
+        [resident.bias for resident in residents],
+        batch,
+        [resident.layer for resident in residents],
+        backend=backend,
+    )
+    for resident, y in zip(residents, ys, strict=True):
+        alone = functional.multi_adapter_linear(
+            x, resident.weight, resident.bias, batch, resident.layer, backend=backend
+        )
+        assert torch.equal(y, alone)
+
+
+def test_a_group_is_two_launches() -> None:
+    residents = make_group("alike", torch.float32)
+    tokens = residents[0].batch([1, -1, 0], 3).sorted(torch.device(DEVICE))
+    x = torch.zeros(9, 36, device=DEVICE)
+    with configs.recorded_launches(LARGE) as launches:
+        multi_adapter.multi_adapter_linear(
+            x,
+            [resident.weight for resident in residents],
+            [resident.bias for resident in residents],
+            [resident.layer.tables for resident in residents],
+            tokens,
+            residents[0].layer.max_rank,
+        )
+    assert [launch.kernel.__name__ for launch in launches] == ["_multi_shrink_kernel", "_multi_expand_kernel"]
+
+
+def test_what_a_group_refuses() -> None:
+    one = make_resident(SETS["lora"], 20, 36, torch.float32)
+    other = make_resident(SETS["lora"], 20, 36, torch.float32, pages_dtype=torch.bfloat16)
+    batch, x = one.batch([0, -1], 1), torch.zeros(2, 20, device=DEVICE)
+    call = functional.multi_adapter_linear_group
+    with pytest.raises(ValueError, match="one entry a layer, one at least, got 0, 0 and 0"):
+        call(x, [], [], batch, [])
+    with pytest.raises(ValueError, match="one entry a layer, one at least, got 1, 2 and 1"):
+        call(x, [one.weight], [None, None], batch, [one.layer])
+    with pytest.raises(ValueError, match=r"in one dtype, got torch\.bfloat16 and torch\.float32"):
+        call(x, [one.weight, other.weight], [None, None], batch, [one.layer, other.layer])
 
 
 def test_what_a_batch_refuses() -> None:
@@ -586,7 +733,7 @@ def test_opcheck_and_the_fakes_layout(name: str, backend: str) -> None:
     x = torch.randn(12, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     operator = op.multi_adapter_linear
     layer, tokens = resident.layer, resident.batch(ids, 3).sorted(x.device)
-    args = operator.flat(x, resident.weight, resident.bias, layer.tables, tokens, layer.max_rank, backend)
+    args = operator.flat(x, [resident.weight], [resident.bias], [layer.tables], tokens, layer.max_rank, backend)
     torch.library.opcheck(operator.registered, args)
     layout_is_told(operator.registered, args)
 

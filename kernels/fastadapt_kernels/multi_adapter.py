@@ -1,12 +1,17 @@
-"""Many adapters in one batch: to every token of one base product, in place, what its own adapter makes of it.
+"""Many adapters in one batch: to every token of base products, in place, what its own adapter makes of it.
 
-The tokens come sorted by factor group, so that a program sees one pair (A, B) and reads as much of it as its true rank.
-What differs by adapter within a group (VeRA) are vectors, and those are read token by token. No launch depends on who
-is in the batch: the grid has room for every way to cut M tokens into runs, and programs without work leave at once.
+The tokens come sorted by factor group and cut into tiles of one group each, so that a program sees one pair (A, B) and
+reads as much of it as its true rank. What differs by adapter within a group (VeRA) are vectors, and those are read
+token by token. Layers that read one x are members of one launch. No launch depends on who is in the batch: the table of
+tiles has room for every way to cut M tokens into runs, and programs without work leave at once.
+
+A program begins with three loads that wait for each other: its tile, then what is entered there for tokens and group,
+then the data. Loops over ranks and features load no table that their next load waits for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,68 +21,54 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .tiles import load_low_rank, load_scale, load_tile, partial_buffer, store_tile
+from .group import strides
+from .group import vectors as vectors_of
+from .tiles import count_tiles, load_member_vector, load_tile, locate, partial_buffer, pick, store_tile
 
 # Rank rows of a factor that lie together.
 _PAGE_RANKS = tl.constexpr(8)
 
+# How far ahead a loop without a matrix unit loads: the compiler's own choice is for products.
+_STAGES = tl.constexpr(3)
+
+# The expand kernel adds up so many parts of u at most, all of them loaded at once.
+_MOST_SPLITS = 16
+
 
 @triton.jit
-def _places_of(
+def _tile_places(
     tile,
-    starts,  # [rows + 1]
-    groups,  # [M]
+    tiles,  # [T, 3]
+    stride,
     M,
-    rows,
     BLOCK_M: tl.constexpr,
-    SEGMENTS: tl.constexpr,
 ):
-    """(first place, places [BLOCK_M], group) of a tile: M, M and -1 for what lies beyond its run, or beyond them all.
-
-    A run of L places has cdiv(L, BLOCK_M) tiles; runs are counted SEGMENTS at a time.
-    """
-    if BLOCK_M == 1:
-        first = tile
-        end = tile + 1
-    else:
-        run = 0  # of this tile: as many as end before it
-        tiles_before = 0  # of those runs
-        tiles = 0  # of all runs counted so far
-        for start in range(0, rows, SEGMENTS):
-            runs = start + tl.arange(0, SEGMENTS)
-            begins = tl.load(starts + runs, mask=runs < rows, other=M)
-            ends = tl.load(starts + runs + 1, mask=runs < rows, other=M)
-            count = tl.cdiv(ends - begins, BLOCK_M)
-            before = tiles + tl.cumsum(count, 0) <= tile
-            run += tl.sum(before.to(tl.int32), 0)
-            tiles_before += tl.sum(tl.where(before, count, 0), 0)
-            tiles += tl.sum(count, 0)
-        first = tl.load(starts + tl.minimum(run, rows)) + (tile - tiles_before) * BLOCK_M
-        end = tl.load(starts + tl.minimum(run + 1, rows))
+    """(places [BLOCK_M], group) of a tile: M for what lies beyond its run; M and -1 of a tile beyond all runs."""
+    first = tl.load(tiles + stride * tile)
+    end = tl.load(tiles + stride * tile + 1)
+    group = tl.load(tiles + stride * tile + 2)
     places = first + tl.arange(0, BLOCK_M)
-    return first, tl.where(places < end, places, M), tl.load(groups + first, mask=first < M, other=-1)
+    return tl.where(places < end, places, M), group
 
 
 @triton.jit
-def _rank_rows(
+def _load_page_starts(
     page_starts,  # [P], of one group
-    stride,
     ranks,
-    R,
-    ITEMS: tl.constexpr,
+    P,
+    group,
 ):
+    """The first element of each rank's page. It does not wait for how many ranks there are: pages beyond them are
+    entered with any number, of which no use is made."""
+    pages = ranks // _PAGE_RANKS
+    return tl.load(page_starts + pages, mask=pages < tl.where(group >= 0, P, 0), other=0)
+
+
+@triton.jit
+def _rank_rows(starts, stride, ranks, ITEMS: tl.constexpr):
     """Where rank rows begin, in elements of the pages. All are known to be multiples of ITEMS, and the compiler is told
     by the multiplication, so that a thread loads as many items at once."""
-    starts = tl.load(page_starts + ranks // _PAGE_RANKS, mask=ranks < R, other=0)
     return (starts // ITEMS + ranks % _PAGE_RANKS * (stride // ITEMS)) * ITEMS
-
-
-@triton.jit
-def _begin_on_multiples(page_starts, stride, R, ITEMS: tl.constexpr, PAGES: tl.constexpr):
-    """Whether all R rank rows begin on multiples of ITEMS."""
-    pages = tl.arange(0, PAGES)
-    starts = tl.load(page_starts + pages, mask=pages * _PAGE_RANKS < R, other=0)
-    return (tl.max(starts % ITEMS, 0) == 0) & (stride % ITEMS == 0)
 
 
 @triton.jit
@@ -99,9 +90,23 @@ def _accumulated(acc, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _vector_starts(table, adapters):
-    """The first element of each token's vector, [BLOCK_M]; -1 for none."""
-    return tl.load(table + adapters, mask=adapters >= 0, other=-1)
+def _has(tables, member):
+    """Whether the member has a table of these."""
+    found = member < 0
+    for i in tl.static_range(len(tables)):
+        if tables[i] is not None:
+            found |= member == i
+    return found
+
+
+@triton.jit
+def _vector_starts(tables, member, adapters):
+    """The first element of each token's vector in the member, [BLOCK_M]; -1 for none."""
+    pointer = None
+    for i in tl.static_range(len(tables)):
+        if tables[i] is not None:
+            pointer = tables[i] if pointer is None else tl.where(member == i, tables[i], pointer)
+    return tl.load(pointer + adapters, mask=tl.where(_has(tables, member), adapters, -1) >= 0, other=-1)
 
 
 @triton.jit
@@ -114,8 +119,7 @@ def _load_vectors(vectors, starts, index, count, neutral):
 @triton.jit
 def _shrink_tile(
     x,  # [M, K]
-    pages,
-    page_starts,  # [P], of A
+    A_rows,  # where rank rows begin
     tokens,
     ranks,
     M,
@@ -125,16 +129,13 @@ def _shrink_tile(
     last,
     stride_xm,
     stride_xk,
-    stride_ar,
-    ITEMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """x Aᵀ over features first to last."""
     acc = tl.zeros((BLOCK_K if BLOCK_M == 1 else BLOCK_M, BLOCK_R), dtype=tl.float32)
-    A_rows = pages + _rank_rows(page_starts, stride_ar, ranks, R, ITEMS)
-    for start in range(first, last, BLOCK_K):
+    for start in tl.range(first, last, BLOCK_K, num_stages=_STAGES if BLOCK_M == 1 else None):
         columns = start + tl.arange(0, BLOCK_K)
         x_tile = load_tile(x, tokens, columns, M, K, stride_xm, stride_xk)  # [BLOCK_M, BLOCK_K]
         A_inside = (columns < K)[:, None] & (ranks < R)[None, :]
@@ -143,71 +144,76 @@ def _shrink_tile(
     return _accumulated(acc, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["M", "rows", "splits"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def _multi_shrink_kernel(
     x,  # [M, K]
-    u,  # [splits, M, width], by place
+    u,  # [splits, members, M, width], by place
     pages,
     vectors,
-    ranks,  # [groups]
-    A_pages,  # [groups, P]
-    A_strides,  # [groups]
-    mid_scales,  # [adapters] or None
+    ranks,  # [groups] of each member
+    A_pages,  # [groups, P] of each member
+    A_strides,  # [groups] of each member
+    mid_scales,  # [adapters] or None of each member; or None
     order,  # [M]
     adapters,  # [M]
-    groups,  # [M]
-    starts,  # [rows + 1]
+    tiles,  # [T, 3]
     M,
     K,
-    rows,
     width,
     splits,
     stride_xm,
     stride_xk,
     stride_ag,
-    PAGES: tl.constexpr,
+    stride_tile,
+    MEMBERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SEGMENTS: tl.constexpr,
 ):
-    ITEMS: tl.constexpr = 128 // pages.dtype.element_ty.primitive_bitwidth
+    ITEMS: tl.constexpr = 128 // pages[0].dtype.element_ty.primitive_bitwidth
     tiles_r = tl.cdiv(width, BLOCK_R)
     program = tl.program_id(0)
     split = tl.program_id(1)
-    _, places, group = _places_of(program // tiles_r, starts, groups, M, rows, BLOCK_M, SEGMENTS)
-    R = tl.load(ranks + group, mask=group >= 0, other=0)
+    member = program // tiles_r % MEMBERS
+    places, group = _tile_places(program // (tiles_r * MEMBERS), tiles, stride_tile, M, BLOCK_M)
     first_rank = program % tiles_r * BLOCK_R
+    tile_ranks = first_rank + tl.arange(0, BLOCK_R)
+    P = pick(stride_ag, member)
+
+    # What hangs on the tile alone is asked for before the first of it is looked at.
+    R = tl.load(pick(ranks, member) + group, mask=group >= 0, other=0)
+    stride_ar = tl.load(pick(A_strides, member) + group, mask=group >= 0, other=0)
+    starts = _load_page_starts(pick(A_pages, member) + group.to(tl.int64) * P, tile_ranks, P, group)
+    tokens = tl.load(order + places, mask=places < M, other=M)
     if first_rank >= R:
         return
-    tile_ranks = first_rank + tl.arange(0, BLOCK_R)
-    tokens = tl.load(order + places, mask=places < M, other=M)
-    page_starts = A_pages + group.to(tl.int64) * stride_ag
-    stride_ar = tl.load(A_strides + group)
 
     steps_per_split = tl.cdiv(tl.cdiv(K, BLOCK_K), splits)
     first = split * steps_per_split * BLOCK_K
     last = tl.minimum(first + steps_per_split * BLOCK_K, K)
-    if _begin_on_multiples(page_starts, stride_ar, R, ITEMS, PAGES):
+    memory = pick(pages, member)
+    if stride_ar % ITEMS == 0:
+        A_rows = memory + _rank_rows(starts, stride_ar, tile_ranks, ITEMS)
         acc = _shrink_tile(
-            x, pages, page_starts, tokens, tile_ranks, M, K, R, first, last,
-            stride_xm, stride_xk, stride_ar, ITEMS, BLOCK_M, BLOCK_K, BLOCK_R,
-        )  # fmt: skip
+            x, A_rows, tokens, tile_ranks, M, K, R, first, last, stride_xm, stride_xk, BLOCK_M, BLOCK_K, BLOCK_R
+        )
     else:
+        A_rows = memory + _rank_rows(starts, stride_ar, tile_ranks, 1)
         acc = _shrink_tile(
-            x, pages, page_starts, tokens, tile_ranks, M, K, R, first, last,
-            stride_xm, stride_xk, stride_ar, 1, BLOCK_M, BLOCK_K, BLOCK_R,
-        )  # fmt: skip
+            x, A_rows, tokens, tile_ranks, M, K, R, first, last, stride_xm, stride_xk, BLOCK_M, BLOCK_K, BLOCK_R
+        )
     if mid_scales is not None:
         own = tl.load(adapters + places, mask=places < M, other=-1)
-        acc *= _load_vectors(vectors, _vector_starts(mid_scales, own), tile_ranks, R, 1.0)
-    store_tile(u + split.to(tl.int64) * M * width, acc, places, tile_ranks, M, R, width, 1)
+        acc *= _load_vectors(pick(vectors, member), _vector_starts(mid_scales, member, own), tile_ranks, R, 1.0)
+    part = u + (split * MEMBERS + member).to(tl.int64) * M * width
+    store_tile(part, acc, places, tile_ranks, M, R, width, 1)
 
 
 @triton.jit
 def _expand_tile(
-    u,  # [M, width]
-    partials,  # [splits, M, width] or None
+    u,  # [members, M, width], from the member on
+    partials,  # [SPLITS, members, M, width] likewise, or None
+    stride_part,
     pages,
     page_starts,  # [P], of B
     places,
@@ -215,181 +221,229 @@ def _expand_tile(
     M,
     N,
     R,
-    splits,
+    P,
+    group,
     width,
     stride_br,
+    SPLITS: tl.constexpr,
     ITEMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """u Bᵀ, walking r in steps, so that no tile is r wide."""
+    """u Bᵀ, walking r in steps, so that no tile is r wide. Where the next step's rows begin is loaded a step ahead."""
     acc = tl.zeros((BLOCK_R if BLOCK_M == 1 else BLOCK_M, BLOCK_N), dtype=tl.float32)
+    starts = _load_page_starts(page_starts, tl.arange(0, BLOCK_R), P, group)
     for start in range(0, R, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
-        u_tile = load_low_rank(u, partials, 0, places, ranks, M, R, splits, width)  # [BLOCK_M, BLOCK_R]
-        B_rows = pages + _rank_rows(page_starts, stride_br, ranks, R, ITEMS)
+        next_starts = _load_page_starts(page_starts, ranks + BLOCK_R, P, group)
+        if partials is None:
+            u_tile = load_tile(u, places, ranks, M, R, width, 1)  # [BLOCK_M, BLOCK_R]
+        else:
+            # In a fixed order; all parts are loaded before the first is needed.
+            total = load_tile(partials, places, ranks, M, R, width, 1)
+            for part in tl.static_range(1, SPLITS):
+                total += load_tile(partials + part * stride_part, places, ranks, M, R, width, 1)
+            u_tile = total.to(u.dtype.element_ty)
+        B_rows = pages + _rank_rows(starts, stride_br, ranks, ITEMS)
         B_inside = (ranks < R)[:, None] & (columns < N)[None, :]
         B_tile = tl.load(B_rows[:, None] + columns[None, :], mask=B_inside, other=0.0)  # [BLOCK_R, BLOCK_N]
         acc = _accumulate(acc, u_tile, B_tile.to(u_tile.dtype), BLOCK_M)
+        starts = next_starts
     return _accumulated(acc, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["M", "rows", "splits"])
+@triton.jit(do_not_specialize=["M"])
 def _multi_expand_kernel(
-    u,  # [M, width] by place, or None where no group has a rank
-    partials,  # [splits, M, width] or None
-    y,  # [M, N], contiguous: the base product, overwritten
-    bias,  # [N] where the base product still lacks it, or None
+    u,  # [members, M, width] by place, or None where no group has a rank
+    partials,  # [SPLITS, members, M, width] or None
+    y,  # [M, N] of each member, contiguous: the base products, overwritten
+    bias,  # [N] or None of each member, where its base product still lacks it; or None
     pages,
     vectors,
-    ranks,  # [groups]
-    B_pages,  # [groups, P]
-    B_strides,  # [groups]
-    scalings,  # [adapters]
-    out_scales,  # [adapters] or None
-    base_scales,  # [adapters] or None
-    added_biases,  # [adapters] or None
+    ranks,  # [groups] of each member
+    B_pages,  # [groups, P] of each member
+    B_strides,  # [groups] of each member
+    scalings,  # [adapters] of each member
+    out_scales,  # [adapters] or None of each member; or None
+    base_scales,  # likewise
+    added_biases,  # likewise
     order,  # [M]
     adapters,  # [M]
-    groups,  # [M]
-    starts,  # [rows + 1]
+    tiles,  # [T, 3]
     M,
-    N,
-    rows,
+    Ns,
     width,
-    splits,
     stride_bg,
-    PAGES: tl.constexpr,
+    stride_tile,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SEGMENTS: tl.constexpr,
 ):
-    ITEMS: tl.constexpr = 128 // pages.dtype.element_ty.primitive_bitwidth
-    tiles_n = tl.cdiv(N, BLOCK_N)
+    ITEMS: tl.constexpr = 128 // pages[0].dtype.element_ty.primitive_bitwidth
+    tiles_n = count_tiles(Ns, BLOCK_N)
     program = tl.program_id(0)
-    first, places, group = _places_of(program // tiles_n, starts, groups, M, rows, BLOCK_M, SEGMENTS)
+    member, tile_n = locate(program % tiles_n, Ns, BLOCK_N)
+    N = pick(Ns, member)
+    places, group = _tile_places(program // tiles_n, tiles, stride_tile, M, BLOCK_M)
+    R = tl.load(pick(ranks, member) + group, mask=group >= 0, other=0)
     own = tl.load(adapters + places, mask=places < M, other=-1)
-    R = tl.load(ranks + group, mask=group >= 0, other=0)
+    tokens = tl.load(order + places, mask=places < M, other=M)
     works = R > 0
     if base_scales is not None:
-        g_starts = _vector_starts(base_scales, own)
+        g_starts = _vector_starts(base_scales, member, own)
         works |= tl.max(g_starts, 0) >= 0
     if added_biases is not None:
-        beta_starts = _vector_starts(added_biases, own)
+        beta_starts = _vector_starts(added_biases, member, own)
         works |= tl.max(beta_starts, 0) >= 0
     if bias is not None:
-        works = first < M
+        works |= _has(bias, member) & (tl.min(places, 0) < M)
     if not works:
         return
-    columns = program % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.load(order + places, mask=places < M, other=M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = pick(y, member)
+    memory = pick(vectors, member)
 
-    acc = load_tile(y, tokens, columns, M, N, N, 1).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+    acc = load_tile(out, tokens, columns, M, N, N, 1).to(tl.float32)  # [BLOCK_M, BLOCK_N]
     if base_scales is not None:
-        acc *= _load_vectors(vectors, g_starts, columns, N, 1.0)
+        acc *= _load_vectors(memory, g_starts, columns, N, 1.0)
     if u is not None:
-        page_starts = B_pages + group.to(tl.int64) * stride_bg
-        stride_br = tl.load(B_strides + group, mask=group >= 0, other=0)
-        if _begin_on_multiples(page_starts, stride_br, R, ITEMS, PAGES):
+        P = pick(stride_bg, member)
+        page_starts = pick(B_pages, member) + group.to(tl.int64) * P
+        stride_br = tl.load(pick(B_strides, member) + group, mask=group >= 0, other=0)
+        own_u = u + member.to(tl.int64) * M * width
+        own_partials = None if partials is None else partials + member.to(tl.int64) * M * width
+        stride_part = tl.cast(M, tl.int64) * width * len(y)
+        if stride_br % ITEMS == 0:
             low_rank = _expand_tile(
-                u, partials, pages, page_starts, places, columns, M, N, R, splits, width,
-                stride_br, ITEMS, BLOCK_M, BLOCK_N, BLOCK_R,
+                own_u, own_partials, stride_part, pick(pages, member), page_starts, places, columns, M, N, R, P, group,
+                width, stride_br, SPLITS, ITEMS, BLOCK_M, BLOCK_N, BLOCK_R,
             )  # fmt: skip
         else:
             low_rank = _expand_tile(
-                u, partials, pages, page_starts, places, columns, M, N, R, splits, width,
-                stride_br, 1, BLOCK_M, BLOCK_N, BLOCK_R,
+                own_u, own_partials, stride_part, pick(pages, member), page_starts, places, columns, M, N, R, P, group,
+                width, stride_br, SPLITS, 1, BLOCK_M, BLOCK_N, BLOCK_R,
             )  # fmt: skip
-        low_rank *= tl.load(scalings + own, mask=own >= 0, other=0.0)[:, None]
+        low_rank *= tl.load(pick(scalings, member) + own, mask=own >= 0, other=0.0)[:, None]
         if out_scales is not None:
-            low_rank *= _load_vectors(vectors, _vector_starts(out_scales, own), columns, N, 1.0)
+            low_rank *= _load_vectors(memory, _vector_starts(out_scales, member, own), columns, N, 1.0)
         acc += low_rank
     if added_biases is not None:
-        acc += _load_vectors(vectors, beta_starts, columns, N, 0.0)
+        acc += _load_vectors(memory, beta_starts, columns, N, 0.0)
     if bias is not None:
-        acc += load_scale(bias, columns, N)[None, :]
-    store_tile(y, acc, tokens, columns, M, N, N, 1)
+        acc += load_member_vector(bias, member, columns, N, 0.0)[None, :]
+    store_tile(out, acc, tokens, columns, M, N, N, 1)
 
 
 def multi_adapter_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tables: Any, tokens: Any, max_rank: int
-) -> Tensor:
-    """y of x, each token t through the form of its adapter a with the factors of its group k, in two launches:
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    tables: Sequence[Any],
+    tokens: Any,
+    max_rank: int,
+) -> list[Tensor]:
+    """y of x in each of the layers that read it, each token t through the form of its adapter a with the factors of its
+    group k, in two launches for all layers:
 
         y_t = g[a] ⊙ (W0 x_t) + scaling[a] · h[a] ⊙ (B[k] (d[a] ⊙ (A[k] x_t))) + added_bias[a] + b0
 
-    The base product is the library's and base tokens keep it bit for bit, but where the layer has a bias and some
+    The base products are the library's and base tokens keep them bit for bit, but where a layer has a bias and some
     adapter a base_scale: b0 is then added here, in fp32, because g must scale the product alone.
-    Shapes: x [M, K], any strides; weight [N, K]; bias b0 [N]; y [M, N] in x's dtype. max_rank bounds the ranks; u
-    [M, max_rank] holds d ⊙ (A x) by place, of which only the columns of the true rank are written and read.
-    tables: pages and vectors [elements], the factors in their dtype and the vectors in fp32. By factor group: ranks
-    [groups] int32; A_pages and B_pages [groups, P] int64, the first element of every page of 8 rank rows of A and of
-    Bᵀ; A_strides and B_strides [groups] int32, from one rank row to the next. By adapter: scalings [adapters] fp32;
-    mid_scales (d), out_scales (h), base_scales (g) and added_biases [adapters] int64, the vector's first element, -1
-    for none, or None where nobody has any. tokens, int32: order [M], the token at each place; adapters and groups [M],
-    of each place, -1 and first for the base model; starts [rows + 1], where each run of places of one group begins,
-    then M for all that is left.
+    Shapes: x [M, K], any strides; weights [N, K]; biases b0 [N]; y [M, N] in x's dtype. max_rank bounds the ranks; u
+    [layers, M, max_rank] holds d ⊙ (A x) by place, of which only the columns of the true rank are written and read.
+    tables, of each layer: pages and vectors [elements], the factors in their dtype, which is one for all layers, and
+    the vectors in fp32. By factor group: ranks [groups] int32; A_pages and B_pages [groups, P] int64, the first element
+    of every page of 8 rank rows of A and of Bᵀ, on a multiple of 16 bytes; A_strides and B_strides [groups] int32, from
+    one rank row to the next. By adapter: scalings [adapters] fp32; mid_scales (d), out_scales (h), base_scales (g) and
+    added_biases [adapters] int64, the vector's first element, -1 for none, or None where nobody has any.
+    tokens, int32: order [M], the token at each place; adapters [M], of each place, -1 and first for the base model;
+    tiles [T, 3], of each tile of `block` places the first, the end of its run and its group, M, M and -1 of those that
+    are not needed.
     """
     M, K = x.shape
-    N = weight.shape[0]
-    late_bias = bias if tables.base_scales is not None else None
-    y = F.linear(x, weight, None if bias is None or late_bias is not None else bias.to(x.dtype))
-    if y.numel() == 0 or (max_rank == 0 and tables.base_scales is tables.added_biases is None):
-        return y
-    rows = tokens.starts.numel() - 1
+    late = [bias if table.base_scales is not None else None for bias, table in zip(biases, tables, strict=True)]
+    ys = [
+        F.linear(x, weight, None if bias is None or later is not None else bias.to(x.dtype))
+        for weight, bias, later in zip(weights, biases, late, strict=True)
+    ]
+    scaled = any(table.base_scales is not None or table.added_biases is not None for table in tables)
+    if M == 0 or all(y.numel() == 0 for y in ys) or (max_rank == 0 and not scaled):
+        return ys
+    rows = tokens.tiles.shape[0] if tokens.block == 1 else tokens.tiles.shape[0] - triton.cdiv(M, tokens.block)
     shared = {
-        "pages": tables.pages,
-        "vectors": tables.vectors,
-        "ranks": tables.ranks,
+        "pages": _distinct([table.pages for table in tables]),
+        "vectors": _distinct([table.vectors for table in tables]),
+        "ranks": tuple([table.ranks for table in tables]),
         "order": tokens.order,
         "adapters": tokens.adapters,
-        "groups": tokens.groups,
-        "starts": tokens.starts,
+        "tiles": tokens.tiles,
+        "stride_tile": tokens.tiles.stride(0),
         "M": M,
-        "rows": rows,
         "width": max_rank,
-        "PAGES": triton.next_power_of_2(max(1, triton.cdiv(max_rank, _PAGE_RANKS.value))),
     }
     u = partials = None
     if max_rank > 0:
-        u = torch.empty(M, max_rank, dtype=x.dtype, device=x.device)
+        u = torch.empty(len(ys), M, max_rank, dtype=x.dtype, device=x.device)
         config, splits = configs.multi_shrink(x, rows, max_rank)
+        splits = _fewer(splits, len(ys))
+        config = _in_tiles(config, tokens.block)
         partials = partial_buffer(u, splits)
         arguments = {
             **shared,
             "x": x,
             "u": partials,
-            "A_pages": tables.A_pages,
-            "A_strides": tables.A_strides,
-            "mid_scales": tables.mid_scales,
+            "A_pages": tuple([table.A_pages for table in tables]),
+            "A_strides": tuple([table.A_strides for table in tables]),
+            "mid_scales": _optional([table.mid_scales for table in tables]),
             "K": K,
             "splits": splits,
             "stride_xm": x.stride(0),
             "stride_xk": x.stride(1),
-            "stride_ag": tables.A_pages.stride(0),
+            "stride_ag": strides([table.A_pages for table in tables], 0),
+            "MEMBERS": len(ys),
         }
-        grid = configs.most_tiles(M, rows, config["BLOCK_M"]) * triton.cdiv(max_rank, config["BLOCK_R"])
+        grid = tokens.tiles.shape[0] * len(ys) * triton.cdiv(max_rank, config["BLOCK_R"])
         configs.launch(_multi_shrink_kernel, (grid, splits), arguments, config)
         partials = partials if splits > 1 else None
-    config = configs.multi_expand(y, rows)
+    config = _in_tiles(configs.multi_expand(ys[0], rows), tokens.block)
     arguments = {
         **shared,
         "u": u,
         "partials": partials,
-        "y": y,
-        "bias": late_bias,
-        "B_pages": tables.B_pages,
-        "B_strides": tables.B_strides,
-        "scalings": tables.scalings,
-        "out_scales": tables.out_scales,
-        "base_scales": tables.base_scales,
-        "added_biases": tables.added_biases,
-        "N": N,
-        "splits": 1 if partials is None else partials.shape[0],
-        "stride_bg": tables.B_pages.stride(0),
+        "y": tuple(ys),
+        "bias": vectors_of(late),
+        "B_pages": tuple([table.B_pages for table in tables]),
+        "B_strides": tuple([table.B_strides for table in tables]),
+        "scalings": tuple([table.scalings for table in tables]),
+        "out_scales": _optional([table.out_scales for table in tables]),
+        "base_scales": _optional([table.base_scales for table in tables]),
+        "added_biases": _optional([table.added_biases for table in tables]),
+        "Ns": tuple([y.shape[1] for y in ys]),
+        "stride_bg": strides([table.B_pages for table in tables], 0),
+        "SPLITS": 1 if partials is None else partials.shape[0],
     }
-    grid = configs.most_tiles(M, rows, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    grid = tokens.tiles.shape[0] * sum(triton.cdiv(y.shape[1], config["BLOCK_N"]) for y in ys)
     configs.launch(_multi_expand_kernel, (grid,), arguments, config)
-    return y
+    return ys
+
+
+def _distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors by member, or one for all of them: what lies in one memory is not chosen among."""
+    return tuple(tensors[:1]) if all(tensor is tensors[0] for tensor in tensors) else tuple(tensors)
+
+
+def _optional(tables: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+    """The tables by member, or None where no member has one."""
+    return None if all(table is None for table in tables) else tuple(tables)
+
+
+def _fewer(splits: int, members: int) -> int:
+    """Splits of K for each of several members: a power of two, for which the expand kernel is compiled."""
+    return 1 << (max(1, min(_MOST_SPLITS, splits // members)).bit_length() - 1)
+
+
+def _in_tiles(config: configs.Config, block: int) -> configs.Config:
+    """The config for the tiles that the batch was cut into."""
+    return {name: value for name, value in config.items() if name != "SEGMENTS"} | {"BLOCK_M": block}

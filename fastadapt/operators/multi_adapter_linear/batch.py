@@ -7,7 +7,7 @@ an adapter's own, or one that several adapters share (VeRA).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -26,17 +26,67 @@ class Run(NamedTuple):
 
 
 class SortedTokens(NamedTuple):
-    """The tokens of a batch by factor group, then by adapter, the base model's first; all int32, their sizes fixed by
-    those of the batch, so that the launches do not depend on who is in it.
+    """The tokens of a batch by factor group, then by adapter, the base model's first, and cut into tiles of one group
+    each; all int32, their sizes fixed by those of the batch, so that the launches do not depend on who is in it.
 
     Shapes: order [M], the token at each place; adapters [M] and groups [M], its slot and its factor group, -1 for the
-    base model; starts [rows + 1], where each run of places of one group begins, then M for all that is left.
+    base model; tiles [T, 3], of each tile of `block` places the first, the end of its run of one group and that group,
+    then M, M and -1 of tiles that are not needed.
     """
 
     order: Tensor
     adapters: Tensor
     groups: Tensor
-    starts: Tensor
+    tiles: Tensor
+    block: int
+
+
+# Rows of one token up to which each has tiles of its own, and tokens a row beyond which tiles are long.
+_ONE_TOKEN_ROWS = 32
+_LONG_ROW = 32
+
+
+def places_of_a_tile(rows: int, tokens: int) -> int:
+    """Places of a tile of many adapters: of one token where each row has one and rows are few.
+
+    With more rows, those that share a factor group read it once a tile; those that do not, lose little.
+    """
+    if tokens == 1 and rows <= _ONE_TOKEN_ROWS:
+        return 1
+    return 16 if tokens <= _LONG_ROW else 64
+
+
+def sort_tokens(rows: Tensor, tokens: int) -> SortedTokens:
+    """The tokens of rows [2, rows] int32, the slot and the factor group of each, with `tokens` tokens a row.
+
+    All of it happens on the device of `rows`: nothing is pinned, copied from the host or waited for, and no size
+    depends on a value, so that a CUDA graph may capture the sort with the layers that read it.
+    """
+    count, M = rows.shape[1], rows.shape[1] * tokens
+    order = torch.argsort(rows[1].to(torch.int64) * 2**32 + rows[0], stable=True)
+    slots, groups = rows.index_select(1, order)
+    device = rows.device
+    within = torch.arange(tokens, device=device)
+    places = (order[:, None] * tokens + within).to(torch.int32).view(-1)
+    adapters, own = (of[:, None].expand(count, tokens).reshape(-1) for of in (slots, groups))
+    block = places_of_a_tile(count, tokens)
+    if block == 1:
+        first = torch.arange(M, dtype=torch.int32, device=device)
+        return SortedTokens(places, adapters, own, torch.stack([first, first + 1, groups], 1), block)
+    # Of every row in its place: the first row of its run, and the row behind the run.
+    begins = torch.searchsorted(groups, groups, out_int32=True)
+    ends = torch.searchsorted(groups, groups, right=True, out_int32=True)
+    rank = torch.arange(count, dtype=torch.int32, device=device)
+    counts = torch.where(begins == rank, ((ends - begins) * tokens + block - 1) // block, 0)
+    # A tile belongs to the run up to which there are more tiles than come before it.
+    until = counts.cumsum(0, dtype=torch.int32)
+    tile = torch.arange(-(-M // block) + count, dtype=torch.int32, device=device)
+    row = torch.searchsorted(until, tile, right=True)
+    needed, row = row < count, row.clamp(max=count - 1)
+    first = begins[row] * tokens + (tile - until[row] + counts[row]) * block
+    fields = (torch.where(needed, first, M), torch.where(needed, ends[row] * tokens, M))
+    tiles = torch.stack([*fields, torch.where(needed, groups[row], -1)], 1)
+    return SortedTokens(places, adapters, own, tiles, block)
 
 
 class AdapterBatch:
@@ -69,35 +119,28 @@ class AdapterBatch:
         """The number of tokens."""
         return len(self.adapter_ids) * self.tokens
 
-    def sorted(self, device: torch.device) -> SortedTokens:
-        """The tokens sorted for the kernels, on `device`; a copy from pinned memory, which waits for nothing."""
-        if device not in self._sorted:
-            self._sorted[device] = self._sort(device)
-        return self._sorted[device]
+    def rows(self, device: torch.device) -> Tensor:
+        """Slot and factor group of each row, [2, rows] int32 on `device`: all that comes from the host.
 
-    def _sort(self, device: torch.device) -> SortedTokens:
-        rows = sorted(range(len(self.adapter_ids)), key=lambda row: (self.groups[row], self.adapter_ids[row]))
-        groups = [self.groups[row] for row in rows]
-        lengths = [sum(1 for _ in members) for _, members in groupby(groups)]
-        starts = [0, *accumulate(lengths)]
-        starts += [len(rows)] * (len(rows) + 1 - len(starts))
-        tokens = self.tokens
-        parts = [
-            [row * tokens + token for row in rows for token in range(tokens)],
-            [self.adapter_ids[row] for row in rows for _ in range(tokens)],
-            [group for group in groups for _ in range(tokens)],
-            [start * tokens for start in starts],
-        ]
-        packed = torch.tensor([entry for part in parts for entry in part], dtype=torch.int32)
-        if device.type == "cuda":
-            packed = packed.pin_memory().to(device, non_blocking=True)
-        return SortedTokens(*packed.split([len(part) for part in parts]))
+        From pinned memory, so that nothing waits; for that reason not while a CUDA graph is captured, which would read
+        a tensor made before, into which later batches' rows are copied.
+        """
+        rows = torch.tensor([self.adapter_ids, self.groups], dtype=torch.int32)
+        return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+
+    def sorted(self, device: torch.device) -> SortedTokens:
+        """The tokens sorted for the kernels, on `device`; made when it is first asked for."""
+        if device not in self._sorted:
+            self._sorted[device] = sort_tokens(self.rows(device), self.tokens)
+        return self._sorted[device]
 
     def write(self, buffers: SortedTokens) -> None:
         """Takes over the buffers of another batch with as many rows and tokens: a captured CUDA graph reads those."""
-        for buffer, value in zip(buffers, self._sort(buffers.order.device), strict=True):
-            buffer.copy_(value, non_blocking=True)
-        self._sorted[buffers.order.device] = buffers
+        device = buffers.order.device
+        for buffer, value in zip(buffers, sort_tokens(self.rows(device), self.tokens), strict=True):
+            if isinstance(buffer, Tensor) and isinstance(value, Tensor):
+                buffer.copy_(value)
+        self._sorted[device] = buffers
 
 
 class SlotForm(NamedTuple):
@@ -131,7 +174,7 @@ class FormTables(NamedTuple):
 
     Shapes: pages and vectors [elements], the same memory in the factors' dtype and in fp32. By factor group: ranks
     [groups] int32; A_pages and B_pages [groups, P] int64, the first element of every page of PAGE_RANKS rank rows;
-    A_strides and B_strides [groups] int32, from one rank row to the next. By slot: scalings [slots] fp32; mid_scales,
+    on a multiple of 16 bytes; A_strides and B_strides [groups] int32, from one rank row to the next. By slot: scalings [slots] fp32; mid_scales,
     out_scales, base_scales and added_biases [slots] int64, the vector's first element, -1 for none, or None where no
     adapter has any. A slot without an adapter in this layer has a group of rank 0.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,13 +36,44 @@ def multi_adapter_linear(
     ...     multi_adapter_linear(x, layer.weight, layer.bias, held.batch(3), forms).shape
     torch.Size([2, 3, 8])
     """
-    check_multi_adapter_linear(x, weight, bias, len(batch))
-    check_same_dtype(x, weight)
-    resolved = resolve_backend(backend, x, weight)
+    (y,) = multi_adapter_linear_group(x, [weight], [bias], batch, [layer], backend=backend)
+    return y
+
+
+def multi_adapter_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    batch: AdapterBatch,
+    layers: Sequence[LayerForms],
+    *,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """multi_adapter_linear on layers that read one x (q, k and v; gate and up): on Triton two launches for all.
+
+    The entries of weights, biases and layers, and the results, are by layer; each is what the layer alone would give.
+    Raises ValueError and TypeError as that does, and ValueError for lists of different lengths, none or layers whose
+    factors are kept in several dtypes.
+    """
+    if not weights or not len(weights) == len(biases) == len(layers):
+        raise ValueError(
+            "weights, biases and layers must have one entry a layer, one at least, got "
+            f"{len(weights)}, {len(biases)} and {len(layers)}"
+        )
+    for weight, bias in zip(weights, biases, strict=True):
+        check_multi_adapter_linear(x, weight, bias, len(batch))
+        check_same_dtype(x, weight)
+    kept = {layer.tables.pages.dtype for layer in layers}
+    if len(kept) > 1:
+        raise ValueError(
+            f"layers must keep their factors in one dtype, got {' and '.join(sorted(map(str, kept)))}: "
+            "call multi_adapter_linear on each"
+        )
+    resolved = resolve_backend(backend, x, weights[0])
     if resolved == "reference":
         raise ValueError('backend "reference" has no pages: call reference.multi_adapter_linear_reference with forms')
     dtype = compute_dtype(x)
     with torch.no_grad(), without_autocast(x):
         rows = cast(rows_of(x), dtype)
-        y = op.run(rows, cast(weight, dtype), bias, batch, layer, resolved)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        ys = op.run(rows, [cast(weight, dtype) for weight in weights], biases, batch, layers, resolved)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
