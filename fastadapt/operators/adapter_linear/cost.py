@@ -328,10 +328,10 @@ def library_for_now(strategies: Sequence[str], w: Workload) -> bool:
 def cheapest(strategies: Iterable[str], w: Workload, device: Device) -> str:
     """The strategy of those given that the model expects to be fastest; ValueError where none of them can run.
 
-    What no roofline says is a rule: "fused" only for decoding (M <= 64, r <= 16); "recompose" and "expand" exactly where
-    they spare the library products, "expand" for few tokens alone, since it keeps [M, N], and where no kernel can run;
-    no kernel for two products with the base weight until a measurement says so. Large K, few tokens and a pass without
-    a backward favour the library by the numbers.
+    What no roofline says is a rule: "fused" only for decoding (M <= 64, r <= 16); "recompose" and "expand" exactly
+    where they spare the library products, "expand" for few tokens alone, since it keeps [M, N], and where no kernel can
+    run; no kernel for two products with the base weight until a measurement says so. Large K, few tokens and a pass
+    without a backward favour the library by the numbers.
     """
     names = list(strategies)
     expands = w.backward and w.M <= _EXPAND_TOKENS and not {"split", "fused"} & set(names)
