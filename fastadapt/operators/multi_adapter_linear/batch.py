@@ -173,10 +173,10 @@ class FormTables(NamedTuple):
     """The adapter forms of one layer in the arena, as the kernels read them: tables of where everything begins.
 
     Shapes: pages and vectors [elements], the same memory in the factors' dtype and in fp32. By factor group: ranks
-    [groups] int32; A_pages and B_pages [groups, P] int64, the first element of every page of PAGE_RANKS rank rows;
-    on a multiple of 16 bytes; A_strides and B_strides [groups] int32, from one rank row to the next. By slot: scalings [slots] fp32; mid_scales,
-    out_scales, base_scales and added_biases [slots] int64, the vector's first element, -1 for none, or None where no
-    adapter has any. A slot without an adapter in this layer has a group of rank 0.
+    [groups] int32; A_pages and B_pages [groups, P] int64, the first element of every page of PAGE_RANKS rank rows, on a
+    multiple of 16 bytes; A_strides and B_strides [groups] int32, from one rank row to the next. By slot: scalings
+    [slots] fp32; mid_scales, out_scales, base_scales and added_biases [slots] int64, the vector's first element, -1 for
+    none, or None where no adapter has any. A slot without an adapter in this layer has a group of rank 0.
     """
 
     pages: Tensor
