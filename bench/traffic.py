@@ -523,8 +523,10 @@ def count_batch(case: BatchCase, width: int) -> dict[str, int]:
         multi_adapter_linear(x, [weight], [None], [tables], batch.sorted(x.device), most)
     found = dict.fromkeys(("pages", "vectors", "x", "y"), 0)
     for launch in launches:
-        for name in found.keys() & launch.operands.keys():
-            found[name] += launch.operands[name].first_read + launch.operands[name].first_written
+        for operand, count in launch.operands.items():
+            name = operand.removesuffix("[0]")  # of the only layer
+            if name in found:
+                found[name] += count.first_read + count.first_written
     return found
 
 

@@ -54,6 +54,14 @@ def multi_adapter_linear_group(
     The entries of weights, biases and layers, and the results, are by layer; each is what the layer alone would give.
     Raises ValueError and TypeError as that does, and ValueError for lists of different lengths, none or layers whose
     factors are kept in several dtypes.
+
+    >>> layers = {"q": torch.nn.Linear(16, 8), "k": torch.nn.Linear(16, 4)}
+    >>> pool = AdapterPool(torch.nn.ModuleDict(layers), layers, budget=1 << 16)
+    >>> x, forms = torch.randn(2, 3, 16), [pool.layer("q"), pool.layer("k")]
+    >>> weights, biases = zip(*[(layer.weight, layer.bias) for layer in layers.values()])
+    >>> with pool.hold([None, None]) as held:
+    ...     [tuple(y.shape) for y in multi_adapter_linear_group(x, weights, biases, held.batch(3), forms)]
+    [(2, 3, 8), (2, 3, 4)]
     """
     if not weights or not len(weights) == len(biases) == len(layers):
         raise ValueError(
