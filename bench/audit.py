@@ -134,6 +134,8 @@ BY_CONFIG: list[Case] = [
     *((M, Group.qkv(R), form) for form in (ON_BASE, EVERYTHING) for M in TOKENS for R in RANKS),
     *((M, Group.square(R), form) for form in (BUT_DROPOUT, LORA) for M in TOKENS for R in RANKS),
     *((8192, Group.qkv(R), BUT_DROPOUT) for R in RANKS),
+    # Few tokens of so wide an x that narrow tiles are not needed to have enough programs.
+    *((M, Group(16384, (4096,), (R,)), BUT_DROPOUT) for M in (32, 16) for R in RANKS),
     # A narrow model; and widths that divide by nothing.
     *((8192, Group(576, (576,), (R,)), EVERYTHING) for R in RANKS),
     *((M, Group(577, (577, 193, 1), (R, R, R)), form) for form in (ON_BASE, EVERYTHING) for M in TOKENS for R in RANKS),

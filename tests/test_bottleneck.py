@@ -459,7 +459,7 @@ def test_the_order_of_programs_does_not_matter(request: pytest.FixtureRequest) -
         assert torch.equal(actual, plain)
 
 
-def test_the_forward_is_one_launch_and_the_backward_four() -> None:
+def test_the_forward_is_one_launch_and_the_backward_five() -> None:
     v = torch.empty(8192, 768, dtype=torch.bfloat16, device="meta")
     down, up = (torch.empty(*shape, device="meta") for shape in ((64, 768), (768, 64)))
     a, c = (torch.empty(size, device="meta") for size in (64, 768))
@@ -469,7 +469,7 @@ def test_the_forward_is_one_launch_and_the_backward_four() -> None:
     assert len(launches) == 1
     with configs.recorded_launches(232_448) as launches:
         kernels.bottleneck_backward(v, v, layer, None, 0.0, True, kernels.Wants())
-    assert len(launches) == 4
+    assert len(launches) == 5  # one adds up what the splits of the tokens left of a factor's gradient
 
 
 def test_nan_is_not_hidden_by_relu() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny_models import llama, randomise
+from tiny_models import randomise
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -104,23 +104,3 @@ def test_nothing_in_a_graph_waits_for_a_value(name: str) -> None:
     assert any(name.startswith("fastadapt.") for name in called)
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
     assert [name for name in called if any(word in name for word in waits)] == []
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_break_a_graph_no_oftener_than_with_peft(reentrant: bool) -> None:
-    def breaks(model: Any) -> int:
-        torch._dynamo.reset()
-        counters.clear()
-        model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-        compiled = torch.compile(model, backend="aot_eager")
-        for length in (7, 12, 20):
-            ids = torch.ones(2, length, dtype=torch.long)
-            compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        return sum(counters["graph_break"].values())
-
-    theirs = breaks(peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=TARGETS)))
-    for name in ("LoRA", "DoRA", "VeRA"):
-        assert breaks(adapted(llama(), CONFIGS[name]())) <= theirs

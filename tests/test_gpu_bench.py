@@ -63,7 +63,7 @@ def test_every_provider_computes_the_formula(case: OperatorCase) -> None:
         try:
             verdict = check(case, provider, CPU)
         except ValueError as problem:
-            if provider != "recompose" or operators.refusal(problem) is None:
+            if provider not in ("recompose", "expand") or operators.refusal(problem) is None:
                 raise
             continue
         assert not verdict.failed, (provider, verdict.failed)

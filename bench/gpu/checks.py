@@ -70,7 +70,9 @@ class GroupCheck(Job):
 
     def providers(self, device_type: str) -> list[str]:
         """The strategies that do not refuse the case, and "ours" where the mask that it draws is known."""
-        refusing = ["fused"] * (self.case.adapter.r > 64) + ["recompose"] * (self.case.dtype != "fp32")
+        adapter, wide = self.case.adapter, self.case.dtype == "fp32"
+        trains_scales = wide and adapter.method == "vera" and self.case.operator == "step"
+        refusing = ["fused"] * (adapter.r > 64) + ["recompose"] * (not wide) + ["expand"] * (not trains_scales)
         names = [name for name in runnable_strategies(torch.device(device_type)) if name not in refusing]
         return names + ([] if self.case.dropout else ["ours"])
 

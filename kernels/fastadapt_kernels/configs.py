@@ -167,7 +167,8 @@ def shrink(xs: Sequence[Tensor], sizes: Sequence[int], *, masked: bool) -> tuple
     block_m = _block(M // 256, 16, 64)
     if dtype == torch.float32:
         block_r = _block(widest, 16, 64)
-        block_k, warps = (16, 8) if block_r == 64 else (32, 4)
+        # The mask is kept in words of 32 columns.
+        block_k, warps = (16 if block_r == 64 and not masked else 32, 8 if block_r == 64 else 4)
         config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
     else:
         block_r = _block(widest, 16, 128)
@@ -352,7 +353,8 @@ def input_grads(x: Tensor, R: int) -> tuple[Config, int, int]:
     rank = _block(R, 16, 64)
     # Narrow, so that there are enough programs without a split of the tokens and its second stage.
     block_k = 32 if triton.cdiv(K, 32) * triton.cdiv(R, rank) >= _WANTED_PROGRAMS // 8 else 16
-    crowded = rank == 64 and not _aligned([x]) and _shared_memory(x.device) < _HOPPER
+    before_hopper = _shared_memory(x.device) < _HOPPER
+    crowded = before_hopper and (block_k == 32 or (rank == 64 and not _aligned([x])))
     block_m, stages = (32, 2) if x.dtype == torch.float32 else (64 if crowded else 128, 3)
     tiles = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": rank, "BLOCK": 512}
     programs = triton.cdiv(K, block_k) * triton.cdiv(R, rank)

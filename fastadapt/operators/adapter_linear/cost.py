@@ -34,7 +34,7 @@ _FEW_TOKENS_EFFICIENCY = 0.9
 _KEEP_RECOMPOSED_ABOVE = 0.1
 
 # Tokens up to which a strategy that keeps [M, N] of each layer may be chosen.
-_EXPAND_TOKENS = 512
+_EXPAND_TOKENS = 192
 
 # What moving one fp32 element costs in halved FLOPs where memory is the limit: a CPU core does 112 GFLOP/s in products
 # and moves 20 GB/s (bench/step.py).
