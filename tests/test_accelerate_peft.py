@@ -16,6 +16,7 @@ from helpers import assert_follows
 from peft.tuners.lora import layer as lora_layer
 from tiny_models import gpt2, llama, randomise, tokens
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastadapt
 from fastadapt.integrations.peft_layers import Accelerated
@@ -476,6 +477,25 @@ def test_each_sibling_may_have_a_backward_of_its_own(method: str) -> None:
         assert (one.grad is None) == (other.grad is None), name
         if one.grad is not None:
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base_trains", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_a_checkpoint_runs_again_by_the_same_masks(method: str, reentrant: bool, base_trains: bool) -> None:
+    model = peft_model(METHODS[method](0.5)).train()
+    fastadapt.accelerate_peft(model)
+    layer_of(model, "k_proj").base_layer.weight.requires_grad_(base_trains)
+    # The projections read what the checkpoint is given: where it runs again, that is a leaf.
+    x = torch.randn(5, 12, requires_grad=True)
+    ys = []
+    for tried in (x, torch.zeros(5, 12, requires_grad=True)):
+        torch.manual_seed(3)
+        ys.append(checkpoint(model, tried, use_reentrant=reentrant).sum())
+    ys[0].backward()
+    assert x.grad is not None
+    # The model is linear, and so is what x does to it what its gradient says, mask by mask.
+    torch.testing.assert_close((x.grad * x).sum(), ys[0] - ys[1], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])

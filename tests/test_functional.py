@@ -694,3 +694,22 @@ def test_the_examples_of_the_public_operators_run(name: str) -> None:
     with torch.no_grad():
         result = doctest.DocTestRunner().run(example)
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_group_that_shares_its_down_projection_takes_no_rows(backend: str) -> None:
+    x, A = torch.empty(2, 0, 12, device=DEVICE, requires_grad=True), torch.randn(3, 12, device=DEVICE)
+    forms = [
+        AdapterForm(A, torch.randn(n, 3, device=DEVICE), torch.randn(3, device=DEVICE, requires_grad=True))
+        for n in (10, 7)
+    ]
+    weights = [torch.randn(n, 12, device=DEVICE) for n in (10, 7)]
+    ys = adapter_linear_group(x, weights, forms, backend=backend)
+    assert [y.shape for y in ys] == [(2, 0, 10), (2, 0, 7)]
+    sum(y.sum() for y in ys).backward()  # type: ignore[union-attr]
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    for form in forms:
+        assert isinstance(form.mid_scale, Tensor)
+        assert form.mid_scale.grad is not None
+        assert not form.mid_scale.grad.any()

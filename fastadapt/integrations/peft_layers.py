@@ -14,6 +14,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.vera import layer as vera
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..checks import FLOATING
 from ..forms import stacked
@@ -28,6 +29,9 @@ from ..reference import AdapterForm
 from ..staleness import Kept
 
 _LINEAR, _MAGNITUDE = nn.Linear.forward, dora.DoraLinearLayer.forward
+
+# What runs while a reentrant checkpoint runs its part again.
+_REENTRANT: Any = vars(CheckpointFunction)["_backward_cls"]
 
 # How often PEFT has written base weights past their versions: several layers may have the same one.
 _base_writes = 0
@@ -136,7 +140,8 @@ class Accelerated(nn.Module):
         plain = is_plain(base, plain_forward(base))
         if not plain and is_hooked(base):
             return "the base layer has hooks"
-        if plain and torch.is_grad_enabled() and base._parameters["weight"].requires_grad:
+        # In training without a graph too: a checkpoint runs it again with one, and by the same masks.
+        if plain and (self.training or torch.is_grad_enabled()) and base._parameters["weight"].requires_grad:
             return "the base weight trains"
         if not getattr(self, "cast_input_dtype_enabled", True):
             return "PEFT's casting of inputs is off"
@@ -207,9 +212,12 @@ class Accelerated(nn.Module):
     def _may_be_differentiated_alone(self, x: Tensor) -> bool:
         """Whether each sibling may get a backward of its own, as in PEFT: a group has one graph, which serves once.
 
-        An x with a graph of its own does not: that would serve once as well.
+        An x with a graph of its own does not: that would serve once as well. Nor does what a reentrant checkpoint runs
+        again: without a graph the siblings ran as a group, whose one mask the gradients need.
         """
-        return x.grad_fn is None and torch.is_grad_enabled() and (x.requires_grad or self._trains)
+        if x.grad_fn is not None or not torch.is_grad_enabled() or not (x.requires_grad or self._trains):
+            return False
+        return torch.compiler.is_compiling() or not isinstance(torch._C._current_autograd_node(), _REENTRANT)
 
     @property
     def _trains(self) -> bool:

@@ -197,7 +197,7 @@ def _input_grad(dys: Sequence[Tensor], group: Group, dq: Tensor) -> Tensor:
     """dx; dq and what the mask hits besides it are multiplied by 1 / keep before the mask, where they are small."""
     members, (drop, _), shared_A = group
     if shared_A and len(members) > 1:
-        dq = dq.view(dq.shape[0], len(members), -1).sum(1)
+        dq = dq.unflatten(1, (len(members), dq.shape[1] // len(members))).sum(1)
     dx = torch.mm(dq, _down(group, dq.dtype))
     if drop is not None:
         for dy, member in zip(dys, members, strict=True):
