@@ -126,7 +126,8 @@ def test_a_bottleneck_moves_its_stream_once_a_launch(name: str) -> None:
     # The model leaves out what the first stage of a split sum keeps, and reads the factors once a pass.
     assert row["minimum_mib"] < row["mib"] == pytest.approx(row["split_target_mib"], rel=0.005)
     assert row["partials_mib"] < 0.2 * row["mib"]
-    assert (row["launches_forward"], row["launches_backward"]) == (1, 4)
+    # The fifth adds up the parts of the down projection's gradient: 768 columns are few for a GPU.
+    assert (row["launches_forward"], row["launches_backward"]) == (1, 5)
     own = [] if traffic.BOTTLENECKS[name].on_itself else ["residual"]
     assert row["large_tensors"].split() == ["dv", "dy", "out", *own, "v"]
     assert {operand.phase for operand in touched} == {"forward", "backward"}
