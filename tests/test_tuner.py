@@ -395,7 +395,7 @@ def key_of(
 @pytest.mark.parametrize(("rows", "bucket"), [(0, 1), (1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)])
 def test_rows_are_rounded_up_to_a_power_of_two(rows: int, bucket: int) -> None:
     key = key_of(torch.ones(rows, 6), [torch.ones(5, 6)], [form(3)], backward=False)
-    plain = dict.fromkeys(("trains_A", "trains_up", "backward", "wants_dx"), False)
+    plain = dict.fromkeys(("trains_A", "trains_B", "trains_up", "backward", "wants_dx"), False)
     assert key == Key(CPU, Workload(bucket, 6, (5,), (3,), "float32", **plain))
     assert str(key) == f"m{bucket} k6 n5 r3 float32 plain"
 
