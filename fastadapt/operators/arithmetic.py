@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +127,12 @@ def factor_grads(
         if wants_out:
             dout = PB.sum(1) if mid_scale is None else PB @ cast(mid_scale, PB.dtype)
     return dB, dmid, dout
+
+
+def columns_of(u: Tensor, ranks: Sequence[int], chosen: Sequence[int]) -> Tensor:
+    """The columns of u [M, ΣR] that belong to the chosen members of a group."""
+    parts = torch.split_with_sizes(u, ranks, 1)
+    return torch.cat([parts[index] for index in chosen], 1)
 
 
 def column_sums(dy: Tensor) -> Tensor:

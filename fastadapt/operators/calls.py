@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -135,6 +135,34 @@ class _Last(torch.autograd.Function):
             "the gradients of this operator can be taken once and not be differentiated again, as a gradient penalty "
             'or a Hessian needs: use backend="reference", which is plain PyTorch'
         )
+
+
+def of_members_with_a_loss(
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    part: Callable[[Any, Sequence[int]], tuple[Any, Sequence[int]]],
+    leading: int,
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of a group's Function, run for the members that have a loss; the others' inputs get no gradient.
+
+    The Function does not materialize gradients: those of members without a loss are None. part: of its context and the
+    members that have one, what `backward` reads of these alone, and the places of their tensors among the group's.
+    leading: the Function's inputs before the members' tensors, x first.
+    """
+
+    def run(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        called = [index for index, dy in enumerate(dys) if dy is not None]
+        if len(called) == len(dys):
+            return backward(ctx, *dys)
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if called:
+            own, slots = part(ctx, called)
+            dx, *grads = backward(own, *[dys[index] for index in called])
+            found[0] = dx
+            for slot, grad in zip(slots, grads[leading - 1 :], strict=True):
+                found[leading + slot] = grad
+        return tuple(found)
+
+    return run
 
 
 def requires_grad(value: Tensor | float | None) -> bool:

@@ -31,9 +31,6 @@ MOST_ONE_PASS_RANKS = 32
 # The widest hidden of a bottleneck: a program holds all of it in registers.
 MOST_HIDDEN = 128
 
-# Rows of one token up to which each has programs of its own; and runs of a batch that are counted at once.
-_ONE_TOKEN_ROWS = 32
-_SEGMENTS = 256
 
 # Shared memory of a block, in bytes. At least: sm_90 and sm_100; those and sm_80; sm_86, sm_89 and sm_120.
 _HOPPER = 227 * 1024
@@ -459,28 +456,12 @@ def row_squares() -> Config:
     return {"BLOCK_N": 4, "BLOCK_K": 1024, "num_warps": 4, "num_stages": 2}
 
 
-def _tokens_tile(M: int, rows: int) -> int:
-    """Places of a tile of many adapters: of one token where each row has one and rows are few.
-
-    With more rows, those that share a factor group read it once a tile; those that do not, lose little.
-    """
-    if rows == M and rows <= _ONE_TOKEN_ROWS:
-        return 1
-    return 16 if _interpreted() or M // rows <= 32 else 64
-
-
-def most_tiles(M: int, rows: int, block_m: int) -> int:
-    """The most tiles into which up to `rows` runs of M places together are cut, none of two runs."""
-    return M if block_m == 1 else triton.cdiv(M, block_m) + rows
-
-
-def multi_shrink(x: Tensor, rows: int, max_rank: int) -> tuple[Config, int]:
-    """Tiles of _multi_shrink_kernel for x [M, K] of `rows` rows and ranks up to max_rank, and its splits of K."""
+def multi_shrink(x: Tensor, block_m: int, max_rank: int) -> tuple[Config, int]:
+    """Tiles of _multi_shrink_kernel for x [M, K] cut into block_m places and ranks up to max_rank; its splits of K."""
     M, K = x.shape
-    block_m = _tokens_tile(M, rows)
     if _interpreted():
         splits, _ = _splits(1, triton.cdiv(K, 64), 1)
-        return {"BLOCK_M": block_m, "BLOCK_K": 64, "BLOCK_R": 64, "SEGMENTS": 16}, splits
+        return {"BLOCK_M": block_m, "BLOCK_K": 64, "BLOCK_R": 64}, splits
     if block_m == 1:
         # The sum is taken at the end: until then its parts lie in registers.
         tiles = {"BLOCK_K": 128, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
@@ -493,14 +474,13 @@ def multi_shrink(x: Tensor, rows: int, max_rank: int) -> tuple[Config, int]:
         tiles = {"BLOCK_K": 64, "BLOCK_R": _block(max_rank, 16, 64), "num_warps": 4, "num_stages": stages}
     programs = triton.cdiv(M, block_m) * triton.cdiv(max_rank, tiles["BLOCK_R"])
     splits, _ = _splits(programs, triton.cdiv(K, tiles["BLOCK_K"]), 4, wanted=_WANTED_PROGRAMS // 2)
-    return {"BLOCK_M": block_m, **tiles, "SEGMENTS": _SEGMENTS}, splits
+    return {"BLOCK_M": block_m, **tiles}, splits
 
 
-def multi_expand(y: Tensor, rows: int) -> Config:
-    """Tiles of _multi_expand_kernel for y [M, N] of `rows` rows."""
-    block_m = _tokens_tile(y.shape[0], rows)
+def multi_expand(y: Tensor, block_m: int) -> Config:
+    """Tiles of _multi_expand_kernel for y [M, N] cut into block_m places."""
     if _interpreted():
-        return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": 64, "SEGMENTS": 16}
+        return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": 64}
     # Few threads where the tile is small: ptxas holds many to fewer registers than they need, but in fp32 on sm_80.
     if block_m == 1:
         tiles = {"BLOCK_N": 64, "BLOCK_R": 32, "num_warps": 2}
@@ -510,7 +490,7 @@ def multi_expand(y: Tensor, rows: int) -> Config:
     else:
         # Vectors by token are tiles too: few elements a thread leave registers for all of them.
         tiles = {"BLOCK_N": 64, "BLOCK_R": 16 if y.dtype == torch.float32 else 32, "num_warps": 8}
-    return {"BLOCK_M": block_m, **tiles, "SEGMENTS": _SEGMENTS, "num_stages": 2}
+    return {"BLOCK_M": block_m, **tiles, "num_stages": 2}
 
 
 def dropout_mask() -> Config:

@@ -371,7 +371,6 @@ def multi_adapter_linear(
     scaled = any(table.base_scales is not None or table.added_biases is not None for table in tables)
     if M == 0 or all(y.numel() == 0 for y in ys) or (max_rank == 0 and not scaled):
         return ys
-    rows = tokens.tiles.shape[0] if tokens.block == 1 else tokens.tiles.shape[0] - triton.cdiv(M, tokens.block)
     shared = {
         "pages": _distinct([table.pages for table in tables]),
         "vectors": _distinct([table.vectors for table in tables]),
@@ -386,9 +385,8 @@ def multi_adapter_linear(
     u = partials = None
     if max_rank > 0:
         u = torch.empty(len(ys), M, max_rank, dtype=x.dtype, device=x.device)
-        config, splits = configs.multi_shrink(x, rows, max_rank)
+        config, splits = configs.multi_shrink(x, tokens.block, max_rank)
         splits = _fewer(splits, len(ys))
-        config = _in_tiles(config, tokens.block)
         partials = partial_buffer(u, splits)
         arguments = {
             **shared,
@@ -407,7 +405,7 @@ def multi_adapter_linear(
         grid = tokens.tiles.shape[0] * len(ys) * triton.cdiv(max_rank, config["BLOCK_R"])
         configs.launch(_multi_shrink_kernel, (grid, splits), arguments, config)
         partials = partials if splits > 1 else None
-    config = _in_tiles(configs.multi_expand(ys[0], rows), tokens.block)
+    config = configs.multi_expand(ys[0], tokens.block)
     arguments = {
         **shared,
         "u": u,
@@ -442,8 +440,3 @@ def _optional(tables: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | No
 def _fewer(splits: int, members: int) -> int:
     """Splits of K for each of several members: a power of two, for which the expand kernel is compiled."""
     return 1 << (max(1, min(_MOST_SPLITS, splits // members)).bit_length() - 1)
-
-
-def _in_tiles(config: configs.Config, block: int) -> configs.Config:
-    """The config for the tiles that the batch was cut into."""
-    return {name: value for name, value in config.items() if name != "SEGMENTS"} | {"BLOCK_M": block}

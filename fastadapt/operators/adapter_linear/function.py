@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...reference import AdapterForm, adapter_linear_reference
-from ..arithmetic import cast, factor_grads
+from ..arithmetic import cast, columns_of, factor_grads
 from ..calls import (
     AS_IT_IS,
     applied,
     in_widest,
+    of_members_with_a_loss,
     once_differentiable,
     rows_of,
     with_leading,
@@ -164,19 +165,11 @@ class _Part(NamedTuple):
     needs_input_grad: Sequence[bool]
 
 
-def _called_backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-    """`_backward` of the members that have a loss."""
-    called = [index for index, dy in enumerate(dys) if dy is not None]
-    n = len(dys)
-    if len(called) == n:
-        return _backward(ctx, *dys)  # type: ignore[arg-type]
-    found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    if not called:
-        return tuple(found)
+def _part(ctx: Any, called: Sequence[int]) -> tuple[_Part, Sequence[int]]:
     (rows, u, drop, *tensors), plan, needed = ctx.saved_tensors, ctx.plan, ctx.needs_input_grad
+    n = len(plan.values)
     if u is not None and not plan.shared_A:
-        parts = torch.split_with_sizes(u, [len(tensors[index * TENSORS + 1]) for index in range(n)], 1)
-        u = torch.cat([parts[index] for index in called], 1)
+        u = columns_of(u, [len(tensors[index * TENSORS + 1]) for index in range(n)], called)
     slots = [index * TENSORS + kind for index in called for kind in range(TENSORS)]
     kept = tensors[n * TENSORS :]
     part = _Part(
@@ -185,11 +178,7 @@ def _called_backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]
         [rows, u, drop, *[tensors[slot] for slot in slots], *[kept[index] for index in called if kept]],
         [*needed[:3], *[needed[3 + slot] for slot in slots]],
     )
-    dx, _, _, *grads = _backward(part, *[dys[index] for index in called])  # type: ignore[arg-type]
-    found[0] = dx
-    for slot, grad in zip(slots, grads, strict=True):
-        found[3 + slot] = grad
-    return tuple(found)
+    return part, slots
 
 
 def _backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
@@ -229,6 +218,8 @@ def _backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
     # In other dtypes than their tensors' the gradients are sums in fp32: autograd casts them.
     return dx, None, None, *grads
 
+
+_called_backward = of_members_with_a_loss(_backward, _part, leading=3)
 
 # Beside a graph of the gradients (create_graph=True) it says that they have none; elsewhere it costs time alone.
 _differentiated_once = once_differentiable(_called_backward)

@@ -14,8 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arithmetic import add_product, cast, column_sums, factor_products, product
-from ..calls import AS_IT_IS, applied, once_differentiable, rows_of, with_leading, without_autocast
+from ..arithmetic import add_product, cast, column_sums, columns_of, factor_products, product
+from ..calls import (
+    AS_IT_IS,
+    applied,
+    of_members_with_a_loss,
+    once_differentiable,
+    rows_of,
+    with_leading,
+    without_autocast,
+)
 
 
 class PlainCall(NamedTuple):
@@ -155,19 +163,11 @@ class _Part(NamedTuple):
     needs_input_grad: Sequence[bool]
 
 
-def _called_backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-    """`_group_backward` of the members that have a loss."""
-    called = [index for index, dy in enumerate(dys) if dy is not None]
-    n = len(dys)
-    if len(called) == n:
-        return _group_backward(ctx, *dys)  # type: ignore[arg-type]
-    found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    if not called:
-        return tuple(found)
+def _part(ctx: Any, called: Sequence[int]) -> tuple[_Part, Sequence[int]]:
     (rows, u, *tensors), call, needed = ctx.saved_tensors, ctx.call, ctx.needs_input_grad
+    n = len(call.ranks)
     if u is not None:
-        parts = torch.split_with_sizes(u, call.ranks, 1)
-        u = torch.cat([parts[index] for index in called], 1)
+        u = columns_of(u, call.ranks, called)
     scalings, ranks = (tuple([values[index] for index in called]) for values in (call.scalings, call.ranks))
     # The members' tensors come kind by kind.
     slots = [start + index for start in range(0, 4 * n, n) for index in called]
@@ -176,11 +176,7 @@ def _called_backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]
         [rows, u, *[tensors[slot] for slot in slots if slot < 3 * n]],
         [*needed[:2], *[needed[2 + slot] for slot in slots]],
     )
-    dx, _, *grads = _group_backward(part, *[dys[index] for index in called])  # type: ignore[arg-type]
-    found[0] = dx
-    for slot, grad in zip(slots, grads, strict=True):
-        found[2 + slot] = grad
-    return tuple(found)
+    return part, slots
 
 
 def _group_backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
@@ -220,6 +216,8 @@ def _group_backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         grads = [grad if needs else None for grad, needs in zip(grads, needed[n:], strict=True)]
     return dx, None, *[None] * n, *grads
 
+
+_called_backward = of_members_with_a_loss(_group_backward, _part, leading=2)
 
 # Beside a graph of the gradients (create_graph=True) they say that they have none; elsewhere it costs time alone.
 _once, _group_once = once_differentiable(_backward), once_differentiable(_called_backward)
