@@ -18,7 +18,7 @@ from test_ops import layout_is_told
 from torch import Tensor
 
 from fastadapt import AdapterForm, functional
-from fastadapt.operators.multi_adapter_linear import op
+from fastadapt.operators.multi_adapter_linear import eager, op, plan
 from fastadapt.operators.multi_adapter_linear.batch import (
     PAGE_RANKS,
     AdapterBatch,
@@ -31,6 +31,7 @@ from fastadapt.operators.multi_adapter_linear.batch import (
     places_of_a_tile,
     sort_tokens,
 )
+from fastadapt.operators.multi_adapter_linear.eager import FormRun
 from fastadapt.operators.multi_adapter_linear.plan import slot_form
 from fastadapt.reference import multi_adapter_linear_reference
 
@@ -368,6 +369,39 @@ def test_factors_in_another_dtype(pages_dtype: torch.dtype, tokens: int, backend
     dtype = torch.bfloat16 if pages_dtype == torch.float32 else torch.float32
     resident = make_resident(SETS["mixed"], 48, 32, dtype, pages_dtype=pages_dtype, aligned=True)
     check(resident, ids_of("distinct", 12, 13), tokens, dtype, backend)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_few_rows_in_16_bits_go_through_fp32_factors(method: str, dtype: torch.dtype) -> None:
+    """Kept once a batch, and one rounding of the low-rank path where 16-bit products have two."""
+    resident = make_resident([Spec(method, 16)], 64, 48, dtype)
+    batch = resident.batch([0] * 8, 1)
+    (step,) = plan.plan(batch, resident.layer.forms, dtype)
+    assert isinstance(step, FormRun)
+    assert {part.dtype for part in (*step.form.A, *step.form.B)} == {torch.float32}
+    assert plan.plan(batch, resident.layer.forms, dtype)[0] is step
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    form, weight = resident.forms[0], torch.zeros_like(resident.weight)
+    y = eager.multi_adapter_linear(x, weight, None, [step])
+    exact = multi_adapter_linear_reference(x.double(), weight.double(), None, [cast_form(form, torch.float64)], [0] * 8)
+    # y and, with a g, its product.
+    assert (y - exact).abs().max() <= (2 if method == "dora" else 1) * torch.finfo(dtype).eps * exact.abs().max()
+    long = resident.batch([0], 64)
+    (step,) = plan.plan(long, resident.layer.forms, dtype)
+    assert isinstance(step, FormRun)
+    assert step.form.A[0].dtype is dtype
+
+
+def test_copies_of_factors_keep_to_their_limit() -> None:
+    resident = make_resident([Spec("lora", 16)], 64, 48, torch.bfloat16)
+    run = FormRun(0, 8, resident.layer.forms[0])
+    size = 16 * (64 + 48) * 4
+    for limit, left, dtype in ((size, 0, torch.float32), (size - 1, size - 1, torch.bfloat16)):
+        (step,), found = plan.together([run], 1, torch.bfloat16, limit)
+        assert isinstance(step, FormRun)
+        assert found == left
+        assert step.form.A[0].dtype is dtype
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,45 @@ from ..layers.wrapper import BaseLayerWrapper
 from ..operators.backends import resolve_backend
 from ..operators.calls import autocast_dtype
 from ..operators.multi_adapter_linear import eager, plan
-from ..operators.multi_adapter_linear.function import multi_adapter_linear
+from ..operators.multi_adapter_linear.batch import AdapterBatch, LayerForms
+from ..operators.multi_adapter_linear.function import multi_adapter_linear, multi_adapter_linear_group
 from .called import updated
 from .pool import AdapterPool
-from .requests import Place, Requests
+from .requests import Place, Requests, Running
 from .trace import Trace
+
+# After so many rounds in which a layer did not come for its output, the guess that the layers share x was wrong.
+_MISSES = 2
+
+
+class Readers:
+    """Served layers that are expected to read the same x, whose kernels run as one when the first of them is called.
+
+    The others find their outputs when they are called with the very same tensor, unwritten since. Otherwise a layer
+    runs by itself, and after two rounds with outputs that nobody fetched so does every layer from then on.
+    """
+
+    def __init__(self, layers: Sequence[MultiAdapterLinear]) -> None:
+        self.layers = list(layers)
+        self._misses = 0
+
+    def output(self, layer: MultiAdapterLinear, x: Tensor, batch: AdapterBatch, now: Running) -> Tensor | None:
+        """y of `layer` for x, or None where it has to run by itself."""
+        known = None if self._misses >= _MISSES or torch.compiler.is_compiling() else now.memory(x)
+        if known is None:
+            return None
+        y = known.pop(layer, None)
+        if y is None:
+            before = now.led.get(self, {})
+            self._misses += any([other in before for other in self.layers])
+            members = [other for other in self.layers if other is layer or other.joins(layer, x)]
+            weights, biases = zip(*[member.operands() for member in members], strict=True)
+            forms = [member.forms() for member in members]
+            ys = multi_adapter_linear_group(x, weights, biases, batch, forms, backend=layer.backend)
+            known.update(zip(members, ys, strict=True))
+            now.led[self] = known
+            y = known.pop(layer)
+        return y
 
 
 def runs_directly(model: nn.Module, backend: str) -> bool:
@@ -44,6 +79,7 @@ class MultiAdapterLinear(BaseLayerWrapper):
         self.place = Place(path, pool.forms(path))
         self._pool = pool
         self._requests = requests
+        self.readers: Readers | None = None
 
     def forward(self, x: Tensor) -> Any:
         now = self._requests.own.now or self._requests.lent()
@@ -55,12 +91,30 @@ class MultiAdapterLinear(BaseLayerWrapper):
         base: Any = self._modules["base_layer"]
         if not is_plain(base, self._plain):
             return updated(base, x, now.batch(x, self.place), self.place.forms) if self.place.forms else base(x)
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
-        if not isinstance(base, nn.Linear):
-            weight = weight.T
+        weight, bias = self.operands()
         batch = now.batch(x, self.place)
         if now.direct and type(x) is Tensor and x.dtype == weight.dtype and not x.requires_grad:
             steps = plan.plan(batch, self.place.forms, x.dtype)
             y = eager.multi_adapter_linear(x.reshape(-1, x.shape[-1]), weight, bias, steps, now.memory(x))
             return y.view(*x.shape[:-1], y.shape[-1])
-        return multi_adapter_linear(x, weight, bias, batch, self._pool.layer(self.place.path), backend=self.backend)
+        if self.readers is not None and resolve_backend(self.backend, x, weight) == "triton":
+            found = self.readers.output(self, x, batch, now)
+            if found is not None:
+                return found
+        return multi_adapter_linear(x, weight, bias, batch, self.forms(), backend=self.backend)
+
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """The base layer's weight [out, in] and bias."""
+        base: Any = self._modules["base_layer"]
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        return (weight if isinstance(base, nn.Linear) else weight.T), bias
+
+    def forms(self) -> LayerForms:
+        return self._pool.layer(self.place.path)
+
+    def joins(self, leader: MultiAdapterLinear, x: Tensor) -> bool:
+        """Whether it can run with another layer that is called with x: as a plain layer, on the same rows."""
+        if not is_plain(self.base_layer, self._plain) or self.place.key != leader.place.key:
+            return False
+        weight, other = self.operands()[0], leader.operands()[0]
+        return (weight.shape[1], weight.dtype, weight.device) == (other.shape[1], other.dtype, other.device)

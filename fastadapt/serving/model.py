@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.siblings import groups
 from ..layers.ways import device_of, is_offloaded
 from ..model.adapted import adapter_configs, replace_module
 from ..model.places import shared_places
@@ -19,7 +20,7 @@ from ..model.saving import hook_saving, unhook_saving
 from ..model.targets import base_modules
 from ..model.wrappers import check_open, inside
 from ..operators.backends import check_backend
-from .linear import MultiAdapterLinear, runs_directly
+from .linear import MultiAdapterLinear, Readers, runs_directly
 from .pool import AdapterPool
 from .requests import Place, Repeats, Requests, Running
 from .trace import main_input, trace
@@ -83,6 +84,10 @@ class MultiAdapterModel:
             layer = MultiAdapterLinear(base, self.pool, path, self.requests, backend)
             self._places.append(layer.place)
             replace_module(model, path, layer, shared)
+        for readers in groups(inside(model).named_modules(), MultiAdapterLinear):
+            together = Readers(readers)
+            for layer in readers:
+                layer.readers = together
         hook_saving(model, MultiAdapterLinear, refuse_saving)
 
     def load(self, directory: str | Path, name: str | None = None, *, root: str | Path | None = None) -> str:

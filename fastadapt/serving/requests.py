@@ -77,6 +77,7 @@ class Running:
         self.repeats = repeats or Repeats()
         self.even = even
         self._batches: dict[tuple[int, int, str], AdapterBatch] = {}
+        self.led: dict[Any, dict[Any, Tensor]] = {}  # by Readers, where the outputs of their last round wait
         self._seen: tuple[Tensor, int, dict[Any, Tensor]] | None = None
 
     def batch(self, x: Tensor, place: Place) -> AdapterBatch:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arithmetic import add_scaled, cast, linear, product, scaled
+from ..arithmetic import add_scaled, cast, linear, product, scaled, thin_dtype
 from .batch import SlotForm
 
 
@@ -132,7 +132,9 @@ def _apply(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, form: Slot
         scaled(y, g, None, keep=False)
     # What is summed up in y itself is rounded at y's size each time: a product of one row with every term, one in parts
     # with every part.
-    if y.shape[0] > 1 and len(form.A) == 1 and (h is None or tied):
+    if form.A and form.A[0].dtype != x.dtype:
+        x = cast(x, thin_dtype(x.shape[0], x.dtype, x.is_cpu))
+    if y.shape[0] > 1 and len(form.A) == 1 and x.dtype == y.dtype and (h is None or tied):
         ((u, B),) = _down(x, form)
         y.addmm_(u, cast(B, x.dtype), alpha=form.scaling)
     else:

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arithmetic import cast
+from ..arithmetic import cast, thin_dtype
 from .batch import PAGE_RANKS, AdapterBatch, FormEntry, FormTables, SlotForm, SortedTokens
 from .eager import FormRun, SharedRuns, StackedRuns, Step
 
 # A batch may keep copies of factors up to this many bytes.
-_STACKED_BYTES = 1 << 30
+_COPIED_BYTES = 1 << 30
 
 # How much larger than the factors their copies may be, for different ranks in one stack.
 _MOST_PADDING = 2
@@ -31,10 +31,7 @@ class _Plan(NamedTuple):
     forms: Mapping[int, SlotForm]
     used: list[tuple[int, SlotForm | None]]
     steps: list[Step]
-
-    @property
-    def bytes(self) -> int:
-        return sum(step.A.nbytes + step.B.nbytes for step in self.steps if isinstance(step, StackedRuns))
+    copied: int  # bytes
 
 
 def plan(batch: AdapterBatch, forms: Mapping[int, SlotForm], dtype: torch.dtype) -> list[Step]:
@@ -44,16 +41,19 @@ def plan(batch: AdapterBatch, forms: Mapping[int, SlotForm], dtype: torch.dtype)
         used = {run.slot: forms.get(run.slot) for run in batch.runs}
         found = [(start, stop, used[slot]) for start, stop, slot in batch.runs]
         runs = [FormRun(start, stop, form) for start, stop, form in found if form is not None]
-        spare = _STACKED_BYTES - sum(plan.bytes for plan in batch.plans.values())
-        steps = together(runs, batch.tokens, dtype, spare)
-        kept = batch.plans[id(forms), dtype] = _Plan(forms, list(used.items()), steps)
+        spare = _COPIED_BYTES - sum(plan.copied for plan in batch.plans.values())
+        steps, left = together(runs, batch.tokens, dtype, spare)
+        kept = batch.plans[id(forms), dtype] = _Plan(forms, list(used.items()), steps, spare - left)
     return kept.steps
 
 
-def together(runs: Sequence[FormRun], tokens: int, dtype: torch.dtype, limit: int = _STACKED_BYTES) -> list[Step]:
-    """The same work in fewer steps, for rows of `tokens` tokens.
+def together(
+    runs: Sequence[FormRun], tokens: int, dtype: torch.dtype, limit: int = _COPIED_BYTES
+) -> tuple[list[Step], int]:
+    """The same work in fewer steps, for rows of `tokens` tokens; and what is left of `limit`, the bytes that copies of
+    factors may take.
 
-    Stacks take `limit` bytes at most. Adapters with a bias, or with DoRA's g beside another h, stay by themselves.
+    Adapters with a bias, or with DoRA's g beside another h, stay by themselves.
     """
     # In fp16 a tied g would come behind a sum that may be beyond it.
     simple = [run for run in runs if run.form.added_bias is None and not (run.form.tied and dtype is torch.float16)]
@@ -70,7 +70,25 @@ def together(runs: Sequence[FormRun], tokens: int, dtype: torch.dtype, limit: in
     for members in _pairs(simple, tokens):
         steps.append(_shared(members, tokens, dtype))
         gathered.update(run.start for run in members)
-    return [*(run for run in runs if run.start not in gathered), *steps]
+    for run in runs:
+        if run.start not in gathered:
+            widened = _widened(run, dtype)
+            size = 0 if widened is run else sum(part.nbytes for part in (*widened.form.A, *widened.form.B))
+            steps.append(widened if size <= limit else run)
+            limit -= size if size <= limit else 0
+    return steps, limit
+
+
+def _widened(run: FormRun, dtype: torch.dtype) -> FormRun:
+    """The run with copies of its factors in what products of few rows take, where they are not in that."""
+    form = run.form
+    if form.mid_scale is not None or not form.A or form.A[0].dtype != dtype:
+        return run  # a pair that is shared is as large as hundreds of adapters
+    thin = thin_dtype(run.stop - run.start, dtype, form.A[0].is_cpu)
+    if thin == dtype:
+        return run
+    A, B = (tuple([part.to(thin) for part in side]) for side in (form.A, form.B))
+    return run._replace(form=form._replace(A=A, B=B))
 
 
 def _pairs(runs: Sequence[FormRun], tokens: int) -> list[list[FormRun]]:
