@@ -23,6 +23,7 @@ from torch import Tensor
 from . import configs
 from .group import strides
 from .group import vectors as vectors_of
+from .launch import prepared
 from .tiles import count_tiles, load_member_vector, load_tile, locate, partial_buffer, pick, store_tile
 
 # Rank rows of a factor that lie together.
@@ -362,7 +363,7 @@ def multi_adapter_linear(
     tiles [T, 3], of each tile of `block` places the first, the end of its run and its group, M, M and -1 of those that
     are not needed.
     """
-    M, K = x.shape
+    M = x.shape[0]
     late = [bias if table.base_scales is not None else None for bias, table in zip(biases, tables, strict=True)]
     ys = [
         F.linear(x, weight, None if bias is None or later is not None else bias.to(x.dtype))
@@ -371,9 +372,29 @@ def multi_adapter_linear(
     scaled = any(table.base_scales is not None or table.added_biases is not None for table in tables)
     if M == 0 or all(y.numel() == 0 for y in ys) or (max_rank == 0 and not scaled):
         return ys
+    # What lies in one memory is told by which tensors are the same ones, and that is no part of an outline.
+    pages = _distinct([table.pages for table in tables])
+    vectors = _distinct([table.vectors for table in tables])
+    _add_adapters(x, ys, late, pages, vectors, tables, tokens, max_rank)
+    return ys
+
+
+@prepared
+def _add_adapters(
+    x: Tensor,
+    ys: Sequence[Tensor],
+    late: Sequence[Tensor | None],
+    pages: tuple[Tensor, ...],
+    vectors: tuple[Tensor, ...],
+    tables: Sequence[Any],
+    tokens: Any,
+    max_rank: int,
+) -> None:
+    """What multi_adapter_linear does to base products ys, in place; late: the biases that they still lack."""
+    M, K = x.shape
     shared = {
-        "pages": _distinct([table.pages for table in tables]),
-        "vectors": _distinct([table.vectors for table in tables]),
+        "pages": pages,
+        "vectors": vectors,
         "ranks": tuple([table.ranks for table in tables]),
         "order": tokens.order,
         "adapters": tokens.adapters,
@@ -424,7 +445,6 @@ def multi_adapter_linear(
     }
     grid = tokens.tiles.shape[0] * sum(triton.cdiv(y.shape[1], config["BLOCK_N"]) for y in ys)
     configs.launch(_multi_expand_kernel, (grid,), arguments, config)
-    return ys
 
 
 def _distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
