@@ -23,6 +23,7 @@ from torch import Tensor
 from . import configs
 from .group import strides
 from .group import vectors as vectors_of
+from .launch import prepared
 from .tiles import count_tiles, load_member_vector, load_tile, locate, partial_buffer, pick, store_tile
 
 # Rank rows of a factor that lie together.
@@ -390,14 +391,33 @@ def multi_adapter_update(
     tiles [T, 3], of each tile of `block` places the first, the end of its run and its group, M, M and -1 of those that
     are not needed.
     """
-    M, K = x.shape
+    M = x.shape[0]
     works = max_rank > 0 or any(bias is not None for bias in biases)
     works = works or any(table.base_scales is not None or table.added_biases is not None for table in tables)
     if M == 0 or all(y.numel() == 0 for y in ys) or not works:
         return
+    # What lies in one memory is told by which tensors are the same ones, and that is no part of an outline.
+    pages = _distinct([table.pages for table in tables])
+    vectors = _distinct([table.vectors for table in tables])
+    _add_adapters(x, ys, biases, pages, vectors, tables, tokens, max_rank)
+
+
+@prepared
+def _add_adapters(
+    x: Tensor,
+    ys: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    pages: tuple[Tensor, ...],
+    vectors: tuple[Tensor, ...],
+    tables: Sequence[Any],
+    tokens: Any,
+    max_rank: int,
+) -> None:
+    """What multi_adapter_update does."""
+    M, K = x.shape
     shared = {
-        "pages": _distinct([table.pages for table in tables]),
-        "vectors": _distinct([table.vectors for table in tables]),
+        "pages": pages,
+        "vectors": vectors,
         "ranks": tuple([table.ranks for table in tables]),
         "order": tokens.order,
         "adapters": tokens.adapters,
