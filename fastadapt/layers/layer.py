@@ -23,6 +23,7 @@ from ..operators.adapter_linear.strategies import STRATEGIES
 from ..operators.calls import without_autocast
 from ..reference import AdapterForm
 from ..staleness import Kept
+from .dequantize import dequantized, is_quantized, would_round
 from .ways import (
     agree,
     at_hand,
@@ -329,12 +330,13 @@ class AdapterLayer(BaseLayerWrapper):
         """A weight matrix [out, in] in the base layer's own layout: the inverse of `weight_matrix`."""
         return matrix
 
-    def merge(self) -> None:
+    def merge(self, *, dequantize: bool = False) -> None:
         """Writes the active adapters into the base layer: W' = diag(g) W0 + W0 ⊙ (U V) + diag(h) B diag(d) A, b' = β.
 
         The base layer gets new parameters; the old ones are set aside untouched for `unmerge`, so that whoever shares
         them (a tied head) is not changed. In the place of a layer that could not give back what is written into it
         stands a plain one, of the weight that it was found to compute with.
+        dequantize: of a quantised layer too, whose weight is then in floating point and takes as much memory.
         Raises ValueError where there is no such weight; the layer is then as it was.
         """
         if self.merged or not self.active:
@@ -350,6 +352,11 @@ class AdapterLayer(BaseLayerWrapper):
                 "its weight is made by a hook before each call: make it a parameter first "
                 "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove)"
             )
+        if is_quantized(self.base_layer):
+            if not dequantize:
+                raise would_round(self.base_layer, self.like.dtype)
+            self._replace(form)
+            return
         x = self.trial()
         with torch.no_grad(), without_autocast(x):
             with undisturbed(self):
@@ -436,6 +443,9 @@ class AdapterLayer(BaseLayerWrapper):
         Raises ValueError where there is none.
         """
         base, x = self.base_layer, self.trial()
+        weight = dequantized(base)
+        if weight is not None:  # what a library does to x on the way, if anything, is none of its weight
+            return weight.to(self.like.dtype), None
         weight = weight_of(base)
         if weight is not None:
             with undisturbed(base), without_autocast(x):

@@ -15,6 +15,7 @@ from ..operators.adapter_update.function import adapter_update
 from ..operators.calls import without_autocast
 from ..operators.hadamard_linear.function import hadamard_linear
 from ..reference import AdapterForm
+from .dequantize import dequantized
 from .layer import AdapterLayer, Reads
 from .sharing import MadeOf, circumstances, is_consumed, makers
 from .ways import agree, dropped, is_plain, sample, shape_alone, undisturbed, weight_of
@@ -57,7 +58,8 @@ class AdapterLinear(AdapterLayer):
         return shape_alone(base.out_features, base.in_features, like)
 
     def weight_for(self, reads: Reads) -> Tensor:
-        weight = weight_of(self.base_layer)
+        weight = None if reads == "shape" else dequantized(self.base_layer)
+        weight = weight_of(self.base_layer) if weight is None else weight
         if weight is not None:
             return weight.T if self.fan_in_fan_out else weight
         if reads == "values":

@@ -387,11 +387,15 @@ def forget(model: nn.Module) -> None:
             layer.group.forget()
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: nn.Module, *, dequantize: bool = False) -> None:
     """Writes the active adapters into the base weights: W' = diag(g) W0 + diag(h) B diag(d) A, b' = β.
 
-    Exact up to the rounding of the base dtype. The base weights are set aside for `unmerge`. Raises ValueError when no
-    adapter is active, or when a merged weight would have NaN or infinite values; the model is then as it was.
+    Exact up to the rounding of the base dtype. The base weights are set aside for `unmerge`. dequantize: whether plain
+    layers in floating point may stand in the places of quantised ones (bitsandbytes', torchao's, quanto's), which are
+    refused otherwise: what is merged would be rounded to their few bits. They compute with the dequantised weight; what
+    an 8-bit layer of bitsandbytes rounds of x, they do not.
+    Raises ValueError when no adapter is active, or when a merged weight would have NaN or infinite values; the model is
+    then as it was.
     """
     layers = adapter_layers(model)
     if any(layer.merged for layer in layers.values()):
@@ -402,7 +406,7 @@ def merge(model: nn.Module) -> None:
     try:
         for path, layer in layers.items():
             try:
-                layer.merge()
+                layer.merge(dequantize=dequantize)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
             done.append(layer)

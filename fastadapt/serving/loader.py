@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import FLOATING
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear
 from ..layers.ways import plain_kind, with_tensors
@@ -151,7 +152,8 @@ def _selected(
 def _without_memory(layer: AdapterLayer) -> AdapterLayer:
     """A layer of the same sizes that stands for this one while its adapter is built."""
     own, bias = layer.base_layer._parameters.get("weight"), layer.base_layer.bias
-    weight = layer.base_weight if own is None else own  # which need not be fetched where it is offloaded
+    # A weight of its own need not be fetched where it is offloaded; one of whole numbers has a shape of its own.
+    weight = layer.base_weight if own is None or own.dtype not in FLOATING else own
     base = with_tensors(
         layer.base_layer,
         nn.Parameter(weight.detach().to("meta"), requires_grad=False),

@@ -1,0 +1,83 @@
+"""The weights of quantised layers in floating point, as the libraries that quantised them have it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_quantized(base: nn.Module) -> bool:
+    """Whether `dequantized` gives a weight."""
+    weight = base._parameters.get("weight")
+    if weight is None or type(weight) in (Tensor, nn.Parameter):
+        return False
+    return _of_bitsandbytes(weight) is not None or type(weight).dequantize is not Tensor.dequantize
+
+
+def dequantized(base: nn.Module) -> Tensor | None:
+    """The weight, in the base layer's own layout, that a quantised layer computes with; None for any other layer.
+
+    A new tensor at each call. bitsandbytes' 4-bit and 8-bit layers, and weights that are tensors of a kind of their own
+    which can be dequantised, as torchao's and quanto's are. What an 8-bit layer of bitsandbytes does to x is left out.
+    """
+    if not is_quantized(base):
+        return None
+    weight: Any = base._parameters["weight"]
+    of_bitsandbytes = _of_bitsandbytes(weight)
+    with torch.no_grad():
+        if of_bitsandbytes is not None:
+            return of_bitsandbytes(base, weight)
+        found: Tensor = weight.detach().dequantize()
+        return found
+
+
+def would_round(base: nn.Module, dtype: torch.dtype) -> ValueError:
+    """What to raise where something is to be written into a quantised weight; dtype: of a plain layer in its place."""
+    return ValueError(
+        f"its weight is quantised ({type(base.weight).__name__}), and would round what is merged into it to its few "
+        f"bits: merge(model, dequantize=True) puts a plain layer in {str(dtype).removeprefix('torch.')} in its place, "
+        "with the memory that this takes; or serve it unmerged"
+    )
+
+
+def _of_bitsandbytes(weight: Tensor) -> Callable[[nn.Module, Any], Tensor | None] | None:
+    ours = type(weight).__module__.partition(".")[0] == "bitsandbytes"
+    return _BITSANDBYTES.get(type(weight).__name__) if ours else None
+
+
+def _of_4_bits(base: nn.Module, weight: Any) -> Tensor | None:
+    state = weight.quant_state
+    if state is None:  # it is quantised when it is moved to its device
+        return None
+    library, packed = sys.modules["bitsandbytes"].functional, weight.data
+    if getattr(state, "packing_format_for_cpu", False):
+        # The first inference on some CPUs packs the weight anew, with its scales in bf16. What takes it apart again
+        # writes into the state, and would quantise the scales a second time.
+        unpack = getattr(library, "_convert_weight_packed_for_cpu_inverse", None)
+        if unpack is None:
+            return None
+        state, scales = copy(state), state.absmax.T.reshape(-1).float()
+        state.original_nested = False
+        packed, state = unpack(packed, state)
+        state.absmax = scales
+    found: Tensor = library.dequantize_4bit(packed, state)
+    return found
+
+
+def _of_8_bits(base: nn.Module, weight: Any) -> Tensor | None:
+    """W = CB · SCB / 127, which the first forward moves from the weight to the layer's state."""
+    state: Any = base.__dict__.get("state")
+    scales = weight.SCB if weight.SCB is not None else getattr(state, "SCB", None)
+    rows = weight.data if getattr(state, "CB", None) is None else state.CB
+    return None if scales is None or rows is None else rows.float() * (scales.float() / 127)[:, None]
+
+
+_BITSANDBYTES: dict[str, Callable[[nn.Module, Any], Tensor | None]] = {
+    "Params4bit": _of_4_bits,
+    "Int8Params": _of_8_bits,
+}

@@ -1,0 +1,237 @@
+"""Adapters on quantised bases: PEFT's on the same base as the oracle, DoRA's norm that of the dequantised weight."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny_models import llama
+from torch import Tensor, nn
+
+from fastadapt import (
+    DoRAConfig,
+    HiRAConfig,
+    LoRAConfig,
+    VeRAConfig,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
+from fastadapt.layers.dequantize import dequantized, is_quantized
+from fastadapt.serving import MultiAdapterModel
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, at import and in 8-bit products
+
+
+def of_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    sizes = layer.in_features, layer.out_features, layer.bias is not None
+    new: nn.Module
+    if kind == "nf4":
+        new = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, compress_statistics=True, quant_type="nf4")
+        new.weight = bnb.nn.Params4bit(
+            layer.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
+    else:
+        new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        new.weight = bnb.nn.Int8Params(layer.weight.detach().clone(), requires_grad=False, has_fp16_weights=False)
+    new.bias = layer.bias
+    return new.to("cpu")
+
+
+def by_bitsandbytes(model: nn.Module, kind: str) -> None:
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and path != "lm_head":
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, of_bitsandbytes(layer, kind))
+    setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)  # as from_pretrained does
+
+
+def by_quanto(model: nn.Module, kind: str) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=getattr(quanto, kind), exclude="lm_head")
+    quanto.freeze(model)
+
+
+def by_torchao(model: nn.Module, kind: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(
+        model,
+        getattr(quantization, kind)(),
+        filter_fn=lambda module, path: isinstance(module, nn.Linear) and path != "lm_head",
+    )
+
+
+KINDS: dict[str, tuple[Callable[[nn.Module, str], None], str, str]] = {
+    "bitsandbytes nf4": (by_bitsandbytes, "nf4", "bitsandbytes"),
+    "bitsandbytes int8": (by_bitsandbytes, "int8", "bitsandbytes"),
+    "quanto int8": (by_quanto, "qint8", "optimum"),
+    "quanto int4": (by_quanto, "qint4", "optimum"),
+    "torchao int8": (by_torchao, "Int8WeightOnlyConfig", "torchao"),
+    "torchao fp8": (by_torchao, "Float8WeightOnlyConfig", "torchao"),
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OTHERS: dict[str, Any] = {
+    "lora": peft.LoraConfig(r=4, target_modules=TARGETS),
+    "rslora": peft.LoraConfig(r=4, use_rslora=True, target_modules=TARGETS),
+    "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=TARGETS),
+    "vera": peft.VeraConfig(r=8, target_modules=TARGETS),
+    "adalora": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=TARGETS),
+}
+# What PEFT itself does not run there.
+REFUSED = {("vera", "torchao int8"), ("vera", "torchao fp8"), ("adalora", "quanto int8")}
+# What layers compute beside their weight: x in 8 bits, and in bf16 where some CPUs multiply in that.
+TOLERANCES = {"bitsandbytes int8": 3e-2, "bitsandbytes nf4": 1e-2}
+IDS = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if importlib.util.find_spec(KINDS[name][2]) is None:
+        pytest.skip(f"{KINDS[name][2]} is not installed: pip install 'fastadapt[quantized]'")
+    return name
+
+
+def quantized(kind: str) -> Any:
+    # bitsandbytes' blocks want widths of multiples of 64.
+    model = llama(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    make, how, _ = KINDS[kind]
+    make(model, how)
+    return model.eval()
+
+
+def randomised(model: nn.Module, seed: int = 5) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def plain(model: Any) -> None:
+    """Puts plain layers of the dequantised weights into the places of the quantised ones."""
+    for path, layer in list(model.named_modules()):
+        weight = dequantized(layer)
+        if weight is not None:
+            parent, _, name = path.rpartition(".")
+            new = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            new.weight = nn.Parameter(weight.float())
+            setattr(model.get_submodule(parent), name, new)
+
+
+def losses(model: Any, config: Any) -> list[float]:
+    """Of eight steps."""
+    torch.manual_seed(0)
+    inject(model, config)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    found = []
+    for _ in range(8):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    return found
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm().clamp(min=1e-12))
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_outputs_and_gradients_are_pefts(kind: str, method: str, tmp_path: Path) -> None:
+    if (method, kind) in REFUSED:
+        pytest.skip("PEFT does not run it")
+    other = peft.get_peft_model(quantized(kind), copy.deepcopy(OTHERS[method]))
+    randomised(other)
+    other.save_pretrained(tmp_path)
+    model = quantized(kind)
+    load_adapter(model, tmp_path, trainable=True)
+    # In eval mode some CPUs pack a 4-bit weight anew, which PEFT takes for the old one.
+    model.train()
+    other.train()
+    ours, theirs = (run(input_ids=IDS, labels=IDS) for run in (model, other))
+    assert relative(ours.logits, theirs.logits) <= 1e-5
+    ours.loss.backward()
+    theirs.loss.backward()
+    found, expected = (
+        sorted(float(parameter.grad.norm()) for parameter in of.parameters() if parameter.grad is not None)
+        for of in (model, other)
+    )
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LoRAConfig(), DoRAConfig(), VeRAConfig(), HiRAConfig()],
+    ids=lambda config: type(config).__name__,
+)
+def test_methods_train(kind: str, config: Any) -> None:
+    config = type(config)(r=4, target_modules="all-linear")
+    model, twin = quantized(kind), quantized(kind)
+    plain(twin)
+    falls = [losses(of, copy.deepcopy(config)) for of in (model, twin)]
+    assert falls[1][-1] < 0.995 * falls[1][0]
+    assert falls[0] == pytest.approx(falls[1], rel=TOLERANCES.get(kind, 1e-4))
+
+
+def test_doras_norm_is_the_dequantised_weights(kind: str) -> None:
+    model = quantized(kind)
+    inject(model, DoRAConfig(r=4, target_modules="all-linear"))
+    for layer in model.model.layers:
+        projection = layer.mlp.up_proj
+        weight = dequantized(projection.base_layer)
+        assert weight is not None
+        assert is_quantized(projection.base_layer)
+        magnitude = next(p for name, p in projection.named_parameters() if "magnitude" in name)
+        assert torch.allclose(magnitude.float().flatten(), weight.float().norm(dim=1), rtol=1e-6)
+        # What the layer computes with is that weight, but for an 8-bit layer's rounding of x.
+        x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        y = projection.base_layer(x)
+        assert relative(y, x @ weight.float().T) <= TOLERANCES.get(kind, 1e-5)
+
+
+@pytest.mark.parametrize("config", [LoRAConfig, DoRAConfig])
+def test_merging(kind: str, config: Any) -> None:
+    model = quantized(kind)
+    inject(model, config(r=4, target_modules="all-linear"))
+    randomised(model)
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        with pytest.raises(ValueError, match=r"its weight is quantised .* merge\(model, dequantize=True\)"):
+            merge(model)
+        assert torch.equal(model(input_ids=IDS).logits, before)
+        merge(model, dequantize=True)
+        layer = model.model.layers[0].mlp.up_proj.base_layer
+        assert not is_quantized(layer)
+        assert relative(model(input_ids=IDS).logits, before) <= TOLERANCES.get(kind, 1e-5)
+        unmerge(model)
+        assert torch.equal(model(input_ids=IDS).logits, before)
+
+
+def test_serving(kind: str, tmp_path: Path) -> None:
+    alone: dict[str | None, Tensor] = {None: quantized(kind)(input_ids=IDS[:1]).logits.detach()}
+    for seed, config in enumerate((LoRAConfig, DoRAConfig, VeRAConfig)):
+        model = quantized(kind)
+        inject(model, config(r=4, target_modules="all-linear"))
+        randomised(model, seed)
+        name = config.__name__
+        save_adapter(model, tmp_path / name)
+        alone[name] = model(input_ids=IDS[:1]).logits.detach()
+    served = MultiAdapterModel(quantized(kind), budget=4 << 20)
+    names = list(alone)
+    for name in names[1:]:
+        served.load(tmp_path / str(name))
+    with torch.no_grad():
+        logits = served(input_ids=IDS[:1].expand(len(names), -1), adapter_ids=names).logits
+    for row, name in zip(logits, names, strict=True):
+        assert relative(row, alone[name][0]) <= TOLERANCES.get(kind, 1e-5), name
