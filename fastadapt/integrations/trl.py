@@ -57,8 +57,8 @@ def check_head_is_called(model: nn.Module) -> None:
         code = getattr(forward, "__code__", None)
         if code is not None and "fused_lm_head" in code.co_varnames:
             raise ValueError(
-                "this trainer of TRL's reads the weight of the model's head and never calls it: the adapter on it would not "
-                "train. Leave the head out of target_modules, name it in modules_to_save, or take transformers' "
-                "Trainer with fastadapt.chunk_loss(model)"
+                "this trainer of TRL's reads the weight of the model's head and never calls it: the adapter on it "
+                "would never train. Leave the head out of target_modules, name it in modules_to_save, or take "
+                "transformers' Trainer with fastadapt.chunk_loss(model)"
             )
         forward = getattr(forward, "__wrapped__", None)

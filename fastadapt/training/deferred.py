@@ -102,16 +102,13 @@ class DeferredLogits(Tensor):
         if name in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        rule, first = _RULES.get(name), args[0] if args else None
+        first = args[0] if args else None
         # Without gradients somebody may be inside of a Function of his own.
-        defers = rule is not None and torch.is_grad_enabled() and isinstance(first, DeferredLogits)
-        if defers and not first._was_read:
-            found = rule(first, func, *args[1:], **kwargs)
+        if name in _RULES and torch.is_grad_enabled() and isinstance(first, DeferredLogits) and not first._was_read:
+            found = _RULES[name](first, func, *args[1:], **kwargs)
             if found is not None:
                 return found
-        args, kwargs = tree_map(
-            lambda value: value.values() if isinstance(value, DeferredLogits) else value, (args, kwargs)
-        )
+        args, kwargs = tree_map(_computed, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
