@@ -356,6 +356,21 @@ def test_merged_and_disabled_heads(calls: list[Any]) -> None:
         assert_same(model, calls)
 
 
+def test_both_ends_of_a_tie_under_one_adapter(calls: list[Any]) -> None:
+    fields = {"r": 2, "target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    model = inject(llama(tie_word_embeddings=True), LoRAConfig(**fields)).train()
+    randomise([p for p in model.parameters() if p.requires_grad])
+    assert_same(model, calls)
+
+
+def test_several_adapters_on_a_head(calls: list[Any]) -> None:
+    model = adapted("LoRA")
+    inject(model, config("DoRA", llama()), adapter_name="second")
+    randomise([p for p in model.parameters() if p.requires_grad])
+    fastadapt.set_adapter(model, ["default", "second"])
+    assert_same(model, calls)
+
+
 TIED = {
     "LoRA": {},
     "rsLoRA": {"use_rslora": True, "lora_dropout": 0.3},
