@@ -10,6 +10,7 @@ Case = TypeVar("Case")
 # Name on the command line -> module whose `main` is the command.
 BENCHES = {
     "step": "bench.step",
+    "train": "bench.train",
     "saved": "bench.saved",
     "audit": "bench.audit",
     "traffic": "bench.traffic",

@@ -34,6 +34,10 @@ COLORS = {
     "compile": "#5a9e4b",
     "reference": "#9a9a9a",
     "linear": "#222222",
+    "accelerated": "#2f9fb5",
+    "injected": "#1f4e9c",
+    "chunked": "#7b4fa3",
+    "peft_again": "#eebb99",
 }
 MARKERS = ("o", "s", "^", "D", "v")
 LABELS = {
@@ -47,6 +51,10 @@ LABELS = {
     "eager": "ours: eager",
     "ours": "ours: automatic choice",
     "fastest": "ours: fastest strategy",
+    "accelerated": "PEFT, accelerated",
+    "injected": "ours: injected",
+    "chunked": "ours: injected, loss in chunks",
+    "peft_again": "PEFT on other threads",
 }
 
 
@@ -367,6 +375,42 @@ def draw_serve(document: Document, path: Path) -> None:
         axes.set_title(phase, fontsize=10)
         axes.set_ylabel("time, x of the base model on the same batch")
     _legend(figure, ["ours", "peft"])
+    save_figure(figure, path, dpi=110)
+
+
+def draw_train(document: Document, path: Path) -> None:
+    """Step time over PEFT's and losses over the steps, of each case; below, how far the losses are from PEFT's."""
+    rows, curves = document["rows"], document["curves"]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    sides = [side for side in ("accelerated", "injected", "chunked") if any(row["side"] == side for row in rows)]
+    figure = new_figure(14, 8)
+    above, *below = figure.subplot_mosaic([["bars", "bars"], ["losses", "differences"]]).values()
+    found = {(row["case"], row["side"]): row["x_peft"] for row in rows}
+    values = {side: [found.get((case, side)) for case in cases] for side in sides}
+    _grouped_bars(above, [case.replace("_", "\n") for case in cases], values)
+    above.axhline(1.0, color=COLORS["peft"], linewidth=1, linestyle="--")
+    above.set_ylabel("a training step, x PEFT's")
+    losses, differences = below
+    for name, curve in curves.items():
+        case, _, side = name.partition(" ")
+        style = {"color": COLORS[side], "linestyle": ("-", "--", ":", "-.")[cases.index(case) % 4], "linewidth": 1}
+        losses.plot(range(1, len(curve) + 1), curve, **style)
+        if side != "peft":
+            apart = [max(abs(a - b), 1e-9) for a, b in zip(curve, curves[f"{case} peft"], strict=True)]
+            differences.semilogy(range(1, len(curve) + 1), apart, **style)
+    losses.set_ylabel("loss, nats; a kind of line for each case")
+    differences.set_ylabel("difference from PEFT's loss")
+    for axes in below:
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    machine = document["machine"]
+    figure.suptitle(
+        f"Training on {machine['cpu']}, {rows[0]['threads']} threads, {rows[0]['layers']} layers, {rows[0]['batch']} x "
+        f"{rows[0]['length']} tokens; {_provenance(document)}",
+        fontsize=10,
+    )
+    again = ["peft_again"] if any(name.endswith(" peft_again") for name in curves) else []
+    _legend(figure, ["peft", *sides, *again])
     save_figure(figure, path, dpi=110)
 
 

@@ -36,6 +36,7 @@ from .model.inject import (
 )
 from .model.saving import save_adapter
 from .reference import AdapterForm
+from .training.chunked_loss import chunk_loss
 from .training.eva import initialize_eva
 from .training.search import evolve
 from .training.search_spaces import GLoRASpace, NOAHSpace
@@ -64,6 +65,7 @@ __all__ = [
     "accelerate_peft",
     "adapted_layers",
     "add_weighted_adapter",
+    "chunk_loss",
     "control",
     "disable_adapter",
     "evolve",

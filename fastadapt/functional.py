@@ -4,6 +4,7 @@ from .forms import merged_weight
 from .operators.adapter_linear.function import adapter_linear, adapter_linear_group
 from .operators.adapter_update.function import adapter_update
 from .operators.bottleneck.function import bottleneck
+from .operators.cross_entropy import linear_cross_entropy
 from .operators.hadamard_linear.function import hadamard_linear
 from .operators.multi_adapter_linear.function import (
     multi_adapter_linear,
@@ -18,6 +19,7 @@ __all__ = [
     "adapter_update",
     "bottleneck",
     "hadamard_linear",
+    "linear_cross_entropy",
     "merged_weight",
     "multi_adapter_linear",
     "multi_adapter_linear_group",

@@ -17,10 +17,11 @@ import pytest
 import torch
 import typer
 from test_architecture import FLOORS
+from tiny_models import headed, llama
 from torch import Tensor, nn
 
 import fastadapt
-from bench import digits, glora, measure, report, road, saved, step, vision, vision_search
+from bench import digits, glora, measure, page, report, road, saved, step, train, vision, vision_search
 from bench.__main__ import main
 from bench.cases import STEP_CASES, chosen
 from fastadapt.commands.demo.assets import AssetError
@@ -81,6 +82,58 @@ def test_step_takes_the_peak_in_a_process_of_its_own() -> None:
     shape = step.Shape(layers=1, batch=1, length=4, threads=1)
     # The vocabulary alone is 49152 x 576 floats, 113 MB.
     assert 200 < step.peak(STEP_CASES["lora"], "ours", shape) < 3000
+
+
+@pytest.mark.usefixtures("_same_threads")
+def test_train_compares_the_losses_of_every_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, size: train.Size) -> tuple[Any, list[dict[str, Tensor]]]:
+        model = llama().requires_grad_(False) if name == "smollm2" else headed("BertForSequenceClassification")
+        for part in model.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+        ids = torch.randint(1, 67, (3, size.batch, size.length), generator=torch.Generator().manual_seed(0))
+        return model, [{"input_ids": row, "labels": row if name == "smollm2" else row[:, 0] % 5} for row in ids]
+
+    monkeypatch.setattr(train, "load", load)
+    size = ["--layers", "2", "--batch", "2", "--length", "8", "--threads", "1", "--no-peaks"]
+    names = ["lora_fp32", "lora_bf16_checkpointed", "dora_autocast", "head_fp32", "minilm_fp32"]
+    main(["train", "--json", str(tmp_path / "train.json"), *size, "--rounds", "2", "--cases", ",".join(names)])
+    document = json.loads((tmp_path / "train.json").read_text())
+    curves = document.pop("curves")
+    (tmp_path / "rows.json").write_text(json.dumps(document))
+    rows = rows_of(tmp_path / "rows.json", "train")
+    assert [(row["case"], row["side"]) for row in rows] == [
+        (name, side) for name in names for side in train.CASES[name].sides
+    ]
+    assert curves.keys() == {row["variant"] for row in rows}
+    for row in rows:
+        assert len(curves[row["variant"]]) == row["steps"] == 3
+        assert 0 < row["x_low"] <= row["x_peft"] <= row["x_high"]
+        exact = train.CASES[row["case"]].mode == "fp32"
+        assert row["max_difference"] <= (1e-5 if exact else 0.05)
+        assert (row["asked"], row["kept"]) == ((train.ASKED, True) if exact else (None, None))
+        assert row["loss_first"] != row["loss_last"]
+    assert "Training on real data" in page.results(tmp_path)
+    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
+
+    main(["train", "--json", str(tmp_path / "train-curves.json"), *size, "--curves", "2"])
+    document = json.loads((tmp_path / "train-curves.json").read_text())
+    assert {row["case"] for row in document["rows"]} == set(train.CURVES.split(","))
+    assert all(row["asked"] is not None for row in document["rows"])
+    assert {name for name in document["curves"] if name.endswith("peft_again")} == {
+        "lora_autocast peft_again",
+        "lora_bf16 peft_again",
+    }
+    assert "Losses over many steps" in page.results(tmp_path)
+
+
+def test_the_time_of_a_training_run_is_told_before() -> None:
+    cases = [train.CASES["lora_fp32"], train.CASES["lora_bf16_checkpointed"]]
+    assert train.predicted_minutes(cases, 2.0, 9, spread=False, peaks=False) == pytest.approx(3 * 10 * 2 * 2.35 / 60)
+    assert train.predicted_minutes(cases, 2.0, 9, spread=True, peaks=False) == pytest.approx(
+        10 * 2 * (3 + 4 * 1.35) / 60
+    )
+    assert train.difference([1.0, 2.0, 4.0], [1.0, 2.5, 3.0]) == 1.0
 
 
 def test_a_failing_process_is_reported_with_what_it_said() -> None:

@@ -19,6 +19,7 @@ from fastadapt.integrations.transformers import CONTROL_FILE
 from fastadapt.methods import AdapterConfig
 from fastadapt.model.adapted import adapter_configs, adapter_layers
 from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
+from fastadapt.training import deferred
 
 pytest.importorskip("accelerate", reason="a Trainer needs accelerate: pip install 'fastadapt[clients]'")
 
@@ -277,6 +278,29 @@ def test_the_reference_is_the_base_and_shares_its_tensors() -> None:
     assert [layer.active for layer in adapter_layers(model).values()] == active
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}]
+)
+def test_a_chunked_loss_trains_alike(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the adapter on the head too; and where a Trainer makes the loss of the logits itself, with all of them."""
+    calls = []
+    loss = deferred.linear_cross_entropy
+    monkeypatch.setattr(deferred, "linear_cross_entropy", lambda *a, **k: calls.append(k) or loss(*a, **k))
+    for smoothing in (0.0, 0.1):
+        models = [adapted("LoRA", target_modules=["q_proj", "lm_head"]) for _ in range(2)]
+        fastadapt.chunk_loss(models[0])
+        for model in models:
+            given = arguments(tmp_path, save_strategy="no", label_smoothing_factor=smoothing, max_steps=4, **changes)
+            Trainer(model, given, train_dataset=rows()).train()
+        for name, value in trained(models[1]).items():
+            close = {"rtol": 0.05, "atol": 5e-3} if changes else {"rtol": 1e-3, "atol": 1e-5}
+            torch.testing.assert_close(
+                trained(models[0])[name], value, **close, msg=lambda text, n=name: f"{n}: {text}"
+            )
+        assert len(calls) == 4 * given.gradient_accumulation_steps
+        assert models[0].eval()(tokens(), labels=tokens()).logits is not None
+
+
 # TRL's trainers.
 
 
@@ -327,6 +351,26 @@ def test_sft_with_its_defaults(trl: Any, tmp_path: Path) -> None:
         assert {CONFIG_FILE, TENSOR_FILE} <= {path.name for path in place.iterdir()}
     assert kept(model) == 3 * 4
     assert_saved(model, from_disk(tmp_path / "base"), tmp_path / "run")
+
+
+def test_an_adapter_on_a_head_that_sft_never_calls_is_refused(trl: Any, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    def run(**fields: Any) -> Any:
+        model = fastadapt.inject(from_disk(tmp_path / "base"), config("LoRA", **fields))
+        given = trl.SFTConfig(
+            output_dir=str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=2, use_cpu=True,
+            save_strategy="no", report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        data, callback = Dataset.from_dict({"text": ["a cab", "bad cab"] * 4}), integrations.AdapterCallback
+        trainer = trl.SFTTrainer(model, given, train_dataset=data, processing_class=tokenizer(), callbacks=[callback])
+        trainer.train()
+        return model
+
+    with pytest.raises(ValueError, match="reads the weight of the model's head and never calls it"):
+        run(target_modules=["q_proj", "lm_head"])
+    model = run(modules_to_save=["lm_head"])
+    assert not torch.equal(model.lm_head.current.weight, model.lm_head.original.weight)
 
 
 def test_dpo_takes_the_disabled_adapter_for_its_reference(

@@ -22,6 +22,7 @@ from ..model.peft_files import CONFIG_FILE
 from ..model.saving import save_adapter
 from ..model.sharded import whole
 from ..training.state import load_tensors, pack, trained_tensors, unpack
+from .trl import check_head_is_called
 
 CONTROL_FILE = "adapter_control.safetensors"
 
@@ -37,7 +38,8 @@ class AdapterCallback(TrainerCallback):
     the model has that of the best checkpoint where load_best_model_at_end took its weights. Methods without a control
     need no callback and lose nothing by it.
     resume_from: the checkpoint's directory where that is not OUTPUT/checkpoint-<step>.
-    Raises ValueError when training goes on from a checkpoint without the control's state, or with another model's.
+    Raises ValueError when training goes on from a checkpoint without the control's state, or with another model's; and
+    for an adapter on a head whose weight a trainer of TRL's reads in its place, so that it would never train.
     """
 
     def __init__(self, resume_from: str | PathLike[str] | None = None) -> None:
@@ -46,6 +48,7 @@ class AdapterCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
+        check_head_is_called(model)
         configs = adapter_configs(model)
         trained = [name for name in active_adapters(model) if not configs[name].inference_mode]
         self.controls = {name: control_of(model, name) for name in trained if configs[name].is_controlled}

@@ -1,4 +1,4 @@
-"""TRL: the reference of preference training without a second base model."""
+"""TRL: the reference of preference training without a second base model, and heads that it never calls."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..layers.layer import AdapterLayer
 from ..model.inject import disable_adapter
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
@@ -41,3 +42,23 @@ def reference_model(model: ModelType) -> ModelType:
     reference.register_forward_hook(end, always_call=True)
     reference.train = lambda mode=True: reference  # type: ignore[method-assign]
     return reference
+
+
+def check_head_is_called(model: nn.Module) -> None:
+    """Raises ValueError for an active adapter on a head whose weight is read and which is not called.
+
+    TRL's trainers of 1.16 make log-probabilities of `lm_head.weight` in a forward that they put onto the model. They
+    refuse PEFT's adapters there; ours would be passed by without a word.
+    """
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    forward: Any = model.__dict__.get("forward")
+    while forward is not None and isinstance(head, AdapterLayer) and head.active:
+        code = getattr(forward, "__code__", None)
+        if code is not None and "fused_lm_head" in code.co_varnames:
+            raise ValueError(
+                "this trainer of TRL's reads the weight of the model's head and never calls it: the adapter on it "
+                "would never train. Leave the head out of target_modules, name it in modules_to_save, or take "
+                "transformers' Trainer with fastadapt.chunk_loss(model)"
+            )
+        forward = getattr(forward, "__wrapped__", None)

@@ -15,7 +15,9 @@ def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *
 
     changing: whether A or B may have been written untold. On a CPU their content is then looked at, so that gradient
     accumulation and recomputed forwards find n again; elsewhere, where that would wait for the device, n is made anew.
-    ‖W0‖² is made once of a W0 that stays as it is. Shapes: weight [N, K]; A [R, K]; B [N, R]; n [N].
+    ‖W0‖² is made once of a W0 that stays as it is. A row of zeros, as a head has that is tied to an embedding with
+    padding, has the least norm there is in the place of none: m / n is then a number, and the row stays zero.
+    Shapes: weight [N, K]; A [R, K]; B [N, R]; n [N].
     Source: Liu et al. 2024, arXiv:2402.09353, section 4.3 (the norm is a constant for the gradient).
     """
     if weight.is_meta:  # an adapter is being built without memory: its norms have a shape and no values
@@ -25,7 +27,8 @@ def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *
 
     def make() -> Tensor:
         base_squared = kept("squares", (base,), lambda: row_squares(base), trained=False)
-        return weight_norm(base, down, up, scaling, base_squared=base_squared)
+        norm = weight_norm(base, down, up, scaling, base_squared=base_squared)
+        return norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
     if not changing:
         return kept("norm", (weight, A, B), make, scaling)
