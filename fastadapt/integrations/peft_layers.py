@@ -205,7 +205,8 @@ class Accelerated(nn.Module):
                 y = adapter_update(y, self._dropout_module(name)(x), self._form(name, None, None))
             return y
         found = None
-        if self.group is not None and not self._may_be_differentiated_alone(x):
+        # What is compiled runs one by one, and x.grad_fn would break its graph.
+        if self.group is not None and not torch.compiler.is_compiling() and not self._may_be_differentiated_alone(x):
             found = self.group.output(self, x)
         if found is not None:
             return found
@@ -269,7 +270,7 @@ class Accelerated(nn.Module):
         """
         if x.grad_fn is not None or not torch.is_grad_enabled() or not (x.requires_grad or self._trains):
             return False
-        return torch.compiler.is_compiling() or not isinstance(torch._C._current_autograd_node(), _REENTRANT)
+        return not isinstance(torch._C._current_autograd_node(), _REENTRANT)
 
     @property
     def _trains(self) -> bool:
@@ -382,10 +383,13 @@ class AcceleratedLora(Accelerated, lora.Linear):
             bias = added if bias is None else bias + added
         if weight is None or name not in self.lora_variant:
             return AdapterForm(down, up, None, s, None, bias)
-        if self.writes_seen != _base_writes:
-            self.norms.clear()
-            self.writes_seen = _base_writes
-        kept = self.norms.setdefault(name, Kept())
+        kept = Kept()
+        # Compiled code keeps nothing, and must not depend on whether this layer has.
+        if not torch.compiler.is_compiling():
+            if self.writes_seen != _base_writes:
+                self.norms.clear()
+                self.writes_seen = _base_writes
+            kept = self.norms.setdefault(name, kept)
         # PEFT's hot swap, and people's averages of weights, write factors through .data, in eval mode too.
         norm = row_norm(kept, weight, down, up, s, changing=True)
         g = self._part("lora_magnitude_vector", name).weight / norm
