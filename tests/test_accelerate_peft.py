@@ -462,6 +462,178 @@ def test_mixed_batches_are_pefts() -> None:
         torch.testing.assert_close(model(x, adapter_names=names), expected)
 
 
+NAMES = ["other", "default", "__base__", "default", "third", "other", "__base__"]
+
+
+def all_train(model: Any) -> None:
+    """All adapters require grad: set_adapter freezes all but one."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("base_layer" not in name)
+
+
+def mixed(model: Any, method: str, mixed_batches: bool = True) -> None:
+    """Three adapters, of two ranks where they have one, ready for mixed batches."""
+    with_other(model, method)
+    more = peft.VeraConfig(r=6, target_modules=ALL) if method == "vera" else METHODS[method](0.0)
+    if method != "vera":
+        more.r = 3
+    model.add_adapter("third", more)
+    randomise([p for name, p in model.named_parameters() if ".third" in name], seed=12)
+    model.to(next(model.parameters()).dtype)
+    all_train(model)
+    fastadapt.accelerate_peft(model, mixed_batches=mixed_batches)
+
+
+def rows_alone(model: Any, x: Tensor, names: list[str]) -> Tensor:
+    """Each row through PEFT's own layers with its adapter alone."""
+    ys = []
+    for row, name in zip(x.split(1), names, strict=True):
+        if name == "__base__":
+            with model.disable_adapter():
+                ys.append(model(row))
+            continue
+        model.set_adapter(name)
+        all_train(model)
+        ys.append(model(row))
+    all_train(model)
+    return torch.cat(ys)
+
+
+@pytest.mark.parametrize("names", [NAMES, sorted(NAMES), ["third"] * 7, ["__base__"] * 7], ids=len)
+@pytest.mark.parametrize("called", [False, True], ids=["plain", "called"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("method", ["lora", "lora_bias", "dora", "vera"])
+def test_each_row_of_a_mixed_batch_is_its_adapter_alone(
+    method: str, precision: str, called: bool, names: list[str]
+) -> None:
+    if called and method == "dora":
+        pytest.skip("DoRA needs its base layer's weight")
+    base = Attention(True)
+    if called:
+        base.q_proj, base.o_proj = Scaled(12, 16), Scaled(8, 10)
+    model = peft_model(METHODS[method](0.0), base=base).eval()
+    mixed(model, method)
+    x, autocast = torch.randn(7, 5, 12), precision == "autocast"
+    run = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def through(model: Any, dtype: torch.dtype, forward: Callable[[Any, Tensor], Tensor]) -> dict[str, Tensor]:
+        model.zero_grad()
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == run):
+            y = forward(model, leaf)
+        y.sum().backward()
+        assert leaf.grad is not None
+        own = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return {"y": y.detach(), "dx": leaf.grad, **own}
+
+    def formula(dtype: torch.dtype) -> dict[str, Tensor]:
+        dtype = run if autocast and dtype == torch.bfloat16 else dtype
+        theirs = copy.deepcopy(model).to(dtype)
+        fastadapt.restore_peft(theirs)
+        return through(theirs, dtype, lambda m, x: rows_alone(m, x, names))
+
+    ours = copy.deepcopy(model).to(run)
+    actual = through(ours, run, lambda m, x: m(x, adapter_names=names))
+    assert_follows(actual, formula, torch.bfloat16 if precision != "fp32" else run)
+    grads = {name.split(".")[-2 if "lora" in name else -1] for name in actual if name not in ("y", "dx")}
+    assert grads == {*names} - {"__base__"}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_the_base_layer_runs_once_in_a_mixed_batch(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, called = peft_model(METHODS[method](0.0)).eval(), []
+    mixed(model, method)
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: called.append(len(x)) or linear(x, *rest))
+    with torch.no_grad():
+        y = model(torch.randn(7, 12), adapter_names=NAMES)
+    assert called == [7, 2, 2, 1] * 4  # then x Aᵀ of default, other and third
+    assert y.shape == (7, 34)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_base_rows_of_a_mixed_batch_are_the_disabled_models(method: str) -> None:
+    model, x = peft_model(METHODS[method](0.0)).eval(), torch.randn(7, 5, 12)
+    mixed(model, method)
+    with torch.no_grad():
+        q = layer_of(model)
+        y = q(x, adapter_names=NAMES)
+        base = q.base_layer(x)
+        assert torch.equal(y[[2, 6]], base[[2, 6]])
+        with model.disable_adapter():
+            assert torch.equal(q(x, adapter_names=NAMES), base)
+
+
+@pytest.mark.parametrize("again", [fastadapt.restore_peft, fastadapt.accelerate_peft])
+def test_mixed_batches_are_opted_into_and_end(again: Callable[[Any], Any]) -> None:
+    x = torch.randn(7, 12)
+    for method, refused in (("lora", False), ("dora", True)):
+        model = peft_model(METHODS[method](0.0)).eval()
+        mixed(model, method)
+        again(model)
+        if refused:
+            with pytest.raises(ValueError, match="DoRA is enabled"):
+                model(x, adapter_names=NAMES)
+        else:
+            model(x, adapter_names=NAMES)
+    model = peft_model(METHODS["vera"](0.0)).eval()
+    mixed(model, "vera")
+    copied = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(copied(x, adapter_names=NAMES), model(x, adapter_names=NAMES))
+    again(model)
+    assert type(model.base_model) is peft.VeraModel
+
+
+MISTAKES: dict[str, tuple[Callable[[Any], Any], list[str], str]] = {
+    "training": (lambda model: model.train(), NAMES, "training mode: call model.eval"),
+    "an unknown name": (as_it_is, ["others"] * 7, r"'__base__', got \['others'\]"),
+    "too few names": (as_it_is, ["other"] * 3, "3 names for the 7 rows"),
+    "a layer that is left": (lambda model: hook_on("base_layer")(layer_of(model)), NAMES, "base layer has hooks"),
+    "merged": (lambda model: model.merge_adapter(), NAMES, "merged"),
+    "a layer that came later": (
+        lambda model: setattr(layer_of(model), "__class__", type(layer_of(model)).__mro__[2]),
+        NAMES,
+        "Linear, is not accelerated",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_a_mixed_batch_of_vera_adapters_cannot_be(name: str) -> None:
+    change, names, said = MISTAKES[name]
+    model = peft_model(METHODS["vera"](0.0)).eval()
+    mixed(model, "vera")
+    change(model)
+    with pytest.raises(ValueError, match=said):
+        model(torch.randn(7, 12), adapter_names=names)
+    assert not layer_of(model)._forward_pre_hooks
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_a_mixed_batch_is_generated_from(method: str, beams: int) -> None:
+    kind = peft.VeraConfig if method == "vera" else peft.LoraConfig
+    config = kind(r=4, target_modules="all-linear")
+    if method == "dora":
+        config.use_dora = True
+    model = peft.get_peft_model(llama(), config).eval()
+    model.add_adapter("other", config)
+    randomise([p for name, p in model.named_parameters() if ".default" in name or ".other" in name])
+    fastadapt.accelerate_peft(model, mixed_batches=True)
+    ids, names = tokens(3), ["other", "__base__", "default"]
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
+    found = model.generate(input_ids=ids, adapter_names=names, **options)
+    fastadapt.restore_peft(model)
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model.generate(input_ids=ids[[row]], **options)
+        else:
+            model.set_adapter(name)
+            alone = model.generate(input_ids=ids[[row]], **options)
+        assert torch.equal(found[[row], : alone.shape[1]], alone)
+
+
 # Gradients, as PEFT has them.
 
 

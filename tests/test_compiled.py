@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny_models import randomise
+from tiny_models import llama, randomise, tokens
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -58,11 +58,34 @@ def adapted(model: Any, config: AdapterConfig) -> Any:
     return model
 
 
-def graphs(model: nn.Module, backend: Any = "aot_eager", dtype: torch.dtype | None = None, **options: Any) -> int:
-    """How many graphs are made for forward and backward over all lengths."""
+PEFT_CONFIGS: dict[str, Callable[[float], Any]] = {
+    "LoRA": lambda p: peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=p, target_modules=TARGETS),
+    "DoRA": lambda p: peft.LoraConfig(r=4, use_dora=True, lora_dropout=p, target_modules=TARGETS),
+    "VeRA": lambda p: peft.VeraConfig(r=16, vera_dropout=p, target_modules=TARGETS),
+}
+
+
+def of_peft(model: Any, config: Any, accelerated: bool) -> Any:
+    wrapped = peft.get_peft_model(model, config)
+    randomise([p for p in wrapped.parameters() if p.requires_grad])
+    if accelerated:
+        assert not fastadapt.accelerate_peft(wrapped).left
+    return wrapped
+
+
+def graphs(
+    model: nn.Module,
+    backend: Any = "aot_eager",
+    dtype: torch.dtype | None = None,
+    marked: bool = False,
+    **options: Any,
+) -> int:
+    """How many graphs are made for forward and backward over all lengths; marked: told that these differ."""
     compiled = torch.compile(model, fullgraph=True, backend=backend, **options)
     for length in LENGTHS:
         x = torch.randn(2, length, 24, requires_grad=True)
+        if marked:
+            torch._dynamo.mark_dynamic(x, 1)
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             y = compiled(x)
         y.float().square().sum().backward()
@@ -75,6 +98,42 @@ def graphs(model: nn.Module, backend: Any = "aot_eager", dtype: torch.dtype | No
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_graph_serves_all_lengths(name: str, dtype: torch.dtype | None) -> None:
     assert graphs(adapted(Attention(), CONFIGS[name]()).train(), dtype=dtype) == GRAPHS
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [*[(name, {"dynamic": True}) for name in CONFIGS], *[(name, {"marked": True}) for name in ("LoRA", "DoRA")]],
+)
+def test_told_that_lengths_differ_one_graph_is_all(name: str, told: dict[str, Any]) -> None:
+    """GRAPHS are two for torch's own sake: the first length that it meets is a constant to it until the next comes."""
+    assert graphs(adapted(Attention(), CONFIGS[name]()).train(), **told) == 1
+
+
+@pytest.mark.parametrize("told", [{}, {"dynamic": True}], ids=["", "dynamic"])
+@pytest.mark.parametrize("name", PEFT_CONFIGS)
+def test_accelerated_layers_are_one_graph_as_well(name: str, told: dict[str, Any]) -> None:
+    """PEFT's own DoRA breaks the graph."""
+    model = of_peft(Attention(), PEFT_CONFIGS[name](0.1), accelerated=True).train()
+    assert graphs(model, **told) == (1 if told else GRAPHS)
+
+
+def breaks(model: Any) -> int:
+    """How often the graph of a checkpointed language model's loss breaks."""
+    torch._dynamo.reset()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = tokens()
+    found: int = torch._dynamo.explain(model.train())(input_ids=ids, labels=ids, use_cache=False).graph_break_count
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_checkpointing_breaks_no_graph_that_pefts_layers_leave_whole() -> None:
+    """Both breaks are at the hook that makes the checkpoints' inputs require grad, which is the model's."""
+    theirs = breaks(of_peft(llama(), PEFT_CONFIGS["LoRA"](0.0), accelerated=False))
+    assert breaks(adapted(llama(), CONFIGS["LoRA"]())) <= theirs
+    for name in ("LoRA", "DoRA"):
+        assert breaks(of_peft(llama(), PEFT_CONFIGS[name](0.0), accelerated=True)) <= theirs
 
 
 @pytest.mark.parametrize("strategy", ["library", "recompose"])

@@ -48,18 +48,21 @@ class PeftReport(NamedTuple):
         return f"{text}; left to PEFT: {listed(self.left, '; ')}" if self.left else text
 
 
-def accelerate_peft(model: nn.Module) -> PeftReport:
+def accelerate_peft(model: nn.Module, *, mixed_batches: bool = False) -> PeftReport:
     """Runs the LoRA, rsLoRA, DoRA and VeRA layers of a live PEFT model through our operators, in place.
 
     Only the class of each layer changes, to a subclass with a forward of ours on PEFT's own parameters: saving and
     loading, merging, switching, disabling, mixed batches, optimizers, Trainer and TRL go on unchanged. Projections that
     read the same input (q, k and v; gate and up) run as one. What a forward does not cover is PEFT's own, call by call:
-    merged and disabled layers, adapter_names, aLoRA and the other variants, DoRA together with other adapters, dropouts
-    that differ, a base weight that trains, hooks on the base layer or the factors.
+    merged and disabled layers, adapter_names without mixed_batches, aLoRA and the other variants, DoRA together with
+    other adapters, dropouts that differ, a base weight that trains, hooks on the base layer or the factors.
     Call it again after PEFT has made new layers (add_adapter, load_adapter), and after a write to a base weight that
     only `.data` or NumPy knows of: DoRA's norms of base weights are kept. `restore_peft` undoes it.
     Outputs and gradients are PEFT's up to rounding; dropout masks are drawn by other means, one for a whole group and
     for all that are active in a layer. Gradients cannot be differentiated again (gradient penalties): restore first.
+    mixed_batches: a forward or generate in eval mode with adapter_names, for each row the name of its adapter or
+    "__base__", is ours as well, with DoRA, which PEFT refuses in it, and VeRA, whose names PEFT drops. The base layer
+    runs once, each adapter on its rows; gradients go to each row's adapter. Siblings are not grouped then.
     model: a PeftModel, or one with PEFT's layers in it. Returns which layers are taken, and which are left and why.
     Warns, and leaves all to PEFT, where a version of it does more in these layers than the ones known here.
     Raises ValueError for a model without layers of PEFT's.
@@ -91,7 +94,8 @@ def accelerate_peft(model: nn.Module) -> PeftReport:
         if kind is not None:
             layer.__class__ = kind
     for own in _accelerated(model):
-        own.start()
+        own.start(mixed_batches)
+    _hand_on_names(model, mixed_batches)
     for members in groups(model.named_modules(), Accelerated):
         group = ProjectionGroup(members)
         for member in members:
@@ -113,6 +117,7 @@ def restore_peft(model: nn.Module) -> None:
     """
     for layer in _accelerated(model):
         layer.stop()
+    _hand_on_names(model, False)
 
 
 def _unknown() -> set[str]:
@@ -134,6 +139,18 @@ def _accelerated(model: nn.Module) -> Iterator[Any]:
     from .peft_layers import Accelerated
 
     return (part for part in model.modules() if isinstance(part, Accelerated))
+
+
+def _hand_on_names(model: nn.Module, wanted: bool) -> None:
+    """Whether a VeraModel of PEFT's gives its layers the adapter_names of a call; by itself it drops them."""
+    from peft.tuners.vera import VeraModel
+
+    from .peft_layers import MixedVeraModel
+
+    kinds = VeraModel, MixedVeraModel
+    tuners: list[Any] = [part for part in model.modules() if type(part) in kinds]
+    for tuner in tuners:
+        tuner.__class__ = kinds[wanted]
 
 
 def _name(layer: nn.Module) -> str:

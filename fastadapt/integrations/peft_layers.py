@@ -6,12 +6,18 @@ ours does not cover goes to PEFT's own, which comes next in the order of the cla
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.lora import dora, variants
 from peft.tuners.lora import layer as lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera import VeraModel
 from peft.tuners.vera import layer as vera
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointFunction
@@ -47,6 +53,7 @@ class Accelerated(nn.Module):
 
     backend = strategy = "auto"
     group: ProjectionGroup | None = None
+    mixed_batches = False
 
     # PEFT's.
     base_layer: Any
@@ -54,15 +61,16 @@ class Accelerated(nn.Module):
     merged_adapters: Any
     disable_adapters: Any
 
-    def start(self) -> None:
+    def start(self, mixed_batches: bool) -> None:
         """Takes up the work, with nothing kept."""
         self.norms: dict[str, Kept] = {}
         self.writes_seen = _base_writes
         self.group = None
+        self.mixed_batches = mixed_batches
 
     def stop(self) -> None:
         """Gives the layer back to PEFT, as it was."""
-        for name in ("norms", "writes_seen", "group"):
+        for name in ("norms", "writes_seen", "group", "mixed_batches"):
             self.__dict__.pop(name, None)
         self.__class__ = next(kind for kind, own in ACCELERATED.items() if own is type(self))  # type: ignore[assignment]
 
@@ -113,8 +121,8 @@ class Accelerated(nn.Module):
         """The tensors that the adapter's form is made of."""
         raise NotImplementedError
 
-    def _why_left(self, name: str, plain: bool) -> str:
-        """`why_left` for one adapter; plain: whether the base layer is."""
+    def _why_left(self, name: str, plain: bool, alone: bool) -> str:
+        """`why_left` for one adapter; plain: whether the base layer is; alone: whether x goes through no other one."""
         raise NotImplementedError
 
     def _form(self, name: str, weight: Tensor | None, bias: Tensor | None) -> AdapterForm:
@@ -131,11 +139,12 @@ class Accelerated(nn.Module):
 
     def why_left(self) -> str:
         """Why a forward is PEFT's own, as things are; "" where it is ours."""
+        return self._why_left_with(self._names) or ("" if self._names else "no adapter is active")
+
+    def _why_left_with(self, names: Sequence[str]) -> str:
+        """`why_left` with these adapters active."""
         if self.disable_adapters or self.merged_adapters:
             return "disabled" if self.disable_adapters else "merged"
-        names = self._names
-        if not names:
-            return "no adapter is active"
         base: Any = self._modules["base_layer"]
         plain = is_plain(base, plain_forward(base))
         if not plain and is_hooked(base):
@@ -152,7 +161,7 @@ class Accelerated(nn.Module):
             if p is None or (p and dropout.training != self.training):
                 return "a dropout of another kind"
             drops.add(p)
-            why = self._why_left(name, plain)
+            why = self._why_left(name, plain, len(names) == 1)
             if why:
                 return why
         return "the dropouts of the active adapters differ" if len(drops) > 1 and plain else ""
@@ -164,7 +173,7 @@ class Accelerated(nn.Module):
             return "called"
         return "fused" if self.group is None else "grouped"
 
-    def _fits(self, x: Any) -> bool:
+    def _fits(self, x: Any, names: Sequence[str]) -> bool:
         """Whether x is one that our operators take; PEFT's own forward takes others, or says why not."""
         if not isinstance(x, Tensor) or x.dim() == 0 or x.dtype not in FLOATING or x.is_nested:
             return False
@@ -176,7 +185,7 @@ class Accelerated(nn.Module):
         if len(dtypes) > 1 and (autocast_dtype(x) is None or torch.float64 in dtypes):
             return False
         device = x.device
-        tensors = [tensor for name in self._names for tensor in self._tensors(name) if tensor is not None]
+        tensors = [tensor for name in names for tensor in self._tensors(name) if tensor is not None]
         return (
             x.layout is torch.strided
             and x.shape[-1] == self.in_features
@@ -185,7 +194,9 @@ class Accelerated(nn.Module):
         )
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or self.why_left() or not self._fits(x):
+        if self.mixed_batches and not args and kwargs.keys() == {"adapter_names"} and kwargs["adapter_names"]:
+            return self._mixed(x, kwargs["adapter_names"])
+        if args or kwargs or self.why_left() or not self._fits(x, self._names):
             return super().forward(x, *args, **kwargs)
         base: Any = self._modules["base_layer"]
         if not is_plain(base, plain_forward(base)):
@@ -194,7 +205,8 @@ class Accelerated(nn.Module):
                 y = adapter_update(y, self._dropout_module(name)(x), self._form(name, None, None))
             return y
         found = None
-        if self.group is not None and not self._may_be_differentiated_alone(x):
+        # What is compiled runs one by one, and x.grad_fn would break its graph.
+        if self.group is not None and not torch.compiler.is_compiling() and not self._may_be_differentiated_alone(x):
             found = self.group.output(self, x)
         if found is not None:
             return found
@@ -209,6 +221,47 @@ class Accelerated(nn.Module):
             strategy=self.strategy,
         )
 
+    def _mixed(self, x: Any, adapter_names: Sequence[str]) -> Any:
+        """Each row of x through the adapter that it names; "__base__", or one that the layer has not, for none.
+
+        The base layer runs once on all rows; what an adapter adds, once for all of its rows.
+        """
+        if self.disable_adapters:
+            return super().forward(x)
+        has = self._factors
+        given = [name if name in has else "" for name in adapter_names]
+        sizes = sorted(Counter(given).items())
+        names = [name for name, _ in sizes if name]
+        why = next(filter(None, [self._why_left_with([name]) for name in names]), "")
+        if why or not self._fits(x, names) or len(x) != len(given):
+            return self._left_mixed(x, adapter_names, why)
+        base: Any = self._modules["base_layer"]
+        y = base(x)
+        if not names:
+            return y
+        rows = sorted(range(len(given)), key=given.__getitem__)
+        order = None if given == sorted(given) else torch.tensor(rows, device=x.device)
+        if order is not None:
+            x, y = x.index_select(0, order), y.index_select(0, order)
+        counts = [count for _, count in sizes]
+        parts = zip(sizes, x.split(counts), y.split(counts), strict=True)
+        y = torch.cat([self._updated(base, name, *part) if name else part[1] for (name, _), *part in parts])
+        return y if order is None else y.index_select(0, order.argsort())
+
+    def _updated(self, base: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """y = base(x) with what one adapter makes of it."""
+        x_dropped = self._dropout_module(name)(x)
+        if not is_plain(base, plain_forward(base)):
+            return adapter_update(y, x_dropped, self._form(name, None, None))
+        bias = base._parameters["bias"]
+        form = self._form(name, self.operand, bias)
+        y_dropped = base(x_dropped) if form.dropout_on_base and x_dropped is not x else None
+        return adapter_update(y, x_dropped, form, base_bias=bias, y_dropped=y_dropped)
+
+    def _left_mixed(self, x: Any, adapter_names: Sequence[str], why: str) -> Any:
+        """A mixed batch that `_mixed` does not cover; why: a reason, "" where it is x."""
+        return super().forward(x, adapter_names=adapter_names)
+
     def _may_be_differentiated_alone(self, x: Tensor) -> bool:
         """Whether each sibling may get a backward of its own, as in PEFT: a group has one graph, which serves once.
 
@@ -217,7 +270,7 @@ class Accelerated(nn.Module):
         """
         if x.grad_fn is not None or not torch.is_grad_enabled() or not (x.requires_grad or self._trains):
             return False
-        return torch.compiler.is_compiling() or not isinstance(torch._C._current_autograd_node(), _REENTRANT)
+        return not isinstance(torch._C._current_autograd_node(), _REENTRANT)
 
     @property
     def _trains(self) -> bool:
@@ -303,7 +356,7 @@ class AcceleratedLora(Accelerated, lora.Linear):
     def _scaling(self, name: str) -> Any:
         return self.scaling[name]
 
-    def _why_left(self, name: str, plain: bool) -> str:
+    def _why_left(self, name: str, plain: bool, alone: bool) -> str:
         A, B = self._part("lora_A", name), self._part("lora_B", name)
         if not is_plain(A, _LINEAR) or not is_plain(B, _LINEAR) or A.bias is not None:
             return "lora_A or lora_B is more than a linear layer"
@@ -316,7 +369,7 @@ class AcceleratedLora(Accelerated, lora.Linear):
             return f"{type(variant).__name__} is a variant that PEFT alone has"
         if not plain:
             return "DoRA on a base layer that is more than its weight"
-        if len(self._names) > 1:
+        if not alone:
             return "DoRA is active together with another adapter"
         magnitude, turned = self._part("lora_magnitude_vector", name), not isinstance(self.base_layer, nn.Linear)
         odd = B.bias is not None or magnitude.fan_in_fan_out != turned or self.ephemeral_gpu_offload
@@ -330,10 +383,13 @@ class AcceleratedLora(Accelerated, lora.Linear):
             bias = added if bias is None else bias + added
         if weight is None or name not in self.lora_variant:
             return AdapterForm(down, up, None, s, None, bias)
-        if self.writes_seen != _base_writes:
-            self.norms.clear()
-            self.writes_seen = _base_writes
-        kept = self.norms.setdefault(name, Kept())
+        kept = Kept()
+        # Compiled code keeps nothing, and must not depend on whether this layer has.
+        if not torch.compiler.is_compiling():
+            if self.writes_seen != _base_writes:
+                self.norms.clear()
+                self.writes_seen = _base_writes
+            kept = self.norms.setdefault(name, kept)
         # PEFT's hot swap, and people's averages of weights, write factors through .data, in eval mode too.
         norm = row_norm(kept, weight, down, up, s, changing=True)
         g = self._part("lora_magnitude_vector", name).weight / norm
@@ -354,7 +410,7 @@ class AcceleratedVera(Accelerated, vera.Linear):
         lambdas = [self._inside(part)._parameters[name] for part in ("vera_lambda_d", "vera_lambda_b")]
         return [*lambdas, *[self._inside(part)._buffers[name] for part in ("vera_A", "vera_B")]]
 
-    def _why_left(self, name: str, plain: bool) -> str:
+    def _why_left(self, name: str, plain: bool, alone: bool) -> str:
         d, _, A, B = self._tensors(name)
         fits = d.shape == (A.shape[0],) == (B.shape[1],) and d.dtype == A.dtype == B.dtype
         return "" if fits else "its vectors do not go with the projection"
@@ -366,6 +422,58 @@ class AcceleratedVera(Accelerated, vera.Linear):
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         y = super().forward(x, *args, **kwargs)
         return y.to(x.dtype)
+
+    def _left_mixed(self, x: Any, adapter_names: Sequence[str], why: str) -> Any:
+        if not why and isinstance(x, Tensor) and x.dim() and len(x) != len(adapter_names):
+            why = f"there are {len(adapter_names)} names for the {len(x)} rows of x"
+        raise ValueError(
+            f"a mixed batch of VeRA adapters cannot run, and PEFT has none: {why or 'x is of another kind'}. Mend "
+            "that, or run the rows of each adapter by themselves, after set_adapter"
+        )
+
+
+class MixedVeraModel(VeraModel):
+    """PEFT's VeraModel that hands `adapter_names` to its layers, as PEFT's LoraModel does; PEFT's own drops them."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        beams = kwargs.get("num_beams") or 1
+        with ExitStack() as hooks:
+            if names is not None:
+                for module in self._called_with_names(names):
+                    hooks.enter_context(module.register_forward_pre_hook(_Named(names, beams), with_kwargs=True))
+            yield
+
+    def _called_with_names(self, names: Sequence[str]) -> list[nn.Module]:
+        """The layers that need the names. Raises ValueError where a batch cannot be mixed."""
+        if self.training:
+            raise ValueError("adapter_names are for inference, and the model is in training mode: call model.eval()")
+        layers: list[Any] = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        unable = next((layer for layer in layers if not isinstance(layer, AcceleratedVera)), None)
+        if unable is not None:
+            raise ValueError(
+                f"adapter_names: a layer of the model, {type(unable).__name__}, is not accelerated and would leave "
+                "them out: call accelerate_peft(model, mixed_batches=True) again, or run each adapter by itself"
+            )
+        missing = {*names} - {"__base__"}.union(*[layer._factors for layer in layers])
+        if missing:
+            raise ValueError(f"adapter_names must be adapters of the model or '__base__', got {sorted(missing)}")
+        return [*layers, *[module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]]
+
+
+class _Named:
+    """A hook that gives a layer the names of its rows' adapters; a beam search has each row `beams` times, but only
+    once in an encoder."""
+
+    def __init__(self, names: Sequence[str], beams: int) -> None:
+        self.names, self.beams = names, beams
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = self.names
+        if len(args[0]) == len(names) * self.beams:
+            names = [name for name in names for _ in range(self.beams)]
+        return args, {**kwargs, "adapter_names": names}
 
 
 # Layers of just these classes: their subclasses, and the layers on quantised weights, have forwards of their own.

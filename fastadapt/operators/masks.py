@@ -30,9 +30,6 @@ class Dropout(NamedTuple):
         return 1.0 if self.drop is None else keep_probability(self.p)
 
 
-NO_DROPOUT = Dropout()
-
-
 def keep_probability(p: float) -> float:
     """The probability that an element is kept: 1 − p, or what the threshold of the random integers makes of it."""
     return 1.0 - p if p <= _POSITIONS_UP_TO else 1.0 - round(p * _DROPOUT_LEVELS) / _DROPOUT_LEVELS

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...reference import AdapterForm
 from ..arithmetic import cast, thin_dtype
 from ..calls import autocast_dtype, check_same_dtype, compute_dtype, requires_grad
-from ..masks import NO_DROPOUT, Dropout
+from ..masks import Dropout
 from ..registry import sees_operators
 from . import eager, op, tuner
 from .checks import check_adapter_linear
@@ -68,7 +68,9 @@ class Plan(NamedTuple):
         members = [Member(*tensors[i : i + TENSORS], *values) for i, values in zip(starts, self.values, strict=True)]
         if self.casts:
             members = [member._replace(weight=cast(member.weight, self.dtype)) for member in members]
-        return Group(members, NO_DROPOUT if drop is None else Dropout(drop, self.p), self.shared_A)
+        # p as it was read with the plan: a number of a module's that is first read in here, inside a Function, is known
+        # to that Function's graph alone where dynamic=True makes numbers symbols.
+        return Group(members, Dropout(drop, self.p), self.shared_A)
 
 
 def forget() -> None:
