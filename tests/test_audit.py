@@ -9,8 +9,11 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -163,6 +166,24 @@ def test_every_kernel_compiles_for_real_gpus(pair: str, tmp_path: Path) -> None:
             # Ranks that 16 does not divide take small tiles: AMD's wider warps get four elements of them a thread.
             small = row["target"].startswith("gfx") and "BLOCK_M=32 BLOCK_N=32 BLOCK_K=32" in row["config"]
             assert row["widest_load"] >= (64 if small else 128), row
+
+
+def compiled_for_sm_80(kernels: set[str], cases: list[audit.Case]) -> list[dict[str, Any]]:
+    """What becomes of these kernels, as groups of layers launch them; in a process without the interpreter."""
+    (suite,) = [suite for suite in audit.SUITES if suite.launch is audit.launch_group]
+    with mock.patch.object(audit, "SUITES", [suite._replace(quick=cases)]):
+        jobs = audit.jobs(["sm_80:bf16"], quick=True)
+    return [audit.compiled(job) for job in jobs if job.kernel[1] in kernels]
+
+
+def test_sums_of_vectors_and_masked_ranks_do_not_spill_on_sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernels = {"_output_grads_kernel", "_adapter_linear_dx_kernel"}
+    cases = [(64, audit.Group.qkv(rank), audit.EVERYTHING) for rank in (16, 64)]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        rows = pool.submit(compiled_for_sm_80, kernels, cases).result()
+    assert {row["kernel"] for row in rows} == kernels
+    assert [row["config"] for row in rows if audit.violations(row)] == []
 
 
 def test_no_shape_gets_a_config_that_was_not_compiled() -> None:

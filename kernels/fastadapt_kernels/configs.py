@@ -240,9 +240,10 @@ def adapter_linear_dx(
     shared_memory = _shared_memory(dx.device)
     small, short = shared_memory < _LARGE, dx.shape[0] <= 32
     # The widest tile leaves registers for a few ranks; so does a second product but on Hopper; and on the smaller GPUs
-    # ptxas trades them for occupancy where tokens are few.
+    # ptxas trades them for occupancy where tokens are few, on the larger ones of that time beside a mask.
     few = config["BLOCK_N"] == 256 or (two_products and shared_memory < _HOPPER) or (small and short)
-    return {"BLOCK_R": _block(R, 32 if (small or short) and not few else 16, 16 if few else 32), **config}
+    many = small or short or (masked and shared_memory < _HOPPER and config["BLOCK_M"] == 64)
+    return {"BLOCK_R": _block(R, 32 if many and not few else 16, 16 if few else 32), **config}
 
 
 def _aligned(tensors: Sequence[Tensor]) -> bool:
@@ -331,7 +332,7 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
         config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank, "num_warps": 8, "num_stages": stages}
     else:
         block_m = 32 if vector_sums else 64
-        stages = 2 if vector_sums and shared_memory < _LARGE else 3
+        stages = 2 if vector_sums and (shared_memory < _LARGE or (middle and rank == 64)) else 3
         config = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": rank, "num_warps": 4, "num_stages": stages}
     programs = sum(triton.cdiv(N, config["BLOCK_N"]) for N in Ns) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
     steps = triton.cdiv(M, config["BLOCK_M"])
