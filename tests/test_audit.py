@@ -136,6 +136,12 @@ def test_a_quick_audit_has_the_pairs_that_are_compiled_here(monkeypatch: pytest.
     monkeypatch.setattr(audit, "compile_all", lambda pairs, quick: asked.extend(pairs) or [])
     audit.main(quick=True)
     assert asked == audit.QUICK_PAIRS
+    asked.clear()
+    audit.main(quick=True, targets="sm_80,sm_90")
+    assert asked == audit.QUICK_PAIRS[:3]
+    asked.clear()
+    audit.main(quick=True, targets="sm_80,gfx950", dtypes="fp16")
+    assert asked == ["sm_80:fp16", "gfx950:fp16"]
 
 
 @pytest.mark.parametrize("pair", audit.QUICK_PAIRS)
@@ -246,6 +252,20 @@ def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
     for dtype in (torch.float16, torch.float32):
         for shared_limit in {target.shared_limit for target in audit.TARGETS.values()}:
             assert found(dtype, shared_limit, drawn) - found(dtype, shared_limit, full) == set()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 33, 64])
+def test_decoding_has_enough_of_the_weight_under_way(tokens: int) -> None:
+    """An H200 wants some 3.4 MB: latency times bandwidth. Programs of one wave each load so many tiles ahead."""
+    layer = audit.Group(14336, (4096,), (16,))
+    with configs.recorded_launches(audit.TARGETS["sm_90"].shared_limit) as launches:
+        audit.launch_group(torch.bfloat16, (tokens, layer, audit.LORA))
+    forwards = [launch for launch in launches if "ys" in launch.arguments]
+    assert len(forwards) == 2
+    for launch in forwards:
+        tile = 2 * launch.config["BLOCK_N"] * launch.config["BLOCK_K"]
+        assert launch.grid[0] <= 132
+        assert launch.grid[0] * (launch.config["num_stages"] - 1) * tile > 3e6
 
 
 @pytest.mark.parametrize("suite", audit.SUITES, ids=lambda suite: suite.covers[0])
