@@ -134,6 +134,8 @@ BY_CONFIG: list[Case] = [
     *((M, Group.qkv(R), form) for form in (ON_BASE, EVERYTHING) for M in TOKENS for R in RANKS),
     *((M, Group.square(R), form) for form in (BUT_DROPOUT, LORA) for M in TOKENS for R in RANKS),
     *((8192, Group.qkv(R), BUT_DROPOUT) for R in RANKS),
+    # More tokens than a decoding step has, and still too few for wide tiles.
+    *((256, Group.square(R), BUT_DROPOUT) for R in RANKS),
     # Few tokens of so wide an x that narrow tiles are not needed to have enough programs.
     *((M, Group(16384, (4096,), (R,)), BUT_DROPOUT) for M in (32, 16) for R in RANKS),
     # A narrow model; and widths that divide by nothing.
@@ -663,7 +665,9 @@ def names(known: Iterable[str], wanted: str) -> list[str]:
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
-    quick: Annotated[bool, typer.Option(help="A few shapes, on a few targets and dtypes.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="A few shapes, on a few targets and dtypes unless both are named.")
+    ] = False,
     targets: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(TARGETS)}.")] = "",
     dtypes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(DTYPES)}.")] = "",
 ) -> None:
@@ -671,7 +675,7 @@ def main(
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise typer.BadParameter("Triton's interpreter does not compile: unset TRITON_INTERPRET")
     pairs = [f"{target}:{dtype}" for target in names(TARGETS, targets) for dtype in names(DTYPES, dtypes)]
-    if quick:
+    if quick and not (targets and dtypes):
         pairs = [pair for pair in QUICK_PAIRS if pair in pairs]
     start = time.perf_counter()
     rows = compile_all(pairs, quick=quick)

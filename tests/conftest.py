@@ -172,6 +172,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised floating-point memory holds NaN: what a kernel forgets to write, or reads too early, shows."""
     monkeypatch.setattr(torch, "empty", fill_with_nan(torch.empty))
     monkeypatch.setattr(torch, "empty_like", fill_with_nan(torch.empty_like))
+    monkeypatch.setattr(torch, "empty_strided", fill_with_nan(torch.empty_strided))
     monkeypatch.setattr(torch.Tensor, "new_empty", fill_with_nan(torch.Tensor.new_empty))
 
 

@@ -9,8 +9,11 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -133,6 +136,12 @@ def test_a_quick_audit_has_the_pairs_that_are_compiled_here(monkeypatch: pytest.
     monkeypatch.setattr(audit, "compile_all", lambda pairs, quick: asked.extend(pairs) or [])
     audit.main(quick=True)
     assert asked == audit.QUICK_PAIRS
+    asked.clear()
+    audit.main(quick=True, targets="sm_80,sm_90")
+    assert asked == audit.QUICK_PAIRS[:3]
+    asked.clear()
+    audit.main(quick=True, targets="sm_80,gfx950", dtypes="fp16")
+    assert asked == ["sm_80:fp16", "gfx950:fp16"]
 
 
 @pytest.mark.parametrize("pair", audit.QUICK_PAIRS)
@@ -163,6 +172,24 @@ def test_every_kernel_compiles_for_real_gpus(pair: str, tmp_path: Path) -> None:
             # Ranks that 16 does not divide take small tiles: AMD's wider warps get four elements of them a thread.
             small = row["target"].startswith("gfx") and "BLOCK_M=32 BLOCK_N=32 BLOCK_K=32" in row["config"]
             assert row["widest_load"] >= (64 if small else 128), row
+
+
+def compiled_for_sm_80(kernels: set[str], cases: list[audit.Case]) -> list[dict[str, Any]]:
+    """What becomes of these kernels, as groups of layers launch them; in a process without the interpreter."""
+    (suite,) = [suite for suite in audit.SUITES if suite.launch is audit.launch_group]
+    with mock.patch.object(audit, "SUITES", [suite._replace(quick=cases)]):
+        jobs = audit.jobs(["sm_80:bf16"], quick=True)
+    return [audit.compiled(job) for job in jobs if job.kernel[1] in kernels]
+
+
+def test_sums_of_vectors_and_masked_ranks_do_not_spill_on_sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernels = {"_output_grads_kernel", "_adapter_linear_dx_kernel"}
+    cases = [(64, audit.Group.qkv(rank), audit.EVERYTHING) for rank in (16, 64)]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        rows = pool.submit(compiled_for_sm_80, kernels, cases).result()
+    assert {row["kernel"] for row in rows} == kernels
+    assert [row["config"] for row in rows if audit.violations(row)] == []
 
 
 def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
@@ -225,6 +252,20 @@ def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
     for dtype in (torch.float16, torch.float32):
         for shared_limit in {target.shared_limit for target in audit.TARGETS.values()}:
             assert found(dtype, shared_limit, drawn) - found(dtype, shared_limit, full) == set()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 33, 64])
+def test_decoding_has_enough_of_the_weight_under_way(tokens: int) -> None:
+    """An H200 wants some 3.4 MB: latency times bandwidth. Programs of one wave each load so many tiles ahead."""
+    layer = audit.Group(14336, (4096,), (16,))
+    with configs.recorded_launches(audit.TARGETS["sm_90"].shared_limit) as launches:
+        audit.launch_group(torch.bfloat16, (tokens, layer, audit.LORA))
+    forwards = [launch for launch in launches if "ys" in launch.arguments]
+    assert len(forwards) == 2
+    for launch in forwards:
+        tile = 2 * launch.config["BLOCK_N"] * launch.config["BLOCK_K"]
+        assert launch.grid[0] <= 132
+        assert launch.grid[0] * (launch.config["num_stages"] - 1) * tile > 3e6
 
 
 @pytest.mark.parametrize("suite", audit.SUITES, ids=lambda suite: suite.covers[0])

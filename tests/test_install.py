@@ -11,12 +11,14 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import oldest_triton
 import pytest
 import tomllib
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import fastadapt
+from bench import audit
 from fastadapt.commands.cli import EXTRAS
 from fastadapt.environment import versions
 
@@ -31,6 +33,22 @@ def run(*command: object, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_old_tritons_are_tried_with_all_that_the_package_needs() -> None:
+    pinned = {name: version for name, version in (package.split("==") for package in oldest_triton.PACKAGES)}
+    needed = [Requirement(text) for text in (*PROJECT["project"]["dependencies"], *OPTIONAL["cli"])]
+    for requirement in needed:
+        version = pinned.get(requirement.name, "") if requirement.name != "torch" else oldest_triton.oldest_torch()
+        assert version, f"{requirement.name} is not installed"
+        assert version in requirement.specifier
+
+
+def test_old_tritons_compile_for_targets_that_the_audit_knows() -> None:
+    for expected in oldest_triton.EXPECTED.values():
+        chosen = dict(zip(expected.chosen[::2], expected.chosen[1::2], strict=True))
+        assert set(chosen["--targets"].split(",")) <= set(audit.TARGETS)
+        assert set(chosen.get("--dtypes", "bf16").split(",")) <= set(audit.DTYPES)
 
 
 @pytest.fixture(scope="module")

@@ -239,10 +239,13 @@ def adapter_linear_dx(
     )
     shared_memory = _shared_memory(dx.device)
     small, short = shared_memory < _LARGE, dx.shape[0] <= 32
-    # The widest tile leaves registers for a few ranks; so does a second product but on Hopper; and on the smaller GPUs
-    # ptxas trades them for occupancy where tokens are few.
-    few = config["BLOCK_N"] == 256 or (two_products and shared_memory < _HOPPER) or (small and short)
-    return {"BLOCK_R": _block(R, 32 if (small or short) and not few else 16, 16 if few else 32), **config}
+    # The widest tile leaves registers for a few ranks, and so does the deepest; a second product but on Hopper; and on
+    # the smaller GPUs ptxas trades them for occupancy where tokens are few, on the larger ones of that time beside a
+    # mask.
+    widest = config["BLOCK_N"] == 256 or (config["BLOCK_K"] == 128 and not short)
+    few = widest or (two_products and shared_memory < _HOPPER) or (small and short)
+    many = small or short or (masked and shared_memory < _HOPPER and config["BLOCK_M"] == 64)
+    return {"BLOCK_R": _block(R, 32 if many and not few else 16, 16 if few else 32), **config}
 
 
 def _aligned(tensors: Sequence[Tensor]) -> bool:
@@ -273,6 +276,9 @@ def _product(
         return count
 
     shared_memory = _shared_memory(x.device)
+    # A multiprocessor must have some 26 KB of the weight under way to keep an H200's memory busy: deep tiles have 32 KB
+    # and more.
+    deep = shared_memory >= _HOPPER and not (wide or two_products or masked)
     tiles: Config
     if x.dtype == torch.float32:
         # IEEE fp32 has no matrix unit on NVIDIA: the tile is bound by registers.
@@ -284,8 +290,7 @@ def _product(
         # A few tokens: as many programs as it takes to stream the weight.
         block_n = 64 if two_products or programs(64) >= _WANTED_PROGRAMS // 4 else 32
         block_k, stages = 32 if wide or block_n == 64 else 64, 4 if shared_memory >= _MEDIUM else 3
-        if shared_memory >= _HOPPER and not (wide or two_products or masked):
-            # A multiprocessor must have some 26 KB under way to keep an H200's memory busy: here 32 KB and more.
+        if deep:
             block_k, stages = 128, 5
         block_m = _block(M, 32 if two_products else 16, 32)
         tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": stages}
@@ -293,8 +298,11 @@ def _product(
         # A third accumulator.
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
     elif programs(128) < _WANTED_PROGRAMS // 4:
-        block_k = 32 if wide or two_products else 64
-        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
+        block_k, stages = 32 if wide or two_products else 64, 3
+        if deep and M <= 64:
+            # At most one of its programs runs on a multiprocessor.
+            block_k, stages = 128, 4
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 4, "num_stages": stages}
     elif plain and not two_products and shared_memory >= _LARGE and programs(256) >= _WANTED_PROGRAMS // 2:
         tiles = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     else:
@@ -331,7 +339,7 @@ def output_grads(dys: Sequence[Tensor], R: int, *, want_q: bool, vector_sums: bo
         config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank, "num_warps": 8, "num_stages": stages}
     else:
         block_m = 32 if vector_sums else 64
-        stages = 2 if vector_sums and shared_memory < _LARGE else 3
+        stages = 2 if vector_sums and (shared_memory < _LARGE or (middle and rank == 64)) else 3
         config = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": rank, "num_warps": 4, "num_stages": stages}
     programs = sum(triton.cdiv(N, config["BLOCK_N"]) for N in Ns) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
     steps = triton.cdiv(M, config["BLOCK_M"])
