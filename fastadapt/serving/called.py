@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.ways import bias_of
-from ..operators.adapter_update.function import adapter_update
+from ..operators.calls import compute_dtype, without_autocast
+from ..operators.multi_adapter_linear import eager, plan
 from ..operators.multi_adapter_linear.batch import AdapterBatch, SlotForm
-from ..reference import AdapterForm
 
 
 def updated(base: nn.Module, x: Tensor, batch: AdapterBatch, forms: Mapping[int, SlotForm]) -> Any:
@@ -20,30 +20,12 @@ def updated(base: nn.Module, x: Tensor, batch: AdapterBatch, forms: Mapping[int,
     Shapes: x [rows, ..., in]; y [rows, ..., out], which is what the layer gave where no row has such an adapter.
     """
     y = base(x)
-    runs = [run for run in batch.runs if run.slot in forms]
-    if not runs:
+    if not any(run.slot in forms for run in batch.runs):
         return y
     if not isinstance(y, Tensor):
         raise ValueError(f"a {type(base).__name__} gives a {type(y).__name__}: no adapter can be served on it")
-    bias = bias_of(base)
-    rows, out = x.reshape(-1, x.shape[-1]).to(y.device), y.reshape(-1, y.shape[-1]).clone()
-    for start, stop, slot in runs:
-        form = _adapter_form(forms[slot], bias)
-        out[start:stop] = adapter_update(out[start:stop], rows[start:stop], form, base_bias=bias)
+    bias, dtype = bias_of(base), compute_dtype(x)
+    with torch.no_grad(), without_autocast(x):
+        rows, out = x.reshape(-1, x.shape[-1]).to(y.device, dtype), y.reshape(-1, y.shape[-1]).clone()
+        eager.apply_all(out, rows, None if bias is None else (None, bias), plan.plan(batch, forms, dtype))
     return out.view(y.shape)
-
-
-def _adapter_form(form: SlotForm, base_bias: Tensor | None) -> AdapterForm:
-    """The form as an AdapterForm; β is the base layer's bias and what the adapter adds to it."""
-    beta = base_bias
-    if form.added_bias is not None:
-        beta = form.added_bias if base_bias is None else base_bias + form.added_bias
-    return AdapterForm(
-        torch.cat(form.A),
-        torch.cat(form.B).T,
-        form.mid_scale,
-        1.0 if form.out_scale is None else form.out_scale,
-        form.base_scale,
-        beta,
-        scaling=form.scaling,
-    )

@@ -69,7 +69,7 @@ def multi_adapter_linear(
     memory: what layers that are called with this very x share, empty for the first of them.
     """
     y = linear(x, weight, bias)
-    _apply_all(y, x, None if bias is None else (weight, bias), steps, memory)
+    apply_all(y, x, None if bias is None else (weight, bias), steps, memory)
     return y
 
 
@@ -77,19 +77,23 @@ def multi_adapter_update(
     y: Tensor, x: Tensor, bias: Tensor | None, steps: Sequence[Step], memory: dict[Any, Tensor] | None = None
 ) -> None:
     """The same on y = x W0ᵀ [M, N] of any strides, in place, which then gets its bias [N]."""
-    _apply_all(y, x, None, steps, memory)
+    apply_all(y, x, None, steps, memory)
     if bias is not None:
         y.add_(bias)
 
 
-def _apply_all(
+def apply_all(
     y: Tensor,
     x: Tensor,
-    biased: tuple[Tensor, Tensor] | None,
+    biased: tuple[Tensor | None, Tensor] | None,
     steps: Sequence[Step],
-    memory: dict[Any, Tensor] | None,
+    memory: dict[Any, Tensor] | None = None,
 ) -> None:
-    """biased: the weight and the bias of a layer whose y has its bias already, which no g must scale."""
+    """What the steps make of y [M, N], in place.
+
+    biased: the weight, None where nobody can read it, and the bias of a layer whose y has its bias already, which no g
+    must scale.
+    """
     for step in steps:
         if isinstance(step, StackedRuns):
             _apply_stacked(y, x, biased, step)
@@ -101,12 +105,11 @@ def _apply_all(
             _apply(y if whole else y[start:stop], x if whole else x[start:stop], biased, form)
 
 
-def _apply_stacked(y: Tensor, x: Tensor, biased: tuple[Tensor, Tensor] | None, run: StackedRuns) -> None:
+def _apply_stacked(y: Tensor, x: Tensor, biased: tuple[Tensor | None, Tensor] | None, run: StackedRuns) -> None:
     rows, x = y[run.tokens], x[run.tokens]  # a slice is a view, an index a copy of a few tokens
     bias: Tensor | None = None
     if run.base_scale is not None and biased is not None:
-        weight, bias = biased
-        torch.mm(x, weight.T, out=rows)
+        bias = _take_off_bias(rows, x, *biased)
     x = cast(x, run.A.dtype)
     if run.places is not None:
         x = x.new_zeros(run.A.shape[0] * run.room, x.shape[1]).index_copy_(0, run.places, x)
@@ -124,6 +127,15 @@ def _apply_stacked(y: Tensor, x: Tensor, biased: tuple[Tensor, Tensor] | None, r
             rows.add_(bias)
     if not isinstance(run.tokens, slice):
         y[run.tokens] = rows
+
+
+def _take_off_bias(y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor) -> Tensor:
+    """Makes of y the product alone; the bias that it had."""
+    if weight is None:
+        y.sub_(bias)
+    else:  # taking a large bias off again would leave its rounding
+        torch.mm(x, weight.T, out=y)
+    return bias
 
 
 def _apply_shared(y: Tensor, x: Tensor, run: SharedRuns, memory: dict[Any, Tensor]) -> None:
@@ -146,7 +158,7 @@ def _apply_shared(y: Tensor, x: Tensor, run: SharedRuns, memory: dict[Any, Tenso
         part.add_(low_rank.mul_(out))
 
 
-def _apply(y: Tensor, x: Tensor, biased: tuple[Tensor, Tensor] | None, form: SlotForm) -> None:
+def _apply(y: Tensor, x: Tensor, biased: tuple[Tensor | None, Tensor] | None, form: SlotForm) -> None:
     """Makes of the base layer's y the adapter's, in place."""
     if form.out_scale is not None and x.dtype is torch.float16:
         # What h takes back may be beyond fp16 before that.
@@ -155,9 +167,7 @@ def _apply(y: Tensor, x: Tensor, biased: tuple[Tensor, Tensor] | None, form: Slo
     g, h = form.base_scale, form.out_scale
     beta = form.added_bias
     if g is not None and biased is not None:
-        weight, bias = biased
-        # What g scales is the product alone: taking a large bias off again would leave its rounding.
-        torch.mm(x, weight.T, out=y)
+        bias = _take_off_bias(y, x, *biased)
         beta = bias if beta is None else beta + bias
     tied = form.tied
     if g is not None and not tied:
