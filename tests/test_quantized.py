@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, at import
 
 
 def of_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     sizes = layer.in_features, layer.out_features, layer.bias is not None
     new: nn.Module
     if kind == "nf4":
@@ -56,13 +56,15 @@ def by_bitsandbytes(model: nn.Module, kind: str) -> None:
 
 
 def by_quanto(model: nn.Module, kind: str) -> None:
-    quanto = pytest.importorskip("optimum.quanto")
+    from optimum import quanto
+
     quanto.quantize(model, weights=getattr(quanto, kind), exclude="lm_head")
     quanto.freeze(model)
 
 
 def by_torchao(model: nn.Module, kind: str) -> None:
-    quantization = pytest.importorskip("torchao.quantization")
+    from torchao import quantization
+
     quantization.quantize_(
         model,
         getattr(quantization, kind)(),
@@ -73,10 +75,10 @@ def by_torchao(model: nn.Module, kind: str) -> None:
 KINDS: dict[str, tuple[Callable[[nn.Module, str], None], str, str]] = {
     "bitsandbytes nf4": (by_bitsandbytes, "nf4", "bitsandbytes"),
     "bitsandbytes int8": (by_bitsandbytes, "int8", "bitsandbytes"),
-    "quanto int8": (by_quanto, "qint8", "optimum"),
-    "quanto int4": (by_quanto, "qint4", "optimum"),
-    "torchao int8": (by_torchao, "Int8WeightOnlyConfig", "torchao"),
-    "torchao fp8": (by_torchao, "Float8WeightOnlyConfig", "torchao"),
+    "quanto int8": (by_quanto, "qint8", "optimum.quanto"),
+    "quanto int4": (by_quanto, "qint4", "optimum.quanto"),
+    "torchao int8": (by_torchao, "Int8WeightOnlyConfig", "torchao.quantization"),
+    "torchao fp8": (by_torchao, "Float8WeightOnlyConfig", "torchao.quantization"),
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OTHERS: dict[str, Any] = {
@@ -96,8 +98,7 @@ IDS = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(3))
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if importlib.util.find_spec(KINDS[name][2]) is None:
-        pytest.skip(f"{KINDS[name][2]} is not installed: pip install 'fastadapt[quantized]'")
+    pytest.importorskip(KINDS[name][2], reason="not installed: pip install 'fastadapt[quantized]'")
     return name
 
 
