@@ -264,13 +264,15 @@ def main(
     cases: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(CASES)}; all by default.")] = "",
     curves: Annotated[int, typer.Option(help=f"So many steps of {CURVES} alone, PEFT's twice in 16 bits.")] = 0,
     layers: int = Size.layers,
-    batch: int = Size.batch,
-    length: int = Size.length,
+    batch: Annotated[int, typer.Option(help="Rows; 0: 4, with --curves 2.")] = 0,
+    length: Annotated[int, typer.Option(help="Tokens a row; 0: 64, with --curves 32.")] = 0,
     threads: int = Size.threads,
     peaks: Annotated[bool, typer.Option(help="Take each side's peak memory in a process of its own.")] = True,
 ) -> None:
     """Training on real data: losses, step time and memory of injected adapters and accelerated PEFT beside PEFT."""
-    size = Size(layers, batch, length, threads)
+    # A quarter of the tokens for many steps: with all of them 200 would take three quarters of an hour.
+    half = 2 if curves else 1
+    size = Size(layers, batch or Size.batch // half, length or Size.length // half, threads)
     wanted = chosen(CASES, cases or (CURVES if curves else ""))
     rows, losses = run(wanted, size, curves or rounds, spread=curves > 0, peaks=peaks and not curves)
     columns = {
@@ -286,7 +288,9 @@ def main(
         "max_difference": "differs by",
         "asked": "asked",
     }
-    report.print_table(f"Training, {batch} x {length} tokens, {layers} layers, {rows[0]['steps']} steps", rows, columns)
+    report.print_table(
+        f"Training, {size.batch} x {size.length} tokens, {layers} layers, {rows[0]['steps']} steps", rows, columns
+    )
     if json_file is not None:
         write_json(json_file, "train", rows, curves=losses)
         draw_train(read(json_file), json_file.with_suffix(".png"))
