@@ -37,7 +37,8 @@ from fastadapt.model.adapted import adapter_layers
 
 TOPICS = ("tech_support", "trivia", "coding", "science", "psychology", "ai")
 RATE = 5e-4
-# What curves in fp32 may differ by, in nats a token. In 16 bits it is what PEFT's own differ by on other threads.
+# What curves in fp32 may differ by, in nats a token. In 16 bits it is what PEFT's own differ by on other threads; that
+# is nothing where products add in one order on any number of threads, and the distance from fp32 tells more.
 ASKED = 1e-3
 
 Batch = dict[str, Tensor]
@@ -255,6 +256,10 @@ def run(
             found, own = run_case(case, base, batches, size, rounds, spread=again, peaks=peaks)
             rows += found
             curves |= {f"{case.name} {side}": losses for side, losses in own.items()}
+    for row in rows:
+        exact = curves.get(f"{CASES[row['case']].method}_fp32 peft")
+        halves = CASES[row["case"]].mode != "fp32"
+        row["from_fp32"] = None if exact is None or not halves else difference(curves[row["variant"]], exact)
     return rows, curves
 
 
@@ -264,13 +269,15 @@ def main(
     cases: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(CASES)}; all by default.")] = "",
     curves: Annotated[int, typer.Option(help=f"So many steps of {CURVES} alone, PEFT's twice in 16 bits.")] = 0,
     layers: int = Size.layers,
-    batch: int = Size.batch,
-    length: int = Size.length,
+    batch: Annotated[int, typer.Option(help="Rows; 0: 4, with --curves 2.")] = 0,
+    length: Annotated[int, typer.Option(help="Tokens a row; 0: 64, with --curves 32.")] = 0,
     threads: int = Size.threads,
     peaks: Annotated[bool, typer.Option(help="Take each side's peak memory in a process of its own.")] = True,
 ) -> None:
     """Training on real data: losses, step time and memory of injected adapters and accelerated PEFT beside PEFT."""
-    size = Size(layers, batch, length, threads)
+    # A quarter of the tokens for many steps: with all of them 200 would take three quarters of an hour.
+    half = 2 if curves else 1
+    size = Size(layers, batch or Size.batch // half, length or Size.length // half, threads)
     wanted = chosen(CASES, cases or (CURVES if curves else ""))
     rows, losses = run(wanted, size, curves or rounds, spread=curves > 0, peaks=peaks and not curves)
     columns = {
@@ -285,8 +292,11 @@ def main(
         "loss_last": "at the end",
         "max_difference": "differs by",
         "asked": "asked",
+        "from_fp32": "from fp32",
     }
-    report.print_table(f"Training, {batch} x {length} tokens, {layers} layers, {rows[0]['steps']} steps", rows, columns)
+    report.print_table(
+        f"Training, {size.batch} x {size.length} tokens, {layers} layers, {rows[0]['steps']} steps", rows, columns
+    )
     if json_file is not None:
         write_json(json_file, "train", rows, curves=losses)
         draw_train(read(json_file), json_file.with_suffix(".png"))
@@ -302,7 +312,7 @@ def section(document: Document) -> str:
         f"{CASES[row['case']].title}: {_SIDES[row['side']]} | {page.span(row, 'x_peft', 'x_low', 'x_high')} | "
         f"{page.number(row['peak_mb'], 0)} | {page.number(theirs['peak_mb'], 0)} | {row['loss_first']:.2f} → "
         f"{row['loss_last']:.2f} | {row['max_difference']:.0e} | "
-        f"{'–' if row['asked'] is None else format(row['asked'], '.0e')}"
+        f"{_tiny(row['asked'])} | {_tiny(row['from_fp32'])} | {_tiny(theirs['from_fp32'])}"
         for row in document["rows"]
         for theirs in document["rows"]
         if row["side"] != "peft" and (theirs["case"], theirs["side"]) == (row["case"], "peft")
@@ -313,8 +323,13 @@ def section(document: Document) -> str:
         f"{first['batch']} × {first['length']} tokens, rank 16 on every linear layer but the head, AdamW, no dropout, "
         f"{first['steps']} steps of each side on the same batches, from the same factors. Step as a multiple of PEFT's "
         "in the same round; losses in nats, how far they are from PEFT's at any step, and what is asked: in fp32 "
-        f"{ASKED:.0e}, in 16 bits what PEFT's own differ by on another number of threads.\n\n"
-    ) + page.table("| step, x PEFT | peak MB | PEFT's | loss | differs by | asked", rows)
+        f"{ASKED:.0e}, in 16 bits what PEFT's own differ by on another number of threads; last, how far 16 bits are "
+        "from PEFT's losses in fp32.\n\n"
+    ) + page.table("| step, x PEFT | peak MB | PEFT's | loss | differs by | asked | from fp32 | PEFT's", rows)
+
+
+def _tiny(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0e}"
 
 
 def report_peak(arguments: dict[str, Any]) -> None:

@@ -120,6 +120,10 @@ def test_train_compares_the_losses_of_every_side(tmp_path: Path, monkeypatch: py
     document = json.loads((tmp_path / "train-curves.json").read_text())
     assert {row["case"] for row in document["rows"]} == set(train.CURVES.split(","))
     assert all(row["asked"] is not None for row in document["rows"])
+    for row in document["rows"]:
+        curve, exact = (document["curves"][name] for name in (row["variant"], "lora_fp32 peft"))
+        apart = max(abs(a - b) for a, b in zip(curve, exact, strict=True))
+        assert row["from_fp32"] == (None if row["case"] == "lora_fp32" else apart)
     assert {name for name in document["curves"] if name.endswith("peft_again")} == {
         "lora_autocast peft_again",
         "lora_bf16 peft_again",

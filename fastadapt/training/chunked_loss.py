@@ -32,7 +32,8 @@ def chunk_loss(
     hooks, quantised or sharded weights.
     model: what will be called, adapted before or after; also a PeftModel, whose head, if it has an adapter, must be one
     that `accelerate_peft` has taken. It is changed in place; enabled=False undoes it.
-    keep_logits: in training the output's logits are None; True gives what is computed once somebody reads it.
+    keep_logits: in training the output's logits are None; True gives what is computed once somebody reads it, under
+    dropout on the head with another mask than the loss.
     chunk_bytes: as `functional.linear_cross_entropy` takes it.
     Raises ValueError for a model whose head is not such a layer: its loss stays as it is.
     """
