@@ -32,6 +32,15 @@ def partition_error(name: str, value: Tensor) -> ValueError | None:
     )
 
 
+def check_in_one_piece(name: str, value: Tensor, why: str) -> None:
+    """Raises ValueError for a DTensor, as fully_shard makes them; why: what the tensor is needed whole for."""
+    if hasattr(value, "full_tensor"):
+        raise ValueError(
+            f"{name} is cut into pieces (DTensor), and {why}: train it under DistributedDataParallel, or another "
+            "method under fully_shard"
+        )
+
+
 def shape_error(name: str, required: str, value: Tensor) -> ValueError:
     return partition_error(name, value) or ValueError(f"{name} must have shape {required}, got {tuple(value.shape)}")
 

@@ -127,7 +127,7 @@ def breaks(model: Any) -> int:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore")  # what tracing meets in transformers
 def test_checkpointing_breaks_no_graph_that_pefts_layers_leave_whole() -> None:
     """Both breaks are at the hook that makes the checkpoints' inputs require grad, which is the model's."""
     theirs = breaks(of_peft(llama(), PEFT_CONFIGS["LoRA"](0.0), accelerated=False))

@@ -125,6 +125,39 @@ def refuses(rank: int, folder: Path) -> None:
             torch.testing.assert_close(value.detach(), wanted[key], rtol=1e-5, atol=1e-6)
 
 
+CONTROLLED: dict[str, Callable[[], AdapterConfig]] = {
+    "AdaLoRA compares triplets": lambda: fastadapt.AdaLoRAConfig(
+        init_r=6, target_r=2, tinit=0, tfinal=1, deltaT=1, total_step=STEPS, target_modules=["q_proj", "v_proj"]
+    ),
+    "Delta-LoRA's anchor": lambda: fastadapt.DeltaLoRAConfig(r=3, start_step=1, target_modules=["q_proj", "v_proj"]),
+}
+
+
+def controlled(config: AdapterConfig, ids: Tensor, how: str = "") -> dict[str, Tensor]:
+    """What a model with a method that does more between the steps is trained to."""
+    model = fastadapt.inject(llama(), config)
+    randomise(trainable(model))
+    wrapped = shard(model, how) if how else model
+    control, optimizer = fastadapt.control(model), torch.optim.SGD(trainable(model), lr=0.05)
+    for _ in range(STEPS):
+        (wrapped(input_ids=ids, labels=ids).loss + control.regularizer()).backward()
+        optimizer.step()
+        control.step()
+        optimizer.zero_grad()
+    return {key: value.detach() for key, value in trained_tensors(model, "default").items()}
+
+
+@job
+def controls(rank: int, folder: Path) -> None:
+    """What a method does between the steps is done under DDP, and named under FSDP2, where it cannot be."""
+    for what, config in CONTROLLED.items():
+        with pytest.raises(ValueError, match=rf"is cut into pieces \(DTensor\), and {what}.*DistributedDataParallel"):
+            controlled(config(), part(rank), "FSDP2, by layer")
+        wanted, found = controlled(config(), tokens(4)), controlled(config(), part(rank), "DDP")
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=f"{what}: {key}")
+
+
 def work(rank: int, folder: str, name: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -175,6 +208,10 @@ def test_an_adapter_is_loaded_into_a_sharded_model(run: Any, tmp_path: Path) -> 
 
 def test_the_first_fsdp_trains_and_is_refused_by_name_where_it_cannot_be_saved(run: Any) -> None:
     run(refuses)
+
+
+def test_what_happens_between_steps_is_named_where_tensors_are_in_pieces(run: Any) -> None:
+    run(controls)
 
 
 def cut(parameter: nn.Parameter) -> None:

@@ -373,6 +373,42 @@ def test_an_adapter_on_a_head_that_sft_never_calls_is_refused(trl: Any, tmp_path
     assert not torch.equal(model.lm_head.current.weight, model.lm_head.original.weight)
 
 
+def test_grpo_is_given_the_disabled_adapter_for_its_reference(
+    trl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import Dataset
+    from trl.trainer import grpo_trainer
+
+    data, loaded = Dataset.from_dict({"prompt": ["ab", "cd"] * 2}), []
+    create = grpo_trainer.create_model_from_path
+    monkeypatch.setattr(grpo_trainer, "create_model_from_path", lambda *a, **k: loaded.append(a) or create(*a, **k))
+
+    def run(beta: float, shared: bool) -> dict[str, Tensor]:
+        model = fastadapt.inject(from_disk(tmp_path / "base"), config("LoRA"))
+        randomise([p for p in model.parameters() if p.requires_grad])
+        given = trl.GRPOConfig(
+            output_dir=str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=2, num_generations=2,
+            max_completion_length=4, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, learning_rate=1e-2,
+            beta=0.0 if shared else beta,
+        )  # fmt: skip
+        trainer = trl.GRPOTrainer(
+            model, args=given, train_dataset=data, processing_class=tokenizer(),
+            reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        )  # fmt: skip
+        if shared:
+            trainer.beta, trainer.ref_model = beta, integrations.reference_model(model)
+        trainer.train()
+        return trained(model)
+
+    ours, without = run(0.5, True), run(0.0, False)
+    assert loaded == []
+    wanted = run(0.5, False)
+    assert len(loaded) == 1
+    for name, value in wanted.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+    assert any(not torch.allclose(ours[name], value, rtol=1e-3, atol=1e-4) for name, value in without.items())
+
+
 def test_dpo_takes_the_disabled_adapter_for_its_reference(
     trl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,7 +122,7 @@ def test_ddp_would_not_know_of_new_parameters(group: None, tmp_path: Path) -> No
     assert all(parameter.requires_grad for parameter in outer.parameters())
 
 
-def test_a_model_in_pieces_is_named(group: None) -> None:
+def test_a_model_in_pieces_is_named(group: None, tmp_path: Path) -> None:
     whole = FullyShardedDataParallel(
         inject(llama(), LoRAConfig(**CONFIG)), device_id=torch.device("cpu"), use_orig_params=True
     )
@@ -132,6 +132,9 @@ def test_a_model_in_pieces_is_named(group: None) -> None:
     model = fully_shard(llama(), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
     with pytest.raises(ValueError, match=r"weight is cut into pieces \(DTensor\): put adapters .* before fully_shard"):
         inject(model, LoRAConfig(**CONFIG))
+    save_adapter(inject(llama(), LoRAConfig(**CONFIG)), tmp_path)
+    with pytest.raises(ValueError, match=r"weight is cut into pieces \(DTensor\): put adapters .* before fully_shard"):
+        load_adapter(model, tmp_path)
 
 
 def through_transformers() -> Any:

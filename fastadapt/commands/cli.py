@@ -277,6 +277,8 @@ def train(
     The columns of DATA decide what is trained. prompt and completion: the completion. messages: the assistant's turns.
     text: all of it. text and label: a classifier. OUTPUT is a PEFT directory with train.json and train.png.
 
+    In several processes each takes --batch-size rows: torchrun --nproc-per-node 2 --no-python fastadapt train ...
+
     A run goes on only with the options, data, model and tokenizer that it was begun with. Of weights in large files
     that compares sizes, headers and blocks spread over them.
     """

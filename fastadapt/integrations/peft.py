@@ -57,7 +57,9 @@ def accelerate_peft(model: nn.Module, *, mixed_batches: bool = False) -> PeftRep
     merged and disabled layers, adapter_names without mixed_batches, aLoRA and the other variants, DoRA together with
     other adapters, dropouts that differ, a base weight that trains, hooks on the base layer or the factors.
     Call it again after PEFT has made new layers (add_adapter, load_adapter), and after a write to a base weight that
-    only `.data` or NumPy knows of: DoRA's norms of base weights are kept. `restore_peft` undoes it.
+    only `.data` or NumPy knows of: DoRA's norms of base weights are kept. Such a write to a parameter or to x between
+    the calls of two siblings is not seen either: k and v are what they were when q was called. A sibling that nobody
+    calls keeps x alive until the next x, twice at most; then its layers run one by one. `restore_peft` undoes it.
     Outputs and gradients are PEFT's up to rounding; dropout masks are drawn by other means, one for a whole group and
     for all that are active in a layer. Gradients cannot be differentiated again (gradient penalties): restore first.
     mixed_batches: a forward or generate in eval mode with adapter_names, for each row the name of its adapter or

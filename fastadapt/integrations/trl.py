@@ -19,6 +19,11 @@ def reference_model(model: ModelType) -> ModelType:
 
         DPOTrainer(model, ref_model=fastadapt.integrations.reference_model(model), ...)
 
+    TRL's GRPOTrainer takes no ref_model, and with a beta above 0 it loads a second base. Give it one afterwards:
+
+        trainer = GRPOTrainer(model, args=GRPOConfig(beta=0.0, ...), ...)
+        trainer.beta, trainer.ref_model = 0.04, fastadapt.integrations.reference_model(model)
+
     A call of it is a call of `model` inside `disable_adapter(model)`. It takes the mode of `model`, whatever train() or
     eval() is called on it. Make it before a trainer wraps the model, and let nothing shard it (FSDP, ZeRO-3).
     A call raises ValueError while the model is merged.

@@ -55,9 +55,14 @@ class MadeOf:
     """
 
     def __init__(self, x: Tensor, made: Any, forget: Callable[[MadeOf], None]) -> None:
-        # While x is traced it outlives what is made of it.
-        self._x = (lambda: x) if torch.compiler.is_compiling() else weakref.ref(x, lambda _: forget(self))
         self.made = made
+        self._x: Callable[[], Tensor | None]
+        if torch.compiler.is_compiling():  # while x is traced it outlives what is made of it
+            self._x = lambda: x
+        else:
+            # Not by `self`: in a circle what was made, and the x that its graph keeps, would wait for the collector.
+            own = weakref.ref(self)
+            self._x = weakref.ref(x, lambda _: None if (made_of := own()) is None else forget(made_of))
 
     def of(self, x: Tensor) -> bool:
         return self._x() is x

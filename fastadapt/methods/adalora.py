@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_probability
+from ..checks import check_in_one_piece, check_probability
 from ..layers.kinds import AdapterConv2d
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear
@@ -224,7 +224,13 @@ class Orthogonality(Control):
         self.config = config
         self.adapters = adapters
 
+    def check_whole(self) -> None:
+        """Raises ValueError for triplets in pieces."""
+        for path, adapter in self.adapters.items():
+            check_in_one_piece(f"{path}.lora_E", adapter.lora_E, "AdaLoRA compares triplets of the whole model")
+
     def regularizer(self) -> Tensor | float:
+        self.check_whole()
         if self.config.orth_reg_weight == 0:
             return 0.0
         adapters = self.adapters.values()
@@ -305,6 +311,7 @@ class BudgetAllocator(Orthogonality):
         A layer that the step did not use, which has no gradients, counts as one with gradients of zero. Raises
         ValueError where no layer has any; nothing has changed then.
         """
+        self.check_whole()
         config, t = self.config, self.t + 1
         settled = t >= config.settled_step
         if not settled:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_in_one_piece
 from ..layers.layer import Adapter, AdapterLayer
 from ..reference import AdapterForm
 from .config import Control
@@ -140,6 +141,8 @@ class Anchor(Control):
 
     def _anchor_when_due(self) -> None:
         if self.steps >= self.config.start_step and not self.config.anchored:
+            for adapter in self.adapters:
+                check_in_one_piece("lora_A", adapter.factors[0], "Delta-LoRA's anchor becomes a part of the model here")
             for adapter in self.adapters:
                 adapter.anchor()
             self.config.anchored = True

@@ -28,6 +28,7 @@ from .data import Encoded, Record, encode, format_of, label_names, read_records,
 from .loop import Training
 from .options import Options, differences
 from .report import Bar, draw, summary
+from .world import World, processes
 
 JSON_FILE, PICTURE = "train.json", "train.png"
 # The base model's config with the classes that were trained.
@@ -37,21 +38,32 @@ CLASSES_FILE = "config.json"
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Trains, or goes on where a run with these options stopped; prints it on `console` and returns train.json's row.
 
+    Under torchrun each process takes batch_size · accumulate rows of a step; the first one writes and prints.
     Raises ValueError or OSError for what a user can cure, Interrupted after a signal; what was saved is then there.
     """
+
+    with processes(options.device) as world:
+        return _run(options, console if world.first else Console(quiet=True), world)
+
+
+def _run(options: Options, console: Console, world: World) -> dict[str, Any]:
+    """`run` in one of the processes: the first one reads and writes OUTPUT, and all print but only that is shown."""
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
     records = read_records(options.data)
     form = format_of(records[0])
-    settings = options.settings()
-    with train_state.owned(options.output), quiet_transformers():
-        state = last_state(options, settings, say)
+    with contextlib.ExitStack() as stack:
+        world.decided(lambda: stack.enter_context(train_state.owned(options.output)))
+        stack.enter_context(quiet_transformers())
+        settings = world.decided(lambda: _settings(options, world))
+        state = world.decided(lambda: last_state(options, settings, say))
         finished = state is not None and state["step"] == state["steps"]
-        if state is not None and finished and (row := _finished(options.output, form, say)) is not None:
+        row = world.decided(lambda: _finished(options.output, form, say)) if finished else None
+        if state is not None and row is not None:
             say(f"{options.output} is finished: {state['step']} steps with these options; nothing was changed")
-            _copy_json(options)
+            world.decided(lambda: _copy_json(options))
             return row
         labels = label_names(records) if form == "classification" else []
         with working(f"loading {options.model}", console):
@@ -59,7 +71,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             base = load_base(options.model, options.dtype, labels)
             base.model.to(options.torch_device)
         rows, heldout = _rows(options, records, form, base, labels, say)
-        training = Training(base.model, options, settings, rows, heldout, base.padding)
+        training = Training(base.model, options, settings, rows, heldout, base.padding, world)
         if state is None:
             with working(f"preparing {options.recipe.title}", console):
                 task = "SEQ_CLS" if labels else "CAUSAL_LM"
@@ -68,10 +80,11 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             training.resume(state)
             say(f"going on from checkpoint-{training.step} of {training.steps} steps")
         counted = trainable_parameters(base.model)
-        say(f"{options.recipe.title} on {options.torch_device}, {len(rows):,} rows, {counted}")
+        among = f", {world.size} processes" if world.size > 1 else ""
+        say(f"{options.recipe.title} on {options.torch_device}{among}, {len(rows):,} rows, {counted}")
         with _threads_of(state, say), Bar(console, training.step, training.steps) as bar:
             training.run(bar)
-        row = finish(training, form)
+        row = world.decided(lambda: finish(training, form))
     console.print(summary(row))
     readable = read_fields(options.output)["peft_type"] in PEFT_TYPES
     say(f"adapter   {options.output}, {'readable by PEFT' if readable else 'for PEFT: load it and export_lora'}")
@@ -79,6 +92,12 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     command = shlex.join(["fastadapt", "merge", options.model, str(options.output), f"{options.output}-merged"])
     say(f"next      {command}")
     return row
+
+
+def _settings(options: Options, world: World) -> dict[str, Any]:
+    """What the result depends on; how many processes there are, where there are several."""
+    settings = options.settings()
+    return settings if world.size == 1 else {**settings, "processes": world.size}
 
 
 def last_state(options: Options, settings: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +22,7 @@ from ...training.state import load_tensors, trained_tensors
 from ..batches import Batch, Row, collate, epoch_batches, length
 from . import state as train_state
 from .options import Options
+from .world import World
 
 ADAPTER = "default"
 
@@ -119,11 +119,15 @@ class Training:
         rows: list[Row],
         heldout: list[Row],
         padding: int,
+        world: World | None = None,
     ) -> None:
+        self.world = World() if world is None else world
         self.model, self.options, self.settings, self.padding = model, options, settings, padding
         self.rows, self.heldout = rows, heldout
         self.lengths = [length(row) for row in rows]
-        self.steps_an_epoch = math.ceil(len(rows) / (options.batch_size * options.accumulate))
+        # The rows of a step: each process has a batch of its own.
+        self.step_rows = options.batch_size * options.accumulate * self.world.size
+        self.steps_an_epoch = math.ceil(len(rows) / self.step_rows)
         self.steps = options.steps_of(self.steps_an_epoch)
         self.eval_every = options.eval_every or max(1, self.steps // 10)
         self.save_every = options.save_every or max(1, self.steps // 10)
@@ -144,6 +148,10 @@ class Training:
         )
         inject(self.model, config, ADAPTER)
         options.recipe.prepare(self.model, _Batches(self), ADAPTER)
+        self.world.same(list(trained_tensors(self.model, ADAPTER).values()))
+        # What is dropped differs from process to process.
+        if self.world.size > 1:
+            torch.manual_seed(options.seed * self.world.size + self.world.rank)
         # Training may change the config: what a resumed run must build first is this one.
         config = adapter_configs(self.model)[ADAPTER]
         self.config = {**asdict(config), "peft_type": config.peft_type}
@@ -166,10 +174,11 @@ class Training:
         for name in ("step", "losses", "tokens", "seconds", "step_seconds"):
             setattr(self, name, state[name])
         self.evaluations = [Evaluation(*values) for values in state["evaluations"]]
-        random.setstate(state["random"]["python"])
-        torch.set_rng_state(state["random"]["torch"])
-        if "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.model.device)
+        generators = state["random"][self.world.rank] if self.world.size > 1 else state["random"]
+        random.setstate(generators["python"])
+        torch.set_rng_state(generators["torch"])
+        if "cuda" in generators:
+            torch.cuda.set_rng_state(generators["cuda"], self.model.device)
 
     def _make_optimizer(self) -> None:
         options = self.options
@@ -191,7 +200,7 @@ class Training:
             "control": self.control.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "random": generators,
+            "random": self.world.gathered(generators) if self.world.size > 1 else generators,
             "steps": self.steps,
             "step": self.step,
             "losses": self.losses,
@@ -201,18 +210,20 @@ class Training:
             "step_seconds": self.step_seconds,
         }
 
-    def save(self) -> Path:
-        return train_state.save(self.options.output, self.step, self.state(), self.options.keep)
+    def save(self) -> None:
+        """Writes a checkpoint; what differs from process to process is in it by rank."""
+        state, options = self.state(), self.options
+        self.world.decided(lambda: train_state.save(options.output, self.step, state, options.keep))
 
     def parts(self, step: int) -> list[list[Row]]:
-        """The rows of the step of this index, in micro-batches.
+        """The rows of the step of this index, in micro-batches, of all processes.
 
-        A step has batch_size · accumulate rows however they are divided, so that a run does not depend on that.
+        A step has batch_size · accumulate rows a process however they are divided, so that a run does not depend on it.
         """
         size = self.options.batch_size
         epoch, place = divmod(step, self.steps_an_epoch)
         if self._epoch[0] != epoch:
-            order = epoch_batches(self.lengths, size * self.options.accumulate, self.options.seed, epoch)
+            order = epoch_batches(self.lengths, self.step_rows, self.options.seed, epoch)
             self._epoch = (epoch, order)
         indices = self._epoch[1][place]
         return [[self.rows[index] for index in indices[start : start + size]] for start in range(0, len(indices), size)]
@@ -220,20 +231,24 @@ class Training:
     def take_step(self) -> float:
         """One optimizer step; returns its loss, the mean over all targets of its rows.
 
-        Each micro-batch's loss is the mean over its own targets, so it counts by how many of the step's it has.
+        Each micro-batch's loss is the mean over its own targets, so it counts by how many of the step's it has. Each
+        process takes its share of them; the sum of their gradients is that of all.
         Raises ValueError where the loss or the gradient is not finite; the parameters are then as before.
         """
         parts = self.parts(self.step)
         counts = [sum(row.targets for row in part) for part in parts]
         mean = 0.0
-        for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
-            share = count / sum(counts)
+        world = self.world
+        for index in range(world.rank, len(parts), world.size):
+            part, share = parts[index], counts[index] / sum(counts)
             loss = self.model(**collate(part, self.padding, self.model.device)).loss
             # The regularizer depends on the parameters alone, so once a step is enough.
             (loss * share if index else loss * share + self.control.regularizer()).backward()
             mean += share * loss.item()
-            self.tokens += sum(map(length, part))
+        self.tokens += sum([length(row) for part in parts for row in part])
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        world.sum_gradients(parameters)
+        (mean,) = world.sum([mean], self.model.device)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm or math.inf)
         if not math.isfinite(mean) or not math.isfinite(norm):
             what = f"loss is {mean}" if not math.isfinite(mean) else f"gradient's norm is {float(norm)}"
@@ -275,8 +290,10 @@ class Training:
                 if done or self.step % self.eval_every == 0:
                     self.evaluate(display)
                 self.seconds, mark = self.seconds + time.perf_counter() - mark, time.perf_counter()
-                if done or signals or self.step % self.save_every == 0:
+                # A signal may have come to one process alone.
+                signum = max(self.world.gathered(signals[0] if signals else 0))
+                if done or signum or self.step % self.save_every == 0:
                     self.save()
-                if signals and not done:
-                    raise Interrupted(signals[0], self.step, self.steps)
+                if signum and not done:
+                    raise Interrupted(signum, self.step, self.steps)
             self.model.eval()

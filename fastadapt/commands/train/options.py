@@ -178,6 +178,8 @@ def differences(settings: dict[str, Any], former: dict[str, Any]) -> list[str]:
             found.append(f"{flag('model')} has other weights")
         elif now != then and name == "tokenizer":
             found.append(f"{flag('model')} has another tokenizer")
+        elif now != then and name == "processes":
+            found.append(f"{now or 1} processes, then {then or 1}: start torchrun with as many")
         elif now != then:
             text = f"{flag(name)} {now}, then {then}"
             found.append(f"{flag(name)} has another content" if name in ("data", "eval") and now and then else text)
