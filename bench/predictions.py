@@ -1,7 +1,7 @@
 """Times that nobody has measured: every strategy and every other library under one model, for GPUs not at hand.
 
-Writes bench/results/PREDICTIONS.md, and its rows as JSON. See fastadapt/cost.py for the model, bench/peers.py for the
-other libraries' operations, bench/l2.py for what leaves L2.
+Writes bench/results/PREDICTIONS.md, and its rows as JSON. See operators/adapter_linear/cost.py for the model,
+bench/peers.py for the other libraries' operations, bench/l2.py for what leaves L2.
 """
 
 from __future__ import annotations
@@ -274,9 +274,10 @@ in which each launch takes the longer of FLOPs / rate and bytes / bandwidth, plu
 and the other libraries' sequences of operations go through the same model, so their order says more than their
 size.
 
-`python -m bench gpu` measures; `python -m bench predictions` writes this page. Code: `fastadapt/cost.py` (the
-model, the devices and the sources of their numbers), `bench/peers.py` (the other libraries' operations),
-`bench/l2.py` (what leaves L2), `bench/traffic.py` (our bytes, counted)."""
+`python -m bench gpu` measures; `python -m bench predictions` writes this page. Code:
+`fastadapt/operators/adapter_linear/cost.py` (the model), `fastadapt/operators/adapter_linear/devices.py` (the devices
+and the sources of their numbers), `bench/peers.py` (the other libraries' operations), `bench/l2.py` (what leaves L2),
+`bench/traffic.py` (our bytes, counted)."""
 _ABOUT_ASSUMPTIONS = """\
 The two columns on the right decide nearly everything. A fused GEMM saves readings and writings of y, and pays with
 whatever it is slower than the library's; it must reach the last column's share to be worth it. What it reaches is

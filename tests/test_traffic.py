@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from fastadapt.commands import doctor
 from fastadapt.operators.adapter_linear.cost import works
 from fastadapt.operators.adapter_linear.devices import DEVICES
 from fastadapt.operators.adapter_linear.workload import Workload
+
+ROOT = Path(__file__).resolve().parent.parent
 
 H100, A100 = DEVICES["H100-SXM"], DEVICES["A100-SXM4-80GB"]
 LORA = Workload(8192, 4096, (4096,), (16,))
@@ -225,6 +228,9 @@ def test_predictions_are_marked_as_such(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "Nobody has measured any time on this page" in text
     assert "Where the model says that we do not win" in text
+    named = re.findall(r"`([a-z_/0-9]+\.py)`", text)
+    assert len(named) > 3
+    assert [name for name in named if not (ROOT / name).exists()] == []
     rows = json.loads(rows_file.read_text())["rows"]
     assert {row["device"] for row in rows} == set(DEVICES) - {"CPU"}
     assert {row["M"] for row in rows} == {64, 2048, 8192}
