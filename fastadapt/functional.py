@@ -6,7 +6,7 @@ from .operators.adapter_update.function import adapter_update
 from .operators.bottleneck.function import bottleneck
 from .operators.hadamard_linear.function import hadamard_linear
 from .operators.multi_adapter_linear.function import multi_adapter_linear, multi_adapter_linear_group
-from .operators.weight_norm.function import row_squares, weight_norm
+from .operators.weight_norm.function import row_squares, weight_norm, weight_norm_squared
 
 __all__ = [
     "adapter_linear",
@@ -19,4 +19,5 @@ __all__ = [
     "multi_adapter_linear_group",
     "row_squares",
     "weight_norm",
+    "weight_norm_squared",
 ]
