@@ -390,7 +390,13 @@ def ranks_of(cases: Sequence[Case]) -> list[int]:
 SUITES = (
     Suite(("adapter_linear", "adapter_linear_backward"), launch_group, BY_CONFIG, BY_OPERANDS, QUICK),
     Suite(("weight_norm", "row_squares"), launch_parameters, *map(ranks_of, (BY_CONFIG, BY_OPERANDS, QUICK))),
-    Suite(("multi_adapter_linear",), launch_batch, BATCHES_BY_CONFIG, BATCHES_BY_OPERANDS, QUICK_BATCHES),
+    Suite(
+        ("multi_adapter_linear", "multi_adapter_update"),
+        launch_batch,
+        BATCHES_BY_CONFIG,
+        BATCHES_BY_OPERANDS,
+        QUICK_BATCHES,
+    ),
     Suite(
         ("hadamard_linear", "hadamard_linear_backward"),
         launch_recomposed,

@@ -29,7 +29,6 @@ from fastadapt.commands.case import Case
 from fastadapt.functional import (
     adapter_linear,
     adapter_linear_group,
-    multi_adapter_linear,
     row_squares,
     weight_norm,
 )
@@ -442,10 +441,9 @@ def prepare_plain(case: Case, provider: str, values: Outputs) -> Run:
 def _prepare_batch(case: doctor.MultiAdapterLinearCase, backend: str, values: Outputs) -> Run:
     """Many adapters in one batch: the pool and the batch's tables are made once, as for all layers of a model."""
     pool = case.pool(values)
-    x, weight, bias = (values[name] for name in ("x", "weight", "bias"))
     held = contextlib.ExitStack().enter_context(pool.hold(case.rows))
-    batch, layer = held.batch(x.shape[1]), pool.layer("layer")
-    return lambda: {"y0": multi_adapter_linear(x, weight, bias, batch, layer, backend=backend)}
+    batch, layer = held.batch(values["x"].shape[1]), pool.layer("layer")
+    return lambda: {"y0": case.call(values, batch, layer, backend)}
 
 
 def runnable_strategies(device: torch.device) -> list[str]:

@@ -178,6 +178,7 @@ COVERS: dict[str, Mapping[str, Any]] = {
     "adapter_linear_backward": CASES,
     "weight_norm": CASES,
     "multi_adapter_linear": BATCHES,
+    "multi_adapter_update": BATCHES,  # the same launches, behind a product of its own
     "bottleneck": BOTTLENECKS,
     "bottleneck_backward": BOTTLENECKS,
     "hadamard_linear": HADAMARD,

@@ -40,6 +40,24 @@ def machine() -> dict[str, Any]:
     }
 
 
+def devices() -> list[torch.device]:
+    """The CPU and every accelerator that PyTorch sees."""
+    found = [torch.device("cpu")]
+    found += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [*found, torch.device("mps")] if torch.backends.mps.is_available() else found
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / 2**30
+        return f"{properties.name}, {memory:.0f} GiB, capability {properties.major}.{properties.minor}"
+    if device.type == "cpu":
+        return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return "Apple GPU"
+
+
 def versions() -> dict[str, str | None]:
     """fastadapt, Python, torch and the packages that matter here; None for one that is not installed."""
     found: dict[str, str | None] = {

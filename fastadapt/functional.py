@@ -5,7 +5,11 @@ from .operators.adapter_linear.function import adapter_linear, adapter_linear_gr
 from .operators.adapter_update.function import adapter_update
 from .operators.bottleneck.function import bottleneck
 from .operators.hadamard_linear.function import hadamard_linear
-from .operators.multi_adapter_linear.function import multi_adapter_linear, multi_adapter_linear_group
+from .operators.multi_adapter_linear.function import (
+    multi_adapter_linear,
+    multi_adapter_linear_group,
+    multi_adapter_update,
+)
 from .operators.weight_norm.function import row_squares, weight_norm, weight_norm_squared
 
 __all__ = [
@@ -17,6 +21,7 @@ __all__ = [
     "merged_weight",
     "multi_adapter_linear",
     "multi_adapter_linear_group",
+    "multi_adapter_update",
     "row_squares",
     "weight_norm",
     "weight_norm_squared",

@@ -13,7 +13,7 @@ from helpers import assert_follows
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastadapt import AdapterForm, functional
+from fastadapt import AdapterForm, functional, serving
 from fastadapt.functional import adapter_linear, adapter_linear_group, weight_norm
 from fastadapt.operators import backends, masks
 from fastadapt.operators.adapter_linear import strategies, tuner
@@ -22,7 +22,6 @@ from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 from fastadapt.operators.adapter_linear.workload import Workload
 from fastadapt.operators.dropout import draw_dropout, keep_probability
 from fastadapt.reference import adapter_linear_reference, merged_weight_reference, weight_norm_reference
-from fastadapt.serving import AdapterPool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("eager", "triton")
@@ -688,7 +687,7 @@ def test_a_batch_of_many_dimensions_is_no_copy() -> None:
 @pytest.mark.parametrize("name", functional.__all__)
 def test_the_examples_of_the_public_operators_run(name: str) -> None:
     function = getattr(functional, name)
-    names = {**vars(functional), "torch": torch, "AdapterForm": AdapterForm, "AdapterPool": AdapterPool}
+    names = {**vars(functional), **vars(serving), "torch": torch, "AdapterForm": AdapterForm}
     (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=names)
     assert example.examples or name in ("row_squares", "merged_weight")  # one line each, which the others show
     with torch.no_grad():

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -47,11 +47,35 @@ def test_a_call_is_few_calls_of_python(case: str, found: dict[str, Any]) -> None
     assert found["calls"][case] <= MOST_CALLS[case]
 
 
-@pytest.mark.parametrize("case", ["plain", "scaled group", "copies first", "shared A"])
+LINEAR = ["adapter_linear", "adapter_linear_backward"]
+HADAMARD = ["hadamard_linear", "hadamard_linear_backward"]
+BOTTLENECK = ["bottleneck", "bottleneck_backward"]
+# Cases of main() and the launchers that each of them is to prepare.
+PREPARED = {
+    "plain": LINEAR,
+    "scaled group": LINEAR,
+    "copies first": LINEAR,
+    "shared A": LINEAR,
+    "hadamard": HADAMARD,
+    "hadamard without A": HADAMARD,
+    "bottleneck": BOTTLENECK,
+    "bottleneck in groups": BOTTLENECK,
+    "weight norm": ["weight_norm"],
+    "many adapters in one memory": ["_add_adapters"],
+    "many adapters in two memories": ["_add_adapters"],
+}
+
+
+@pytest.mark.parametrize("case", PREPARED)
 def test_the_driver_is_handed_what_the_ordinary_path_hands_it(case: str, found: dict[str, Any]) -> None:
     ordinary, *prepared = found["launches"][case]
-    assert len(ordinary) > 2
+    assert len(ordinary) >= 2
     assert prepared == [ordinary] * len(prepared)
+
+
+@pytest.mark.parametrize("case", PREPARED)
+def test_its_launchers_are_prepared(case: str, found: dict[str, Any]) -> None:
+    assert found["prepared"][case] == PREPARED[case]
 
 
 @pytest.mark.parametrize("case", ["inputs", "new memory"])
@@ -143,14 +167,16 @@ def overheard() -> Iterator[list[Handed]]:
     yield handed
 
 
+def normals(seed: int, factors: torch.dtype = torch.float32) -> Callable[..., Tensor]:
+    """Makes tensors of a shape, in `factors` or another dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape, dtype=factors: torch.randn(shape, generator=generator).to(dtype)
+
+
 def layer(seed: int, n: int = 32, r: int = 16, factors: torch.dtype = torch.float32, scaled: bool = False) -> Any:
     from fastadapt_kernels.adapter_linear import Member
 
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, dtype: torch.dtype = factors) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
+    normal = normals(seed, factors)
     weight, A, B = normal(n, 64, dtype=torch.bfloat16), normal(r, 64), normal(n, r)
     if not scaled:
         return Member(weight, A, B, None, None, 2.0, None, None)
@@ -158,20 +184,112 @@ def layer(seed: int, n: int = 32, r: int = 16, factors: torch.dtype = torch.floa
     return Member(weight, A, B, normal(r), normal(n), 0.5, normal(n), normal(2 * n)[::2])
 
 
-def steps(x: Tensor, members: list[Any], *, ordinary: bool = False, **options: Any) -> list[Tensor]:
+def steps(x: Tensor, members: list[Any], **options: Any) -> list[Tensor]:
     """A forward and a backward; gives their inputs."""
     from fastadapt_kernels import adapter_linear as kernels
 
-    forward, backward = kernels.adapter_linear, kernels.adapter_linear_backward
-    if ordinary:
-        forward, backward = forward.__wrapped__, backward.__wrapped__  # type: ignore[attr-defined]
-    ys, u, zs = forward(x, members, keep_base=True, **options)
+    ys, u, zs = kernels.adapter_linear(x, members, keep_base=True, **options)
     dys = [torch.ones_like(y) for y in ys]
-    grads = backward(dys, members, x=x, u=u, zs=zs, want_bias=True, **options)
-    tensors = [value for member in members for value in member if isinstance(value, Tensor)]
+    grads = kernels.adapter_linear_backward(dys, members, x=x, u=u, zs=zs, want_bias=True, **options)
     for result, like in zip([*ys, *(grads.P or [])], [*dys, *[m.B for m in members]], strict=True):
         assert result.shape == like.shape
-    return [x, *tensors]
+    return [x, *tensors_of(members)]
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples and lists."""
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in tensors_of(part)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def recomposed_steps(x: Tensor, low_rank: bool) -> list[Tensor]:
+    """A forward and a backward of W0 ⊙ (1 + U V); gives their inputs."""
+    from fastadapt_kernels import hadamard_linear as kernels
+
+    normal = normals(20)
+    A, B = (normal(16, 64), normal(48, 16)) if low_rank else (None, None)
+    weight = normal(48, 64, dtype=x.dtype)
+    layer = kernels.HadamardLayer(weight, normal(48, 8), normal(8, 64), A, B, normal(96)[::2])
+    y, u = kernels.hadamard_linear(x, layer)
+    dy = torch.ones_like(y)
+    grads = kernels.hadamard_linear_backward(dy, layer, x, u, kernels.Wants(bias=True))
+    assert [None if grad is None else grad.shape for grad in grads] == [
+        None if like is None else like.shape for like in (x, layer.U, layer.V, A, B, layer.bias)
+    ]
+    return [x, *tensors_of(layer)]
+
+
+def bottleneck_steps(x: Tensor, groups: int) -> list[Tensor]:
+    """A forward and a backward under dropout; gives their inputs."""
+    from fastadapt_kernels import bottleneck as kernels
+
+    normal = normals(21)
+    seed, residual = torch.tensor([7]), normal(len(x), 64)
+    layer = kernels.BottleneckLayer(normal(32, 64), normal(64, 32 // groups), normal(32), None, 0.1, "gelu", groups)
+    y = kernels.bottleneck(x, layer, residual, seed, 0.25)
+    dy = torch.ones_like(y)
+    grads = kernels.bottleneck_backward(dy, x, layer, seed, 0.25, True, kernels.Wants())
+    assert [grad.shape for grad in tensors_of(grads)] == [x.shape, (32, 64), (64, 32 // groups), (32,), (64,)]
+    return [x, residual, seed, *tensors_of(layer)]
+
+
+def norm_steps(weight: Tensor) -> list[Tensor]:
+    """Row norms; gives what they are of."""
+    from fastadapt_kernels import weight_norm as kernels
+
+    normal = normals(22)
+    A, B, squares = normal(16, 64), normal(len(weight), 16), normal(len(weight))
+    norm, WA = kernels.weight_norm(weight, A, B, 2.0, squares)
+    assert (norm.shape, WA.shape) == (squares.shape, B.shape)
+    return [weight, A, B, squares]
+
+
+def served_steps(x: Tensor, memories: int) -> list[Tensor]:
+    """Two layers with many adapters, in one memory or in one each; gives their inputs."""
+    from fastadapt_kernels import multi_adapter as kernels
+
+    from fastadapt.operators.multi_adapter_linear.batch import AdapterBatch, FormTables
+
+    normal = normals(23, x.dtype)
+    pages, vectors = [normal(4096) for _ in range(memories)], [normal(64, dtype=torch.float32) for _ in range(memories)]
+
+    def tables(index: int) -> FormTables:
+        starts, of_groups = torch.zeros(4, 2, dtype=torch.int64), torch.full((3, 4), 16, dtype=torch.int32)
+        (scalings,), places = normal(1, 4, dtype=torch.float32), torch.zeros(4, dtype=torch.int64)
+        return FormTables(
+            pages[index % memories], vectors[index % memories], of_groups[0], starts, starts.clone(), *of_groups[1:],
+            scalings, None, places, places.clone() if index else None, None,
+        )  # fmt: skip
+
+    both, weights = [tables(0), tables(1)], [normal(48, 64), normal(32, 64)]
+    tokens = AdapterBatch([2, 0, 2, -1], len(x) // 4).sorted(x.device)
+    ys = kernels.multi_adapter_linear(x, weights, [normal(48), normal(32)], both, tokens, 16)
+    assert [y.shape for y in ys] == [(len(x), 48), (len(x), 32)]
+    return [x, *tensors_of([weights, both, tokens])]
+
+
+def launchers() -> list[tuple[Any, str]]:
+    """Module and name of every launcher that is prepared."""
+    from fastadapt_kernels import adapter_linear, bottleneck, hadamard_linear, launch, multi_adapter, weight_norm
+
+    prepared = launch.prepared(list).__code__
+    modules: list[Any] = [adapter_linear, bottleneck, hadamard_linear, multi_adapter, weight_norm]
+    return [
+        (module, name)
+        for module in modules
+        for name, value in vars(module).items()
+        if getattr(value, "__code__", None) is prepared
+    ]
+
+
+@contextmanager
+def unprepared() -> Iterator[None]:
+    """Launchers do inside what they did before they were prepared."""
+    with ExitStack() as stack:
+        for module, name in launchers():
+            stack.enter_context(mock.patch.object(module, name, getattr(module, name).__wrapped__))
+        yield
 
 
 def main() -> dict[str, Any]:
@@ -181,7 +299,7 @@ def main() -> dict[str, Any]:
     from bench import launches
     from bench.road import walked
 
-    found: dict[str, Any] = {"launches": {}, "calls": {}, "alignment": {}}
+    found: dict[str, Any] = {"calls": {}, "alignment": {}}
     with launches.stub(), overheard() as handed:
 
         def of(run: Callable[[], list[Tensor]]) -> list[Handed]:
@@ -189,8 +307,8 @@ def main() -> dict[str, Any]:
             run()
             return handed.copy()
 
-        def programs() -> int:
-            kept: Any = [cell.cell_contents for cell in kernels.adapter_linear.__closure__ or ()]
+        def programs(module: Any = kernels, name: str = "adapter_linear") -> int:
+            kept: Any = [cell.cell_contents for cell in getattr(module, name).__closure__ or ()]
             return sum(p is not None for cell in kept if isinstance(cell, dict) for p in cell.values())
 
         x = torch.randn(16, 64).bfloat16()
@@ -202,23 +320,36 @@ def main() -> dict[str, Any]:
 
         seed = torch.tensor([7])
         mixed = [layer(1), layer(2, factors=torch.bfloat16)]
-        cases: dict[str, tuple[list[Any], dict[str, Any]]] = {
-            "plain": ([layer(3)], {}),
-            "scaled group": ([layer(4, scaled=True), layer(5, n=48, scaled=True)], {"seed": seed, "p": 0.3}),
-            "copies first": (mixed, {}),
-            "shared A": ([member._replace(A=mixed[0].A) for member in (layer(6), layer(7))], {"shared_A": True}),
+        scaled = [layer(4, scaled=True), layer(5, n=48, scaled=True)]
+        shared = [member._replace(A=mixed[0].A) for member in (layer(6), layer(7))]
+        cases: dict[str, Callable[[], list[Tensor]]] = {
+            "plain": lambda: steps(x, [layer(3)]),
+            "scaled group": lambda: steps(x, scaled, seed=seed, p=0.3),
+            "copies first": lambda: steps(x, mixed),
+            "shared A": lambda: steps(x, shared, shared_A=True),
+            "hadamard": lambda: recomposed_steps(x, True),
+            "hadamard without A": lambda: recomposed_steps(x, False),
+            "bottleneck": lambda: bottleneck_steps(x, 1),
+            "bottleneck in groups": lambda: bottleneck_steps(x, 2),
+            "weight norm": lambda: norm_steps(mixed[0].weight),
+            "many adapters in one memory": lambda: served_steps(x, 1),
+            "many adapters in two memories": lambda: served_steps(x, 2),
         }
-        for name, (members, options) in cases.items():
-            shown = []
-            for index in range(4):
-                inputs: list[Tensor] = []
-                got = of(
-                    lambda m=members, o=options, i=index, into=inputs: into.extend(  # type: ignore[misc]
-                        steps(x, m, ordinary=i == 0, **o)
-                    )
-                )
-                shown.append([one.readable(inputs) for one in got])
-            found["launches"][name] = shown
+
+        def shown(call: Callable[[], list[Tensor]]) -> list[Any]:
+            inputs: list[Tensor] = []
+            got = of(lambda: inputs.extend(call()) or inputs)  # type: ignore[func-returns-value]
+            return [one.readable(inputs) for one in got]
+
+        found["launches"], found["prepared"] = {}, {}
+        for name, call in cases.items():
+            with unprepared():
+                ordinary = shown(call)
+            before = {launcher: programs(*launcher) for launcher in launchers()}
+            found["launches"][name] = [ordinary, *[shown(call) for _ in range(3)]]
+            found["prepared"][name] = sorted(
+                launcher[1] for launcher, count in before.items() if programs(*launcher) > count
+            )
 
         def shifted(tensor: Tensor) -> Tensor:
             """The same numbers, one element behind a multiple of 16 bytes."""

@@ -25,8 +25,7 @@ from bench.gpu.program import program
 from bench.operators import DTYPES
 from bench.plots import Document
 from bench.report import Row
-from fastadapt.commands.doctor import describe
-from fastadapt.environment import versions
+from fastadapt.environment import describe, versions
 from fastadapt.operators.adapter_linear import tuner
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 

@@ -137,7 +137,7 @@ def doctor(json_file: JsonOption = None) -> None:
 
     Leaves with exit code 1 if an operator fails; one that has no self-test is named.
     """
-    from ..environment import versions
+    from ..environment import describe, devices, versions
     from . import doctor as checks
     from .report import write_json
 
@@ -145,10 +145,10 @@ def doctor(json_file: JsonOption = None) -> None:
         if json_file is not None:
             require_writable(json_file)
         out = console()
-        found = checks.devices()
+        found = devices()
         table = Table(title="Devices and versions", show_header=False)
         for device in found:
-            table.add_row(str(device), checks.describe(device))
+            table.add_row(str(device), describe(device))
         for package, version in versions().items():
             table.add_row(package, version or "not installed")
         out.print(table)

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..environment import machine
 from ..functional import (
     adapter_linear,
     adapter_update,
     hadamard_linear,
     multi_adapter_linear,
+    multi_adapter_update,
     row_squares,
     weight_norm,
 )
@@ -26,6 +27,7 @@ from ..operators import masks
 from ..operators.backends import HAS_TRITON, resolve_backend
 from ..operators.bottleneck.function import bottleneck
 from ..operators.dropout import draw_dropout, keep_probability
+from ..operators.multi_adapter_linear.batch import AdapterBatch, LayerForms
 from ..operators.registry import not_covered
 from ..reference import (
     AdapterForm,
@@ -44,24 +46,6 @@ from .case import Case, Normal, Sizes, Values
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 DROPOUT = 0.2
-
-
-def devices() -> list[torch.device]:
-    """The CPU and every accelerator that PyTorch sees."""
-    found = [torch.device("cpu")]
-    found += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return [*found, torch.device("mps")] if torch.backends.mps.is_available() else found
-
-
-def describe(device: torch.device) -> str:
-    """The device in words."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        memory = properties.total_memory / 2**30
-        return f"{properties.name}, {memory:.0f} GiB, capability {properties.major}.{properties.minor}"
-    if device.type == "cpu":
-        return f"{machine()['cpu']}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return "Apple GPU"
 
 
 def interprets() -> bool:
@@ -327,15 +311,33 @@ class MultiAdapterLinearCase(Case):
         return pool
 
     def ours(self, values: Values, backend: str) -> Tensor:
-        pool, (x, weight, bias) = self.pool(values), (values[name] for name in ("x", "weight", "bias"))
+        pool = self.pool(values)
         with pool.hold(self.rows) as held:
-            batch = held.batch(x.shape[1])
-            return multi_adapter_linear(x, weight, bias, batch, pool.layer("layer"), backend=backend)
+            return self.call(values, held.batch(values["x"].shape[1]), pool.layer("layer"), backend)
+
+    def call(self, values: Values, batch: AdapterBatch, layer: LayerForms, backend: str) -> Tensor:
+        x, weight, bias = (values[name] for name in ("x", "weight", "bias"))
+        return multi_adapter_linear(x, weight, bias, batch, layer, backend=backend)
 
     def reference(self, values: Values, mask: Tensor | None, p: float) -> Tensor:
         forms = self._forms(values, values["bias"])
         ids = [-1 if name is None else list(forms).index(name) for name in self.rows]
         return multi_adapter_linear_reference(values["x"], values["weight"], values["bias"], list(forms.values()), ids)
+
+
+@dataclass(frozen=True)
+class MultiAdapterUpdateCase(MultiAdapterLinearCase):
+    """The same on the product of a layer that is a slice of a packed one, in place."""
+
+    operator = "multi_adapter_update"
+    covers = ("multi_adapter_update",)
+
+    def call(self, values: Values, batch: AdapterBatch, layer: LayerForms, backend: str) -> Tensor:
+        x, weight, bias = (values[name] for name in ("x", "weight", "bias"))
+        packed = F.linear(x, torch.cat([weight[:8], weight]))
+        y = packed[..., 8:]
+        multi_adapter_update([y], x, [bias], batch, [layer], backend=backend)
+        return y
 
 
 CASES: list[Case] = [
@@ -361,6 +363,8 @@ CASES: list[Case] = [
     RowSquaresCase("DoRA"),
     MultiAdapterLinearCase("prefill"),
     MultiAdapterLinearCase("decoding", decodes=True),
+    MultiAdapterUpdateCase("prefill"),
+    MultiAdapterUpdateCase("decoding", decodes=True),
 ]
 
 # Each operator that has a case, and what all of its cases have in common.

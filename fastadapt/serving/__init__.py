@@ -1,6 +1,8 @@
 """Many adapters in one batch: a pool of them, and models that serve from it."""
 
 from ..model.untrusted import AdapterError, Limits
+from ..operators.multi_adapter_linear.batch import AdapterBatch
+from ..operators.multi_adapter_linear.stacks import FormStacks
 from .entries import AdapterInfo
 from .loader import LoadedAdapter, adapter_directory, read_adapter
 from .model import MultiAdapterModel
@@ -8,9 +10,11 @@ from .pool import AdapterPool, PoolFullError
 from .shapes import LayerShape, PartForm, ShapedAdapter, Shard, read_adapter_by_shapes
 
 __all__ = [
+    "AdapterBatch",
     "AdapterError",
     "AdapterInfo",
     "AdapterPool",
+    "FormStacks",
     "LayerShape",
     "Limits",
     "LoadedAdapter",

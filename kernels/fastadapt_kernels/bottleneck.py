@@ -12,6 +12,7 @@ from torch import Tensor
 from . import configs
 from .adapter_grads import input_grads, output_grads
 from .group import Member
+from .launch import prepared
 from .tiles import (
     drop_threshold,
     keep_probability,
@@ -275,6 +276,7 @@ class Wants(NamedTuple):
     up_bias: bool = True
 
 
+@prepared
 def bottleneck(v: Tensor, layer: BottleneckLayer, residual: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
     """z + s · (U dropout(φ(D v + a)) + c), the hidden under dropout with probability p where there is a seed.
 
@@ -319,6 +321,7 @@ def bottleneck(v: Tensor, layer: BottleneckLayer, residual: Tensor | None, seed:
     return out
 
 
+@prepared
 def bottleneck_backward(
     dy: Tensor,
     v: Tensor | None,

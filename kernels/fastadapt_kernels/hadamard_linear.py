@@ -12,6 +12,7 @@ from torch import Tensor
 from . import configs
 from .adapter_grads import input_grads, output_grads
 from .group import Member
+from .launch import prepared
 from .shrink import shrink
 from .tiles import grouped_tile, load_low_rank, load_scale, load_tile, partial_buffer, store_tile, sum_partials
 
@@ -214,6 +215,7 @@ class HadamardLayer(NamedTuple):
     base: bool = True
 
 
+@prepared
 def hadamard_linear(x: Tensor, layer: HadamardLayer) -> tuple[Tensor, Tensor | None]:
     """(y, u): y = ((W0 or 0) + W0 ⊙ (U V)) x + B u + β with u = A x, None without A.
 
@@ -286,6 +288,7 @@ def _factor_grads(dy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor) -
     return dU, dV
 
 
+@prepared
 def hadamard_linear_backward(
     dy: Tensor, layer: HadamardLayer, x: Tensor | None, u: Tensor | None, wants: Wants
 ) -> Grads:

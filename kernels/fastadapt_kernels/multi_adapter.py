@@ -23,6 +23,7 @@ from torch import Tensor
 from . import configs
 from .group import strides
 from .group import vectors as vectors_of
+from .launch import prepared
 from .tiles import count_tiles, load_member_vector, load_tile, locate, partial_buffer, pick, store_tile
 
 # Rank rows of a factor that lie together.
@@ -257,7 +258,7 @@ def _expand_tile(
 def _multi_expand_kernel(
     u,  # [members, M, width] by place, or None where no group has a rank
     partials,  # [SPLITS, members, M, width] or None
-    y,  # [M, N] of each member, contiguous: the base products, overwritten
+    y,  # [M, N] of each member, rows contiguous: the base products, overwritten
     bias,  # [N] or None of each member, where its base product still lacks it; or None
     pages,
     vectors,
@@ -275,6 +276,7 @@ def _multi_expand_kernel(
     Ns,
     width,
     stride_bg,
+    stride_ym,
     stride_tile,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -303,9 +305,10 @@ def _multi_expand_kernel(
         return
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     out = pick(y, member)
+    stride_y = pick(stride_ym, member)
     memory = pick(vectors, member)
 
-    acc = load_tile(out, tokens, columns, M, N, N, 1).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+    acc = load_tile(out, tokens, columns, M, N, stride_y, 1).to(tl.float32)  # [BLOCK_M, BLOCK_N]
     if base_scales is not None:
         acc *= _load_vectors(memory, g_starts, columns, N, 1.0)
     if u is not None:
@@ -333,7 +336,7 @@ def _multi_expand_kernel(
         acc += _load_vectors(memory, beta_starts, columns, N, 0.0)
     if bias is not None:
         acc += load_member_vector(bias, member, columns, N, 0.0)[None, :]
-    store_tile(out, acc, tokens, columns, M, N, N, 1)
+    store_tile(out, acc, tokens, columns, M, N, stride_y, 1)
 
 
 def multi_adapter_linear(
@@ -350,9 +353,35 @@ def multi_adapter_linear(
         y_t = g[a] ⊙ (W0 x_t) + scaling[a] · h[a] ⊙ (B[k] (d[a] ⊙ (A[k] x_t))) + added_bias[a] + b0
 
     The base products are the library's and base tokens keep them bit for bit, but where a layer has a bias and some
-    adapter a base_scale: b0 is then added here, in fp32, because g must scale the product alone.
-    Shapes: x [M, K], any strides; weights [N, K]; biases b0 [N]; y [M, N] in x's dtype. max_rank bounds the ranks; u
-    [layers, M, max_rank] holds d ⊙ (A x) by place, of which only the columns of the true rank are written and read.
+    adapter a base_scale: b0 is then added with the update, because g must scale the product alone.
+    Shapes: x [M, K], any strides; weights [N, K]; biases b0 [N]; y [M, N] in x's dtype; the rest as in the update.
+    """
+    late = [bias if table.base_scales is not None else None for bias, table in zip(biases, tables, strict=True)]
+    ys = [
+        F.linear(x, weight, None if bias is None or later is not None else bias.to(x.dtype))
+        for weight, bias, later in zip(weights, biases, late, strict=True)
+    ]
+    multi_adapter_update(ys, x, late, tables, tokens, max_rank)
+    return ys
+
+
+def multi_adapter_update(
+    ys: Sequence[Tensor],
+    x: Tensor,
+    biases: Sequence[Tensor | None],
+    tables: Sequence[Any],
+    tokens: Any,
+    max_rank: int,
+) -> None:
+    """In place on y, what layers that read x gave, each token t through the form of its adapter a with the factors of
+    its group k, in two launches for all layers:
+
+        y_t <- g[a] ⊙ y_t + scaling[a] · h[a] ⊙ (B[k] (d[a] ⊙ (A[k] x_t))) + added_bias[a] + b0
+
+    It is summed up in fp32 and rounded once. b0 is what y still lacks of the layer's bias, None for nothing.
+    Shapes: y [M, N], its rows contiguous, as column slices of one product are; x [M, K], any strides; biases b0 [N].
+    max_rank bounds the ranks; u [layers, M, max_rank] holds d ⊙ (A x) by place, of which only the columns of the true
+    rank are written and read.
     tables, of each layer: pages and vectors [elements], the factors in their dtype, which is one for all layers, and
     the vectors in fp32. By factor group: ranks [groups] int32; A_pages and B_pages [groups, P] int64, the first element
     of every page of 8 rank rows of A and of Bᵀ, on a multiple of 16 bytes; A_strides and B_strides [groups] int32, from
@@ -362,18 +391,33 @@ def multi_adapter_linear(
     tiles [T, 3], of each tile of `block` places the first, the end of its run and its group, M, M and -1 of those that
     are not needed.
     """
+    M = x.shape[0]
+    works = max_rank > 0 or any(bias is not None for bias in biases)
+    works = works or any(table.base_scales is not None or table.added_biases is not None for table in tables)
+    if M == 0 or all(y.numel() == 0 for y in ys) or not works:
+        return
+    # What lies in one memory is told by which tensors are the same ones, and that is no part of an outline.
+    pages = _distinct([table.pages for table in tables])
+    vectors = _distinct([table.vectors for table in tables])
+    _add_adapters(x, ys, biases, pages, vectors, tables, tokens, max_rank)
+
+
+@prepared
+def _add_adapters(
+    x: Tensor,
+    ys: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    pages: tuple[Tensor, ...],
+    vectors: tuple[Tensor, ...],
+    tables: Sequence[Any],
+    tokens: Any,
+    max_rank: int,
+) -> None:
+    """What multi_adapter_update does."""
     M, K = x.shape
-    late = [bias if table.base_scales is not None else None for bias, table in zip(biases, tables, strict=True)]
-    ys = [
-        F.linear(x, weight, None if bias is None or later is not None else bias.to(x.dtype))
-        for weight, bias, later in zip(weights, biases, late, strict=True)
-    ]
-    scaled = any(table.base_scales is not None or table.added_biases is not None for table in tables)
-    if M == 0 or all(y.numel() == 0 for y in ys) or (max_rank == 0 and not scaled):
-        return ys
     shared = {
-        "pages": _distinct([table.pages for table in tables]),
-        "vectors": _distinct([table.vectors for table in tables]),
+        "pages": pages,
+        "vectors": vectors,
         "ranks": tuple([table.ranks for table in tables]),
         "order": tokens.order,
         "adapters": tokens.adapters,
@@ -411,7 +455,7 @@ def multi_adapter_linear(
         "u": u,
         "partials": partials,
         "y": tuple(ys),
-        "bias": vectors_of(late),
+        "bias": vectors_of(biases),
         "B_pages": tuple([table.B_pages for table in tables]),
         "B_strides": tuple([table.B_strides for table in tables]),
         "scalings": tuple([table.scalings for table in tables]),
@@ -420,11 +464,11 @@ def multi_adapter_linear(
         "added_biases": _optional([table.added_biases for table in tables]),
         "Ns": tuple([y.shape[1] for y in ys]),
         "stride_bg": strides([table.B_pages for table in tables], 0),
+        "stride_ym": strides(ys, 0),
         "SPLITS": 1 if partials is None else partials.shape[0],
     }
     grid = tokens.tiles.shape[0] * sum(triton.cdiv(y.shape[1], config["BLOCK_N"]) for y in ys)
     configs.launch(_multi_expand_kernel, (grid,), arguments, config)
-    return ys
 
 
 def _distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .launch import prepared
 from .shrink import contract
 from .tiles import load_tile
 
@@ -87,6 +88,7 @@ def row_squares(weight: Tensor) -> Tensor:
     return squares
 
 
+@prepared
 def weight_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float, base_squared: Tensor) -> tuple[Tensor, Tensor]:
     """(n, WA): n_j = ‖(W0 + s·B·A)_j‖₂ and WA = W0 Aᵀ, which the gradient of n needs as well.
 

@@ -17,9 +17,8 @@ from vllm.model_executor.layers.linear import (
 )
 
 from ...functional import multi_adapter_update
-from ...operators.multi_adapter_linear.stacks import FormStacks
 from ...reference import AdapterForm
-from ...serving import LayerShape, Shard
+from ...serving import FormStacks, LayerShape, Shard
 from .shards import Piece, rows_of
 
 # vLLM's classes that get a fast kind. Those of fully sharded LoRAs do not: see FastWorkerManager.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from ...operators.multi_adapter_linear.batch import AdapterBatch
+from ...serving import AdapterBatch
 
 
 class FastPunica(PunicaWrapperCPU):

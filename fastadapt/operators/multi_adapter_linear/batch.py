@@ -143,11 +143,23 @@ class AdapterBatch:
         self._sorted[device] = buffers
 
 
+class FactorStack(NamedTuple):
+    """Factors of several adapters in one layer, one behind the other, zeros beyond their ranks.
+
+    Shapes: A [S, R, K]; B [S, R, N]; base_scale [S, N], 1 where an adapter has none, or None where nobody has any.
+    """
+
+    A: Tensor
+    B: Tensor
+    base_scale: Tensor | None
+
+
 class SlotForm(NamedTuple):
     """An adapter form in the arena: views, with the scalar part of h in `scaling` and d inside A where it can be.
 
     A and B come in parts of the same ranks, cut where the pages of either have a gap. `added_bias` is β − b0. Where
-    out_scale is base_scale itself, that multiplies the sum of both paths. An absent scale is 1.
+    out_scale is base_scale itself, that multiplies the sum of both paths. An absent scale is 1. Factors that lie in a
+    stack are part `place` of it.
     Shapes: A parts [R_i, K] and B parts [R_i, N] with ΣR_i = R; mid_scale [R]; the others [N].
     """
 
@@ -158,6 +170,8 @@ class SlotForm(NamedTuple):
     out_scale: Tensor | None = None
     base_scale: Tensor | None = None
     added_bias: Tensor | None = None
+    stack: FactorStack | None = None
+    place: int = 0
 
     @property
     def rank(self) -> int:
@@ -211,9 +225,10 @@ class FormEntry(NamedTuple):
 class LayerForms(NamedTuple):
     """The resident adapter forms of one layer, twice: views by slot for the eager implementation, tables for kernels.
 
-    max_rank bounds the ranks. A slot without an entry in `forms` is the base model's in this layer.
+    max_rank bounds the ranks. A slot without an entry in `forms` is the base model's in this layer. Without tables
+    (FormStacks) there is the eager implementation alone.
     """
 
     forms: Mapping[int, SlotForm]
-    tables: FormTables
+    tables: FormTables | None
     max_rank: int

@@ -25,3 +25,29 @@ def check_multi_adapter_linear(x: Tensor, weight: Tensor, bias: Tensor | None, t
         raise ValueError(
             "x requires grad, but many adapters in one batch are for inference: call under torch.no_grad()"
         )
+
+
+def check_multi_adapter_update(y: Tensor, x: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError or TypeError that names the first argument which does not fit an update of y by x, in place."""
+    check_floating("x", x)
+    if y.dim() < 2 or y.shape[:-1] != x.shape[:-1]:
+        raise shape_error("y", f"{[*x.shape[:-1], 'out']} to go with x {tuple(x.shape)}", y)
+    if y.dtype != x.dtype:
+        raise TypeError(f"y must have the dtype of x, {x.dtype}, got {y.dtype}")
+    check_device("y", y, x.device)
+    check_vector("bias", bias, y.shape[-1], x.device)
+    try:
+        y.view(-1, y.shape[-1])
+    except RuntimeError:
+        rows = False
+    else:
+        rows = y.shape[-1] < 2 or y.stride(-1) == 1
+    if not rows:
+        raise ValueError(
+            f"y must be rows [..., {y.shape[-1]}] that lie contiguously, in equal steps, got strides {y.stride()}: it "
+            "is written in place"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        raise ValueError(
+            "x or y requires grad, but many adapters in one batch are for inference: call under torch.no_grad()"
+        )

@@ -1,7 +1,7 @@
 """The eager multi-adapter product: the base product of all tokens, then each run of tokens through its own adapter.
 
 Runs are views: no token and no factor is copied. What the base product gave the base model's tokens stays as it is.
-In decoding, where a run is one token and a call takes longer than its product, runs go together: see eager_plan.py.
+In decoding, where a run is one token and a call takes longer than its product, runs go together: see plan.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class FormRun(NamedTuple):
 
 
 class StackedRuns(NamedTuple):
-    """Single tokens, each with a LoRA or a DoRA of its own: two batched products instead of two for each.
+    """Few tokens each of LoRA and DoRA adapters of their own: two batched products instead of two for each.
 
-    Shapes: tokens a slice, or an index [S]; A [S, K, R] and B [S, R, N], padded with zeros to the largest rank; scaling
-    [S, 1, 1] or a number; base_scale [S, N], which multiplies the sum of both paths, 1 for a LoRA.
+    Shapes: tokens a slice, or an index [T]; A [S, K, R] and B [S, R, N], padded with zeros to the largest rank; scaling
+    [S, 1, 1] or a number; base_scale [T, N], which multiplies the sum of both paths, 1 for a LoRA. The T tokens are
+    those of the S adapters in their order, or lie at `places` [T] of S equal parts of `room` places.
     """
 
     tokens: slice | Tensor
@@ -37,6 +38,8 @@ class StackedRuns(NamedTuple):
     B: Tensor
     scaling: Tensor | float
     base_scale: Tensor | None
+    places: Tensor | None = None
+    room: int = 1
 
 
 class SharedRuns(NamedTuple):
@@ -66,27 +69,55 @@ def multi_adapter_linear(
     memory: what layers that are called with this very x share, empty for the first of them.
     """
     y = linear(x, weight, bias)
+    _apply_all(y, x, None if bias is None else (weight, bias), steps, memory)
+    return y
+
+
+def multi_adapter_update(
+    y: Tensor, x: Tensor, bias: Tensor | None, steps: Sequence[Step], memory: dict[Any, Tensor] | None = None
+) -> None:
+    """The same on y = x W0ᵀ [M, N] of any strides, in place, which then gets its bias [N]."""
+    _apply_all(y, x, None, steps, memory)
+    if bias is not None:
+        y.add_(bias)
+
+
+def _apply_all(
+    y: Tensor,
+    x: Tensor,
+    biased: tuple[Tensor, Tensor] | None,
+    steps: Sequence[Step],
+    memory: dict[Any, Tensor] | None,
+) -> None:
+    """biased: the weight and the bias of a layer whose y has its bias already, which no g must scale."""
     for step in steps:
         if isinstance(step, StackedRuns):
-            _apply_stacked(y, x, weight, bias, step)
+            _apply_stacked(y, x, biased, step)
         elif isinstance(step, SharedRuns):
             _apply_shared(y, x, step, {} if memory is None else memory)
         else:
             start, stop, form = step
             whole = stop - start == x.shape[0]
-            _apply(y if whole else y[start:stop], x if whole else x[start:stop], weight, bias, form)
-    return y
+            _apply(y if whole else y[start:stop], x if whole else x[start:stop], biased, form)
 
 
-def _apply_stacked(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, run: StackedRuns) -> None:
+def _apply_stacked(y: Tensor, x: Tensor, biased: tuple[Tensor, Tensor] | None, run: StackedRuns) -> None:
     rows, x = y[run.tokens], x[run.tokens]  # a slice is a view, an index a copy of a few tokens
-    if run.base_scale is not None and bias is not None:
+    bias: Tensor | None = None
+    if run.base_scale is not None and biased is not None:
+        weight, bias = biased
         torch.mm(x, weight.T, out=rows)
-    u = torch.bmm(cast(x, run.A.dtype)[:, None], run.A)
+    x = cast(x, run.A.dtype)
+    if run.places is not None:
+        x = x.new_zeros(run.A.shape[0] * run.room, x.shape[1]).index_copy_(0, run.places, x)
+    u = torch.bmm(x.view(-1, run.room, x.shape[1]), run.A)
     if isinstance(run.scaling, Tensor):
         u.mul_(run.scaling)
     # Not baddbmm_: a product of one row is summed up in what it is added to, and rounded at its size with every term.
-    rows.add_(torch.bmm(u, run.B)[:, 0], alpha=1.0 if isinstance(run.scaling, Tensor) else run.scaling)
+    low_rank = torch.bmm(u, run.B).view(-1, y.shape[1])
+    if run.places is not None:
+        low_rank = low_rank.index_select(0, run.places)
+    rows.add_(low_rank, alpha=1.0 if isinstance(run.scaling, Tensor) else run.scaling)
     if run.base_scale is not None:
         rows.mul_(run.base_scale)
         if bias is not None:
@@ -115,7 +146,7 @@ def _apply_shared(y: Tensor, x: Tensor, run: SharedRuns, memory: dict[Any, Tenso
         part.add_(low_rank.mul_(out))
 
 
-def _apply(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, form: SlotForm) -> None:
+def _apply(y: Tensor, x: Tensor, biased: tuple[Tensor, Tensor] | None, form: SlotForm) -> None:
     """Makes of the base layer's y the adapter's, in place."""
     if form.out_scale is not None and x.dtype is torch.float16:
         # What h takes back may be beyond fp16 before that.
@@ -123,7 +154,8 @@ def _apply(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, form: Slot
         form = form._replace(B=up, out_scale=None)
     g, h = form.base_scale, form.out_scale
     beta = form.added_bias
-    if g is not None and bias is not None:
+    if g is not None and biased is not None:
+        weight, bias = biased
         # What g scales is the product alone: taking a large bias off again would leave its rounding.
         torch.mm(x, weight.T, out=y)
         beta = bias if beta is None else beta + bias

@@ -7,6 +7,7 @@ adapters that share a pair (VeRA) as one product with a row of scales for each t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
@@ -20,6 +21,11 @@ from .eager import FormRun, SharedRuns, StackedRuns, Step
 
 # A batch may keep copies of factors up to this many bytes.
 _COPIED_BYTES = 1 << 30
+
+# Tokens up to which a run goes with others through the stack that holds its factors, and how many adapters' factors are
+# read for each that is asked for.
+_FEW_TOKENS = 4
+_MOST_READ = 4
 
 # How much larger than the factors their copies may be, for different ranks in one stack.
 _MOST_PADDING = 2
@@ -59,7 +65,11 @@ def together(
     simple = [run for run in runs if run.form.added_bias is None and not (run.form.tied and dtype is torch.float16)]
     steps: list[Step] = []
     gathered: set[int] = set()  # the starts of their runs
-    for members in _stacks([run for run in simple if run.stop - run.start == 1 and _own_factors(run.form)]):
+    for members in _in_stacks(simple):
+        steps.append(_of_stack(members))
+        gathered.update(run.start for run in members)
+    single = [run for run in simple if run.stop - run.start == 1 and run.form.stack is None and _own_factors(run.form)]
+    for members in _stacks(single):
         first = members[0].form
         wide = _stack_dtype(dtype, first.A[0].device)
         size = len(members) * (first.A[0].shape[1] + first.B[0].shape[1]) * first.rank * wide.itemsize
@@ -77,6 +87,47 @@ def together(
             steps.append(widened if size <= limit else run)
             limit -= size if size <= limit else 0
     return steps, limit
+
+
+def _in_stacks(runs: Sequence[FormRun]) -> Iterator[list[FormRun]]:
+    """The runs of few tokens whose factors lie in one stack, where that is read in vain for the least part."""
+    found: dict[int, list[FormRun]] = {}
+    for run in runs:
+        if run.form.stack is not None and run.stop - run.start <= _FEW_TOKENS:
+            found.setdefault(id(run.form.stack), []).append(run)
+    for members in found.values():
+        places = {run.form.place for run in members}
+        if len(places) > 1 and max(places) - min(places) < _MOST_READ * len(places):
+            yield members
+
+
+def _of_stack(members: Sequence[FormRun]) -> StackedRuns:
+    stack = members[0].form.stack
+    assert stack is not None
+    first = min(run.form.place for run in members)
+    parts = slice(first, max(run.form.place for run in members) + 1)
+    tokens, places, room = _rooms(tuple([(run.start, run.stop, run.form.place - first) for run in members]))
+    scales = None
+    if any(run.form.tied for run in members) and stack.base_scale is not None:
+        scales = stack.base_scale[parts].index_select(0, places // room)
+    return StackedRuns(tokens, stack.A[parts].transpose(1, 2), stack.B[parts], 1.0, scales, places, room)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rooms(runs: tuple[tuple[int, int, int], ...]) -> tuple[slice | Tensor, Tensor, int]:
+    """(tokens, places, room) of runs (start, stop, part): the same for all layers whose stacks are filled alike."""
+    counts: dict[int, int] = {}
+    tokens, found = [], []
+    for start, stop, part in runs:
+        for token in range(start, stop):
+            tokens.append(token)
+            found.append((part, counts.get(part, 0)))
+            counts[part] = found[-1][1] + 1
+    room = max(counts.values())
+    places = torch.tensor([part * room + count for part, count in found])
+    if tokens == list(range(tokens[0], tokens[-1] + 1)):
+        return slice(tokens[0], tokens[-1] + 1), places, room
+    return torch.tensor(tokens), places, room
 
 
 def _widened(run: FormRun, dtype: torch.dtype) -> FormRun:
@@ -99,11 +150,18 @@ def _pairs(runs: Sequence[FormRun], tokens: int) -> list[list[FormRun]]:
         if form.mid_scale is None or form.base_scale is not None or len(form.A) != 1:
             continue
         chains = found.setdefault((form.A[0].data_ptr(), form.B[0].data_ptr()), [])
-        if chains and (chains[-1][-1].stop == run.start or tokens == 1):
+        if chains and _goes_with(run, chains[-1][-1], tokens):
             chains[-1].append(run)
         else:
             chains.append([run])
     return [chain for chains in found.values() for chain in chains]
+
+
+def _goes_with(run: FormRun, before: FormRun, tokens: int) -> bool:
+    """Whether runs of one pair are rows of one length: neighbours, or single tokens from anywhere."""
+    if tokens == 1 and max(run.stop - run.start, before.stop - before.start) > _FEW_TOKENS:
+        return False  # a prompt among tokens that are decoded: its scales are one row
+    return before.stop == run.start or tokens == 1
 
 
 def _own_factors(form: SlotForm) -> bool:
@@ -161,6 +219,8 @@ def _padded(factors: Sequence[Sequence[Tensor]], rank: int, dtype: torch.dtype) 
 
 
 def _shared(members: Sequence[FormRun], tokens: int, dtype: torch.dtype) -> SharedRuns:
+    if len(members) == 1 and tokens == 1:
+        tokens = members[0].stop - members[0].start
     forms = [run.form for run in members for _ in range(run.start, run.stop, tokens)]
     A, B = (cast(side[0], dtype) for side in (forms[0].A, forms[0].B))
     mid = torch.stack([form.mid_scale for form in forms if form.mid_scale is not None])
