@@ -23,6 +23,9 @@ from fastadapt.methods import AdapterConfig
 from fastadapt.reference import adapter_linear_reference
 from fastadapt.serving import read_adapter
 
+# Processes that are forked cannot use the threads of the one before.
+torch.set_num_threads(1)
+
 WIDTH, HEAD, HEADS, KEYS, INNER, SLOTS = 48, 8, 8, 2, 80, 3
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PACKED = {

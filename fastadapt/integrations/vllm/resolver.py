@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 
 from vllm.logger import init_logger
@@ -30,9 +29,8 @@ class DirectoryResolver(LoRAResolver):
         except AdapterError as error:
             logger.info("no adapter: %s", error)
             return None
-        # The same in every process, far above the numbers that vLLM counts up itself, and of 31 bits.
-        digest = int.from_bytes(hashlib.sha256(lora_name.encode()).digest()[:4], "little")
-        return LoRARequest(lora_name, 1 << 30 | digest >> 2, str(directory))
+        # vLLM gives it a number of its own.
+        return LoRARequest(lora_name, 1, str(directory))
 
 
 def register_resolver() -> None:
