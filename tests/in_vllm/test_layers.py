@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tests/in_vllm/environment.py")
 
 from packed_model import METHODS, WIDTH, check, engine_process, load, manager_of, save_adapters
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.lora.layers import LoRAMapping
 
 from fastadapt import LoRAConfig, inject, save_adapter
 from fastadapt.integrations.vllm import register
@@ -45,6 +47,16 @@ def test_methods_beside_each_other_in_slots_that_change_hands(manager: Any, dire
     check(manager, ["DVoRA", "AdaLoRA", ""], directories)
     check(manager, ["partly", "SSF", "VeRA", ""], directories)
     check(manager, ["DoRA, partly", "a bias of B", "a bias of its own"], directories)
+
+
+def test_rows_that_fill_up_a_batch_are_the_base_models(manager: Any, directories: dict[str, Path]) -> None:
+    layer, x = manager.modules["attn.qkv_proj"], torch.randn(5, WIDTH)
+    base = layer(x)[0]
+    numbers = load(manager, ["DoRA"], directories)
+    manager.set_adapter_mapping(LoRAMapping((numbers["DoRA"],) * 3, (numbers["DoRA"],), is_prefill=True))
+    y = layer(x)[0]
+    torch.testing.assert_close(y[3:], base[3:])
+    assert (y[:3] - base[:3]).abs().max() > 0.1
 
 
 def test_slots_of_nobody_hold_nothing(manager: Any, directories: dict[str, Path]) -> None:

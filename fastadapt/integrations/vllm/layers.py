@@ -131,14 +131,16 @@ class FastLinear(nn.Module):
             product: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, bias)
             return product
         # A g scales the product alone: then the bias comes behind it, for all slices.
-        plain = bias is not None and self._needs_plain
-        y: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, None if plain else bias)
-        rows = y.view(-1, y.shape[-1])
-        parts = self.slices if plain else self._used
+        plain = bias if self._needs_plain else None
+        y: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, bias if plain is None else None)
+        rows, tokens = y.view(-1, y.shape[-1]), len(batch)
+        if plain is not None:
+            rows[tokens:].add_(plain)  # rows of nobody, where the engine fills up a batch
+        parts = self._used if plain is None else self.slices
         multi_adapter_update(
-            [rows[:, part.start : part.stop] for part in parts],
-            x.reshape(-1, x.shape[-1]),
-            [bias[part.start : part.stop] if plain and bias is not None else None for part in parts],
+            [rows[:tokens, part.start : part.stop] for part in parts],
+            x.reshape(-1, x.shape[-1])[:tokens],
+            [None if plain is None else plain[part.start : part.stop] for part in parts],
             batch,
             [part.stacks.layer for part in parts],
         )
