@@ -16,6 +16,7 @@ from vllm.config.lora import LoRAConfig as EngineConfig
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.lora.layers import LoRAMapping
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.models import SupportsLoRA
 
 from fastadapt import AdaLoRAConfig, DoRAConfig, LoRAConfig, SSFConfig, VeRAConfig, inject, save_adapter
 from fastadapt.integrations.vllm import register
@@ -62,10 +63,10 @@ class Plain(nn.Module):
         self.mlp.down_proj = nn.Linear(INNER, WIDTH)
 
 
-class Packed(nn.Module):
+class Packed(nn.Module, SupportsLoRA):
     """The same layers as an engine has them."""
 
-    supports_lora, config = True, None
+    config = None
     embedding_modules: dict[str, str] = {}  # noqa: RUF012
     packed_modules_mapping = {"qkv_proj": NAMES[:3], "gate_up_proj": NAMES[4:6]}  # noqa: RUF012
 
