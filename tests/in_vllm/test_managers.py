@@ -21,11 +21,14 @@ from safetensors.torch import load_file, save_file
 from vllm.config import VllmConfig
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora import utils
+from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolverRegistry
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from fastadapt.integrations.vllm import register, resolver
 from fastadapt.integrations.vllm.layers import FastLinear
+from fastadapt.integrations.vllm.punica import FastPunica
 from fastadapt.integrations.vllm.worker_manager import FastWorkerManager
 from fastadapt.serving import AdapterError
 
@@ -183,3 +186,48 @@ def test_a_resolver_of_no_directory_is_an_error(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(LoRAResolverRegistry, "resolvers", {})
     with pytest.raises(ValueError, match="FASTADAPT_VLLM_ADAPTERS must name a directory of adapters, got"):
         register()
+
+
+def test_base_rows_beside_an_adapter_on_the_head_stay_the_base_models() -> None:
+    """vLLM's own operations give them the adapter in the last slot."""
+    punica = FastPunica(64, 16, device="cpu")
+    ids = (5, 0, 5, 0)
+    punica.update_metadata(LoRAMapping(ids, ids, is_prefill=True), [None, 5], 3, 100)
+    assert punica.batch.adapter_ids == (1, -1, 1, -1)
+    x, A, B = torch.randn(4, 6), torch.randn(2, 1, 3, 6), torch.randn(2, 1, 9, 3)
+    A[0], B[0] = 0, 0
+    start = torch.randn(4, 9)
+    y = start.clone()
+    punica.add_lora_logits(y, x, A, B, 1.0)
+    assert torch.equal(y, start)  # no resident adapter has weights for the head
+    punica.others = True
+    punica.add_lora_logits(y, x, A, B, 1.0)
+    assert torch.equal(y[1::2], start[1::2])
+    torch.testing.assert_close(y[::2], start[::2] + x[::2] @ A[1, 0].T @ B[1, 0].T)
+    hidden = torch.randn(4, 3)
+    y = start.clone()
+    punica.add_lora_embedding(y, hidden, B)
+    assert torch.equal(y[1::2], start[1::2])
+    torch.testing.assert_close(y[::2], start[::2] + hidden[::2] @ B[1, 0].T)
+
+
+def test_an_adapter_with_weights_for_other_layers_goes_vllms_way(
+    worker: Any, directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in directories["LoRA"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.lora_A.weight"] = torch.ones(3, 48)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="lm_head"):  # this model has no such layer
+        worker.add_adapter(LoRARequest("a", 7, str(tmp_path)))
+    asked: list[str] = []
+    monkeypatch.setitem(worker._adapter_manager.modules, "lm_head", torch.nn.Identity())
+    monkeypatch.setattr(LRUCacheWorkerLoRAManager, "_load_adapter", lambda self, request: asked.append(request.name))
+    assert worker._load_adapter(LoRARequest("a", 7, str(tmp_path))) is None
+    assert asked == ["a"]
+    for file in directories["partly"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    os.truncate(tmp_path / "adapter_model.safetensors", 100)
+    with pytest.raises(AdapterError, match="not a valid safetensors file"):
+        worker._load_adapter(LoRARequest("a", 7, str(tmp_path)))
