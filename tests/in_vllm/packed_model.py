@@ -70,15 +70,15 @@ class Packed(nn.Module, SupportsLoRA):
     embedding_modules: dict[str, str] = {}  # noqa: RUF012
     packed_modules_mapping = {"qkv_proj": NAMES[:3], "gate_up_proj": NAMES[4:6]}  # noqa: RUF012
 
-    def __init__(self, plain: Plain) -> None:
+    def __init__(self, plain: Plain, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.attn, self.mlp = nn.Module(), nn.Module()
-        self.attn.qkv_proj = QKVParallelLinear(WIDTH, HEAD, HEADS, KEYS, params_dtype=torch.float32, prefix="a.qkv")
-        self.attn.o_proj = RowParallelLinear(HEADS * HEAD, WIDTH, params_dtype=torch.float32, prefix="a.o")
+        self.attn.qkv_proj = QKVParallelLinear(WIDTH, HEAD, HEADS, KEYS, params_dtype=dtype, prefix="a.qkv")
+        self.attn.o_proj = RowParallelLinear(HEADS * HEAD, WIDTH, params_dtype=dtype, prefix="a.o")
         self.mlp.gate_up_proj = MergedColumnParallelLinear(
-            WIDTH, [INNER, INNER], bias=False, params_dtype=torch.float32, prefix="m.gu"
+            WIDTH, [INNER, INNER], bias=False, params_dtype=dtype, prefix="m.gu"
         )
-        self.mlp.down_proj = RowParallelLinear(INNER, WIDTH, params_dtype=torch.float32, prefix="m.d")
+        self.mlp.down_proj = RowParallelLinear(INNER, WIDTH, params_dtype=dtype, prefix="m.d")
         for path, names in PACKED.items():
             layer, room = self.get_submodule(path), plain.get_submodule(path.partition(".")[0])
             for number, name in enumerate(names):
@@ -106,11 +106,11 @@ def engine_process(rank: int, processes: int, store: Path) -> Iterator[VllmConfi
         yield config
 
 
-def manager_of(config: VllmConfig) -> Any:
+def manager_of(config: VllmConfig, dtype: torch.dtype = torch.float32) -> Any:
     from fastadapt.integrations.vllm.model_manager import FastModelManager
 
     return FastModelManager(
-        Packed(Plain()),
+        Packed(Plain(), dtype),
         max_num_seqs=16,
         max_num_batched_tokens=64,
         vocab_size=100,
@@ -170,10 +170,12 @@ def check(manager: Any, names: list[str], directories: dict[str, Path]) -> None:
     for path in PACKED:
         layer = manager.model.get_submodule(path)
         torch.manual_seed(len(tokens))  # the same in every process
-        x = torch.randn(len(tokens), layer.base_layer.input_size)
+        x = torch.randn(len(tokens), layer.base_layer.input_size).to(layer.base_layer.params_dtype)
         y, _ = layer(x[:, layer.slices[0].shard.columns])
         for part, exact in zip(
             layer.slices, expected(path, list(zip(tokens, x, strict=True)), directories), strict=True
         ):
             actual, exact = y[:, part.start : part.stop].double(), exact[:, part.shard.rows]
-            torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+            # Of 16-bit layers the weights, the norms' products and y are rounded.
+            tolerance = 1e-4 if x.dtype == torch.float32 else 8 * torch.finfo(x.dtype).eps
+            torch.testing.assert_close(actual, exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())

@@ -42,6 +42,14 @@ def test_each_method_beside_base_rows(name: str, manager: Any, directories: dict
     check(manager, ["", name, name, ""], directories)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_each_method_in_16_bits(dtype: torch.dtype, alone: VllmConfig, directories: dict[str, Path]) -> None:
+    manager = manager_of(alone, dtype)
+    for name in METHODS:
+        check(manager, ["", name, name, ""], directories)
+    check(manager, ["LoRA", "", "DoRA", "VeRA", "LoRA"], directories)
+
+
 def test_methods_beside_each_other_in_slots_that_change_hands(manager: Any, directories: dict[str, Path]) -> None:
     check(manager, ["LoRA", "", "DoRA", "VeRA", "LoRA"], directories)
     check(manager, ["DVoRA", "AdaLoRA", ""], directories)
