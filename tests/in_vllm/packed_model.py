@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig as EngineConfig
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.lora.layers import LoRAMapping
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models import SupportsLoRA
@@ -92,16 +97,25 @@ class Packed(nn.Module, SupportsLoRA):
 
 
 @contextmanager
-def engine_process(rank: int, processes: int, store: Path) -> Iterator[VllmConfig]:
-    """This process as one of an engine's, with the plugin on."""
+def process_group(rank: int, processes: int, store: Path) -> Iterator[VllmConfig]:
+    """This process as one of an engine's, with settings of its own inside."""
     os.environ["VLLM_DIST_IDENT"] = store.name
     config = VllmConfig(device_config=DeviceConfig("cpu"))
-    config.lora_config = EngineConfig(
-        max_loras=SLOTS, max_lora_rank=8, max_cpu_loras=len(METHODS), lora_dtype=torch.float32
-    )
     with set_current_vllm_config(config):
         init_distributed_environment(processes, rank, f"file://{store}", rank, backend="gloo")
         initialize_model_parallel(processes, 1)
+        yield config
+        destroy_model_parallel()
+        destroy_distributed_environment()
+
+
+@contextmanager
+def engine_process(rank: int, processes: int, store: Path) -> Iterator[VllmConfig]:
+    """The same with room for adapters and the plugin on."""
+    with process_group(rank, processes, store) as config:
+        config.lora_config = EngineConfig(
+            max_loras=SLOTS, max_lora_rank=8, max_cpu_loras=len(METHODS), lora_dtype=torch.float32
+        )
         register()
         yield config
 

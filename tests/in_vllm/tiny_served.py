@@ -64,7 +64,7 @@ class Served(NamedTuple):
 def greedy(model: Any, prompt: list[int]) -> list[int]:
     with torch.no_grad():
         found = model.generate(
-            torch.tensor([prompt]),
+            input_ids=torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=TOKENS,
             do_sample=False,
@@ -83,7 +83,7 @@ def adapted(model: Path, config: Any, seed: int) -> Any:
         for name, parameter in found.named_parameters():
             if parameter.requires_grad:
                 # A magnitude keeps its size, a bias of its own moves visibly.
-                parameter.add_(torch.randn_like(parameter), alpha=0.3 if "bias" in name else 0.1)
+                parameter.add_(torch.randn_like(parameter), alpha=0.5 if "bias" in name or "vera" in name else 0.15)
     return found
 
 
@@ -101,7 +101,8 @@ def save(directory: Path, kind: str, adapters: dict[str, Any]) -> Served:
         served.directories[name] = directory / "adapters" / name
         found = adapted(model, config, seed)
         found.save_pretrained(served.directories[name])
-        merged = found.merge_and_unload()
+        # PEFT merges no bias of B into a layer without a bias.
+        merged = found if getattr(config, "lora_bias", False) else found.merge_and_unload()
         served.tokens[name] = [greedy(merged, prompt) for prompt in PROMPTS]
     return served
 
