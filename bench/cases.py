@@ -27,6 +27,7 @@ BENCHES = {
     "launches": "bench.launches",
     "soak": "bench.soak",
     "road": "bench.road",
+    "vllm": "bench.vllm",
     "tables": "bench.tables",
     "report": "bench.page",
 }

@@ -11,7 +11,7 @@ from .operators.multi_adapter_linear.function import (
     multi_adapter_linear_group,
     multi_adapter_update,
 )
-from .operators.weight_norm.function import row_squares, weight_norm
+from .operators.weight_norm.function import row_squares, weight_norm, weight_norm_squared
 
 __all__ = [
     "adapter_linear",
@@ -26,4 +26,5 @@ __all__ = [
     "multi_adapter_update",
     "row_squares",
     "weight_norm",
+    "weight_norm_squared",
 ]

@@ -7,6 +7,7 @@ from .entries import AdapterInfo
 from .loader import LoadedAdapter, adapter_directory, read_adapter
 from .model import MultiAdapterModel
 from .pool import AdapterPool, PoolFullError
+from .shapes import LayerShape, PartForm, ShapedAdapter, Shard, read_adapter_by_shapes
 
 __all__ = [
     "AdapterBatch",
@@ -14,10 +15,15 @@ __all__ = [
     "AdapterInfo",
     "AdapterPool",
     "FormStacks",
+    "LayerShape",
     "Limits",
     "LoadedAdapter",
     "MultiAdapterModel",
+    "PartForm",
     "PoolFullError",
+    "ShapedAdapter",
+    "Shard",
     "adapter_directory",
     "read_adapter",
+    "read_adapter_by_shapes",
 ]

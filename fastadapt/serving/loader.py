@@ -175,11 +175,12 @@ def _filled(
     source: Path,
     modules: Mapping[str, nn.Module],
     head: nn.Module | None,
+    device: torch.device | None,
 ) -> dict[str, Adapter]:
     """The adapters with the file's tensors. Raises ValueError where these are not what config and layers ask for.
 
     They are built without memory, which costs nothing for any size and draws no random numbers, and get theirs when
-    all names and shapes have turned out right.
+    all names and shapes have turned out right: on `device`, by default each on its layer's.
     """
     empty = {path: _without_memory(layer) for path, layer in layers.items()}
     with torch.device("meta"):
@@ -193,10 +194,10 @@ def _filled(
             "base (fastadapt merge), or load it alone with load_adapter"
         )
     for path, adapter in adapters.items():
-        _give_memory(adapter, layers[path].like.device)
+        _give_memory(adapter, device or layers[path].like.device)
         adapter.requires_grad_(False).eval()
     for shared in config.shared_tensors(adapters).values():
-        _give_memory(shared, next(iter(layers.values())).like.device)
+        _give_memory(shared, device or next(iter(layers.values())).like.device)
         if not shared.state_dict():
             shared.draw()
     fill(injection, tensors, source)
@@ -220,7 +221,7 @@ def _detached(form: AdapterForm, base_bias: Tensor | None) -> AdapterForm:
     )
 
 
-def _check_finite(forms: Mapping[str, AdapterForm]) -> None:
+def check_finite(forms: Mapping[str, AdapterForm]) -> None:
     """Raises ValueError for a form that is not finite, though all that it is made of is."""
     checked: set[tuple[int, torch.Size]] = set()  # VeRA's layers share most of theirs
     for path, form in forms.items():
@@ -236,6 +237,77 @@ def _check_finite(forms: Mapping[str, AdapterForm]) -> None:
                     f"{path} gets NaN or infinite values in {name}: a scale is too large, or a magnitude is divided by "
                     "the norm of a row of zeros; save the adapter again"
                 )
+
+
+class CheckedAdapter(NamedTuple):
+    """What both files of an adapter turned out to be: the adapters by module path, filled, over their layers."""
+
+    config: AdapterConfig
+    layers: dict[str, AdapterLayer]
+    adapters: dict[str, Adapter]
+    identity: str
+    bytes: int
+
+
+def check_adapter(
+    model: nn.Module,
+    directory: Path,
+    modules: Mapping[str, nn.Module],
+    *,
+    root: str | os.PathLike[str] | None,
+    limits: Limits,
+    device: torch.device | None = None,
+) -> CheckedAdapter:
+    """Reads the directory for these modules, as `read_adapter` says. device: of the adapters, by default the layers'.
+
+    Raises ValueError and OSError for whatever is wrong; it is to be called inside of `refused` and `time_limit`.
+    """
+    config_file, tensor_file = directory / CONFIG_FILE, directory / TENSOR_FILE
+
+    def read(name: str) -> bytes:
+        if name == CONFIG_FILE:
+            return content(config_file, limits.max_config_bytes, root)
+        return tensor_content(tensor_file, limits, root)
+
+    try:
+        config_content, tensors_content = of_one_save(read, lambda: tensor_stamp(directory))
+    except FileNotFoundError:
+        for name in (CONFIG_FILE, TENSOR_FILE):
+            check_present(directory, name)
+        raise
+    if len(config_content) > limits.max_config_bytes:
+        raise ValueError(f"{tensor_file} may hold a config of {limits.max_config_bytes} bytes")
+    size = len(config_content) + len(tensors_content)
+    # The length keeps a byte that moves from one file to the other from going unseen.
+    identity = hashlib.sha256(len(config_content).to_bytes(8, "little"))
+    identity.update(config_content)
+    identity.update(tensors_content)
+    fields = parse_fields(config_content, config_file)
+    config, unknown = parse_config(fields, config_file)
+    check_fields(fields, limits)
+    if unknown:
+        raise ValueError(
+            f"{config_file} must hold only fields that fastadapt knows, got {', '.join(unknown)}: they may "
+            "change what the adapter computes; merge it with the library that wrote it, or take them out"
+        )
+    _refuse_unserved(config, modules)
+    layers = _selected(model, config, modules, limits)
+    tensors = parse_tensors(tensors_content, tensor_file, limits.max_tensors)
+    del tensors_content
+    adapters = _filled(config, layers, tensors, tensor_file, modules, output_head(model), device)
+    return CheckedAdapter(config, layers, adapters, identity.hexdigest(), size)
+
+
+def served_form(path: str, config: AdapterConfig, adapter: Adapter, weight: Tensor, bias: Tensor | None) -> AdapterForm:
+    """The adapter's form, detached. Raises ValueError for one that no batch of many adapters computes."""
+    with torch.no_grad():
+        form = adapter.form(weight, bias)
+    if form.U is not None:
+        raise ValueError(
+            f"{config.peft_type} scales every weight of {path} by itself, which tokens of other adapters "
+            "cannot share: merge it, or serve it alone"
+        )
+    return _detached(form, bias)
 
 
 def read_adapter(
@@ -259,50 +331,13 @@ def read_adapter(
     modules = base_modules(model) if modules is None else modules
     path = Path(directory)
     with refused(path), time_limit(limits.max_pattern_seconds):
-        config_file, tensor_file = path / CONFIG_FILE, path / TENSOR_FILE
-
-        def read(name: str) -> bytes:
-            if name == CONFIG_FILE:
-                return content(config_file, limits.max_config_bytes, root)
-            return tensor_content(tensor_file, limits, root)
-
-        try:
-            config_content, tensors_content = of_one_save(read, lambda: tensor_stamp(path))
-        except FileNotFoundError:
-            for name in (CONFIG_FILE, TENSOR_FILE):
-                check_present(path, name)
-            raise
-        if len(config_content) > limits.max_config_bytes:
-            raise ValueError(f"{tensor_file} may hold a config of {limits.max_config_bytes} bytes")
-        size = len(config_content) + len(tensors_content)
-        # The length keeps a byte that moves from one file to the other from going unseen.
-        identity = hashlib.sha256(len(config_content).to_bytes(8, "little"))
-        identity.update(config_content)
-        identity.update(tensors_content)
-        fields = parse_fields(config_content, config_file)
-        config, unknown = parse_config(fields, config_file)
-        check_fields(fields, limits)
-        if unknown:
-            raise ValueError(
-                f"{config_file} must hold only fields that fastadapt knows, got {', '.join(unknown)}: they may "
-                "change what the adapter computes; merge it with the library that wrote it, or take them out"
-            )
-        _refuse_unserved(config, modules)
-        layers = _selected(model, config, modules, limits)
-        tensors = parse_tensors(tensors_content, tensor_file, limits.max_tensors)
-        del tensors_content
-        adapters = _filled(config, layers, tensors, tensor_file, modules, output_head(model))
+        found = check_adapter(model, path, modules, root=root, limits=limits)
         forms = {}
-        with torch.no_grad():
-            for name, adapter in adapters.items():
-                layer = layers[name]
-                assert isinstance(layer, AdapterLinear)
-                form = adapter.form(layer.weight_for(adapter.reads), layer.base_bias)
-                if form.U is not None:
-                    raise ValueError(
-                        f"{config.peft_type} scales every weight of {name} by itself, which tokens of other adapters "
-                        "cannot share: merge it, or serve it alone"
-                    )
-                forms[name] = _detached(form, layer.base_bias)
-            _check_finite(forms)
-    return LoadedAdapter(config, forms, config.shared_factors(adapters), identity.hexdigest(), size)
+        for name, adapter in found.adapters.items():
+            layer = found.layers[name]
+            assert isinstance(layer, AdapterLinear)
+            weight = layer.weight_for(adapter.reads)
+            forms[name] = served_form(name, found.config, adapter, weight, layer.base_bias)
+        check_finite(forms)
+    shared = found.config.shared_factors(found.adapters)
+    return LoadedAdapter(found.config, forms, shared, found.identity, found.bytes)

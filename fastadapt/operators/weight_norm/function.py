@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...reference import weight_norm_reference
-from ..arithmetic import cast
+from ..arithmetic import cast, sum_dtype
 from ..backends import resolve_backend
 from ..calls import applied, once_differentiable, without_autocast
 from . import op
-from .checks import check_weight_norm
+from .checks import check_products, check_weight_norm
 
 
 def row_squares(weight: Tensor, *, backend: str = "auto") -> Tensor:
@@ -57,6 +58,40 @@ def weight_norm(
             return op.weight_norm(weight, lora_A, lora_B, scaling, base_squared, backend)[0]
         norm: Tensor = applied(WeightNormFunction, weight, lora_A, lora_B, base_squared, scaling, backend)
         return norm
+
+
+def weight_norm_squared(
+    base_squared: Tensor | Callable[[], Tensor],
+    base_products: Tensor | Callable[[Tensor], Tensor],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    """n² of `weight_norm` where the weight is not at hand: quantised, packed, or one process's part of it. In fp32:
+
+        n² = ‖W0‖²_row + 2s · rowsum(B ⊙ (W0 Aᵀ)) + s² · rowsum((B (A Aᵀ)) ⊙ B)
+
+    W0 comes in by two products, each a tensor or what makes it: base_squared() = ‖W0‖² by rows, and
+    base_products(lora_A) = W0 Aᵀ, A in the place of x in the base layer without its bias. Of a weight that is cut by
+    columns, and A with it, each part gives a part of n²: they are summed before the root is taken. Rounding may leave
+    a sum below zero where the true one is zero: clamp it, then take the root. A constant: no gradients.
+    Shapes: base_squared [N]; base_products [N, r]; lora_A [r, K]; lora_B [N, r]; n² [N].
+    Raises ValueError on mismatched shapes or devices, TypeError on dtypes that are not floating.
+    Source: Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3.
+
+    >>> W, A, B = torch.randn(8, 16), torch.randn(4, 16), torch.randn(8, 4)
+    >>> n_squared = weight_norm_squared(lambda: W.square().sum(1), lambda x: W @ x.T, A, B, 0.5)
+    >>> torch.allclose(n_squared.sqrt(), weight_norm(W, A, B, 0.5))
+    True
+    """
+    with torch.no_grad(), without_autocast(lora_A):
+        squares = base_squared() if callable(base_squared) else base_squared
+        products = base_products(lora_A) if callable(base_products) else base_products
+        check_products(squares, products, lora_A, lora_B)
+        dtype = functools.reduce(torch.promote_types, map(sum_dtype, (squares, products, lora_A, lora_B)))
+        A, B = cast(lora_A, dtype), cast(lora_B, dtype)
+        inner = torch.addmm(cast(products, dtype), B, A @ A.T, beta=2.0 * scaling, alpha=scaling * scaling)
+        return (inner * B).sum(1).add_(squares)
 
 
 class WeightNormFunction(torch.autograd.Function):

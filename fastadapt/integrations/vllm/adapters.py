@@ -1,0 +1,152 @@
+"""From an adapter's directory to the forms of this process's parts of the layers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from ...functional import weight_norm_squared
+from ...reference import AdapterForm
+from ...serving import AdapterError, PartForm, ShapedAdapter, read_adapter_by_shapes
+from ...serving.loader import check_finite
+from .layers import FastLinear, Slice
+
+# Of each layer of an adapter's model, vLLM's name for it.
+Naming = Mapping[str, str]
+
+
+class SliceForms(NamedTuple):
+    """What vLLM takes for the weights of one layer: a form a slice, None for those that stay the base model's."""
+
+    lora_a: list[AdapterForm | None]
+    lora_b: None = None
+
+
+class SharedPair:
+    """VeRA's frozen pair in the engine's dtype, once for all adapters that have it."""
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.A, self.B = A, B
+
+
+class Pairs:
+    """The pairs that are in use, by their content."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._pairs: WeakValueDictionary[object, SharedPair] = WeakValueDictionary()
+
+    def of(self, A: Tensor, B: Tensor) -> SharedPair:
+        key = (*A.shape, *B.shape, _digest(A), _digest(B))
+        pair = self._pairs.get(key)
+        if pair is None:
+            pair = SharedPair(A.to(self._device, self._dtype), B.to(self._device, self._dtype))
+            self._pairs[key] = pair
+        return pair
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).digest()
+
+
+def read(directory: str, layers: Iterable[FastLinear], namings: Iterable[Naming]) -> tuple[ShapedAdapter, Naming]:
+    """The adapter in a directory and, of the ways to name the layers, the one that it uses.
+
+    Raises AdapterError for whatever is wrong with it, as the first way has it.
+    """
+    shapes = {part.path: part.shape for layer in layers for part in layer.slices}
+    first: AdapterError | None = None
+    for naming in namings:
+        try:
+            known = {theirs: shapes[path] for theirs, path in naming.items()}
+            return read_adapter_by_shapes(known, directory), naming
+        except AdapterError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def local_forms(
+    adapter: ShapedAdapter,
+    naming: Naming,
+    layers: Mapping[str, FastLinear],
+    pairs: Pairs,
+    add_up: Callable[[Tensor], Tensor],
+) -> tuple[dict[str, SliceForms], SharedPair | None]:
+    """The forms of this process by the path of vLLM's layer, and the pair that they share.
+
+    add_up: sums a vector over the processes that have partial sums. It is called once where a layer's weight is cut by
+    its inputs and the adapter has a magnitude, and by all processes, whatever they find. Raises ValueError for a form
+    that is not finite.
+    """
+    pair = None
+    if adapter.shared is not None:
+        pair = pairs.of(*adapter.shared)
+        adapter.shared = (pair.A, pair.B)
+    theirs = {path: name for name, path in naming.items()}
+    adapted = set(adapter.paths)
+    places = [
+        (name, layer, part, theirs[part.path])
+        for name, layer in layers.items()
+        for part in layer.slices
+        if theirs[part.path] in adapted
+    ]
+    found = {part.path: adapter.part(own, part.shard, bias=_bias(layer, part)) for _, layer, part, own in places}
+    norms = _norms({part.path: (layer, part, found[part.path]) for _, layer, part, _ in places}, add_up)
+    forms: dict[str, AdapterForm] = {}
+    for _, layer, part, _ in places:
+        form = found[part.path].finished(norms.get(part.path))
+        if form.bias is not None:
+            # From here on what it adds to the base layer's, which one process does.
+            form = form._replace(bias=_added(form.bias, _bias(layer, part)) if layer.adds_bias else None)
+        forms[part.path] = form if pair is not None else _own(form)
+    check_finite(forms)
+    by_layer = {
+        name: SliceForms([forms.get(part.path) for part in layer.slices])
+        for name, layer in layers.items()
+        if any(part.path in forms for part in layer.slices)
+    }
+    return by_layer, pair
+
+
+def _bias(layer: FastLinear, part: Slice) -> Tensor | None:
+    bias = layer.base_layer.bias
+    return None if bias is None else bias[part.start : part.stop]
+
+
+def _added(bias: Tensor, base_bias: Tensor | None) -> Tensor | None:
+    if bias is base_bias:
+        return None
+    return bias if base_bias is None else bias.float() - base_bias.float()
+
+
+def _own(form: AdapterForm) -> AdapterForm:
+    """The form with factors that hold no more memory than they need, and d inside A."""
+    A = form.A if form.mid_scale is None else form.A * form.mid_scale[:, None]
+    A, B = (side.clone() if side.nbytes < side.untyped_storage().nbytes() else side for side in (A, form.B))
+    return form._replace(A=A, B=B, mid_scale=None)
+
+
+def _norms(
+    parts: Mapping[str, tuple[FastLinear, Slice, PartForm]], add_up: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The norms of the rows whose form has a magnitude, by path."""
+    squares: dict[str, Tensor] = {}
+    partial: list[str] = []
+    for path, (layer, part, (form, magnitude)) in parts.items():
+        if magnitude is None:
+            continue
+        A, rows = form.A.float(), slice(part.start, part.stop)
+        squares[path] = weight_norm_squared(layer.squares()[rows], layer.products(A)[rows], A, form.whole_up(), 1.0)
+        if layer.norms_are_partial:
+            partial.append(path)
+    if partial:
+        # In one call: each waits for all processes.
+        sums = add_up(torch.cat([squares[path] for path in partial]))
+        squares |= zip(partial, sums.split([len(squares[path]) for path in partial]), strict=True)
+    return {path: value.clamp(min=0.0).sqrt() for path, value in squares.items()}

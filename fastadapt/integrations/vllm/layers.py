@@ -1,0 +1,213 @@
+"""vLLM's linear layers with LoRA, with adapter forms in the place of padded factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+
+from ...functional import multi_adapter_update
+from ...reference import AdapterForm
+from ...serving import FormStacks, LayerShape, Shard
+from .shards import Piece, rows_of
+
+# vLLM's classes that get a fast kind. Those of fully sharded LoRAs do not: see FastWorkerManager.
+LINEAR = frozenset(
+    {
+        "ColumnParallelLinearWithLoRA",
+        "MergedColumnParallelLinearWithLoRA",
+        "MergedColumnParallelLinearVariableSliceWithLoRA",
+        "QKVParallelLinearWithLoRA",
+        "MergedQKVParallelLinearWithLoRA",
+        "RowParallelLinearWithLoRA",
+        "ReplicatedLinearWithLoRA",
+    }
+)
+
+# Layers of subclasses may compute more than their product: they stay vLLM's own.
+_PLAIN = (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+
+# So many unit vectors go through a layer at once.
+_UNIT_VECTORS = 256
+
+
+class Slice(NamedTuple):
+    """One layer of the adapter's model in this one: its path there as vLLM spells it, its shape, the part that is here,
+    the columns of y that are its own, and the adapters in it by slot."""
+
+    path: str
+    shape: LayerShape
+    shard: Shard
+    start: int
+    stop: int
+    stacks: FormStacks
+
+
+class FastLinear(nn.Module):
+    """What comes before one of vLLM's classes: y = quant_method(x) by vLLM's own kernel, then the forms onto slices of
+    it, in place. The weight is never read: it may be packed or quantised."""
+
+    base_layer: Any
+    punica_wrapper: Any
+    input_size: int
+    device: torch.device
+    slices: Sequence[Slice] = ()
+    _used: Sequence[Slice] = ()
+    _needs_plain = False
+    _squares: Tensor | None = None
+
+    @classmethod
+    def can_replace_layer(cls, source_layer: nn.Module, **kwargs: Any) -> bool:
+        taken: bool = super().can_replace_layer(source_layer=source_layer, **kwargs)  # type: ignore[misc]
+        return taken and type(source_layer) in _PLAIN
+
+    def create_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's own stacks without memory: its warm-up reads their shapes."""
+        device, self.device = self.device, torch.device("meta")
+        super().create_lora_weights(*args, **kwargs)  # type: ignore[misc]
+        self.device = device
+
+    def bind(self, paths: Sequence[str], dtype: torch.dtype) -> None:
+        """Makes the slices. paths: of the layers that are packed in this one, or its own. dtype: of the engine."""
+        base = self.base_layer
+        by_columns = isinstance(base, RowParallelLinear)
+        width = self.input_size
+        columns = slice(width * base.tp_rank, width * (base.tp_rank + 1)) if by_columns else slice(None)
+        whole_width = base.input_size if by_columns else width
+        self.slices = [
+            Slice(
+                path,
+                LayerShape(rows.whole, whole_width, base.bias is not None),
+                Shard(rows.rows, columns),
+                rows.start,
+                rows.stop,
+                FormStacks((rows.stop - rows.start, width), dtype),
+            )
+            for path, rows in zip(paths, rows_of(_pieces(base), len(paths)), strict=False)
+        ]
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether this process adds what an adapter adds to the bias: of partial sums one does."""
+        return not isinstance(self.base_layer, RowParallelLinear) or self.base_layer.tp_rank == 0
+
+    @property
+    def norms_are_partial(self) -> bool:
+        return isinstance(self.base_layer, RowParallelLinear) and self.base_layer.tp_size > 1
+
+    def reset_lora(self, index: int) -> None:
+        for part in self.slices:
+            part.stacks.clear(index)
+        self._look()
+
+    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        """Enters forms, one a slice or None for the base model's, where lora_b is None; else vLLM's factors."""
+        self.reset_lora(index)
+        forms = lora_a if lora_b is None else self._of_factors(lora_a, lora_b)
+        for part, form in zip(self.slices, forms, strict=True):
+            if form is not None:
+                part.stacks.write(index, form)
+        self._look()
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        batch = self.punica_wrapper.batch
+        if not self._used or not batch.runs:
+            product: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, bias)
+            return product
+        # A g scales the product alone: then the bias comes behind it, for all slices.
+        plain = bias if self._needs_plain else None
+        y: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, bias if plain is None else None)
+        rows, tokens = y.view(-1, y.shape[-1]), len(batch)
+        if plain is not None:
+            rows[tokens:].add_(plain)  # rows of nobody, where the engine fills up a batch
+        parts = self._used if plain is None else self.slices
+        multi_adapter_update(
+            [rows[:tokens, part.start : part.stop] for part in parts],
+            x.reshape(-1, x.shape[-1])[:tokens],
+            [None if plain is None else plain[part.start : part.stop] for part in parts],
+            batch,
+            [part.stacks.layer for part in parts],
+        )
+        return y
+
+    def products(self, A: Tensor) -> Tensor:
+        """W0 Aᵀ of what is here of the weight, in A's dtype. Shapes: A [r, columns]; result [outputs, r]."""
+        x = A.to(self.base_layer.params_dtype)
+        y: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, None)
+        return y.to(A.dtype).T
+
+    def squares(self) -> Tensor:
+        """‖W0‖² by rows of what is here of the weight, in fp32: [outputs]. Kept."""
+        if self._squares is None:
+            total: Tensor | None = None
+            for start in range(0, self.input_size, _UNIT_VECTORS):
+                units = torch.zeros(min(_UNIT_VECTORS, self.input_size - start), self.input_size, device=self.device)
+                units.diagonal(start).fill_(1)
+                part = self.products(units).square().sum(1)
+                total = part if total is None else total.add_(part)
+            self._squares = total
+        assert self._squares is not None
+        return self._squares
+
+    def forget(self) -> None:
+        """Drops what was made of the weight, which may be another now."""
+        self._squares = None
+
+    def _look(self) -> None:
+        forms = [(part, form) for part in self.slices for form in part.stacks.layer.forms.values()]
+        self._used = [part for part in self.slices if part.stacks.layer.forms]
+        self._needs_plain = any(form.base_scale is not None for _, form in forms)
+
+    def _of_factors(self, lora_a: Any, lora_b: Any) -> list[AdapterForm | None]:
+        """Forms of vLLM's factors: of whole layers, or in its warm-up of what is here of them."""
+        if isinstance(lora_a, Tensor):
+            lora_a, lora_b = [lora_a], [lora_b]
+        forms: list[AdapterForm | None] = []
+        for part, A, B in zip(self.slices, lora_a, lora_b, strict=True):
+            if A is None or B is None:
+                forms.append(None)
+                continue
+            n, k = part.stacks.shape
+            A = A if A.shape[1] == k else A[:, part.shard.columns]
+            B = B if B.shape[0] == n else B[part.shard.rows]
+            forms.append(AdapterForm(A, B))
+        return forms
+
+
+def _pieces(base: Any) -> list[Piece]:
+    if isinstance(base, QKVParallelLinear):
+        size, rank = base.head_size, base.tp_rank
+        value_size = getattr(base, "v_head_size", size)
+        place = rank // base.num_kv_head_replicas
+        return [
+            Piece(base.total_num_heads * size, base.num_heads * size, rank),
+            Piece(base.total_num_kv_heads * size, base.num_kv_heads * size, place),
+            Piece(base.total_num_kv_heads * value_size, base.num_kv_heads * value_size, place),
+        ]
+    if isinstance(base, MergedColumnParallelLinear):
+        return [Piece(size, size // base.tp_size, base.tp_rank) for size in base.output_sizes]
+    if isinstance(base, ColumnParallelLinear):
+        return [Piece(base.output_size, base.output_size_per_partition, base.tp_rank)]
+    return [Piece(base.output_size, base.output_size)]
+
+
+@cache
+def fast_class(kind: type) -> type:
+    """The fast kind of one of vLLM's classes."""
+    return type(f"Fast{kind.__name__}", (FastLinear, kind), {})

@@ -1,0 +1,23 @@
+"""What a layer of vLLM's model is called in the model that adapters were trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+
+def naming_of(paths: Iterable[str], mapper: Any) -> Iterator[dict[str, str]]:
+    """The ways to name these layers of vLLM's model as checkpoints do: {theirs: vLLM's}, one after the other.
+
+    mapper: vLLM's hf_to_vllm_mapper, None where the names are the same. Several of a checkpoint's prefixes may lead to
+    one of vLLM's: an adapter uses one of them.
+    """
+    paths = list(paths)
+    prefixes: Mapping[str, str | None] = {} if mapper is None else mapper.orig_to_new_prefix
+    names = []
+    for path in paths:
+        found = [path, *(old + path[len(new) :] for old, new in prefixes.items() if new and path.startswith(new))]
+        found = [name for name in dict.fromkeys(found) if mapper is None or mapper._map_name(name) == path]
+        names.append(found or [path])
+    for way in range(max(map(len, names), default=0)):
+        yield {found[min(way, len(found) - 1)]: path for found, path in zip(names, paths, strict=True)}

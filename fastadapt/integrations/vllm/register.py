@@ -1,0 +1,38 @@
+"""The plugin's door: whether it can be on here, and if so the names of vLLM that it replaces."""
+
+from __future__ import annotations
+
+import re
+
+# Tried with 0.32; of the others what the plugin replaces was compared.
+FIRST, LAST = (0, 31), (0, 33)
+
+
+def is_supported(version: str) -> bool:
+    """Whether a vLLM of that version has the seams as they are expected."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and FIRST <= (int(found[1]), int(found[2])) <= LAST
+
+
+def register() -> None:
+    """Puts fastadapt's adapters into the vLLM of this process; a second call changes nothing.
+
+    Where it cannot, one line says so, and vLLM goes on without it.
+    """
+    import vllm
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+
+    logger = init_logger("vllm.fastadapt")
+    if not is_supported(vllm.__version__):
+        logger.warning("fastadapt is off: it needs vLLM %d.%d to %d.%d, got %s", *FIRST, *LAST, vllm.__version__)
+        return
+    if not current_platform.is_cpu():
+        logger.warning("fastadapt is off: inside vLLM it serves on CPUs, got %s", current_platform.device_name)
+        return
+    from .resolver import register_resolver
+    from .seams import replace
+
+    if replace():
+        logger.info("fastadapt is on: --enable-lora takes LoRA, DoRA, VeRA and their kin, of any rank")
+    register_resolver()

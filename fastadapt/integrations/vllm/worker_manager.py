@@ -1,0 +1,58 @@
+"""vLLM's worker-side manager, which reads adapters as fastadapt does: as files of strangers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from ...model.peft_files import TENSOR_FILE, parse_header
+from ...model.untrusted import DEFAULT_LIMITS, tensor_content
+from ...serving import AdapterError
+from .model_manager import FastModelManager
+
+
+class FastWorkerManager(LRUCacheWorkerLoRAManager):
+    """Reads an adapter with fastadapt's loader; what has weights for an embedding, the head or experts as vLLM does."""
+
+    _manager_cls = FastModelManager
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if vllm_config.lora_config.fully_sharded_loras:
+            raise ValueError(
+                "fully_sharded_loras must be false with fastadapt, whose adapters are not cut along their ranks: "
+                "start without it, or without the plugin (VLLM_PLUGINS without fastadapt)"
+            )
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise ValueError(
+                "pipeline_parallel_size must be 1 with fastadapt, which checks an adapter against all layers: take "
+                "tensor_parallel_size, or start without the plugin (VLLM_PLUGINS without fastadapt)"
+            )
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def _load_adapter(self, lora_request: Any) -> Any:
+        manager: Any = self._adapter_manager
+        directory = get_adapter_absolute_path(lora_request.lora_path)
+        if not os.path.isdir(directory):
+            raise LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path)
+        try:
+            return manager.read(lora_request.lora_int_id, directory)
+        except AdapterError:
+            if not self._goes_to_others(directory):
+                raise
+            return super()._load_adapter(lora_request)
+
+    def _goes_to_others(self, directory: str) -> bool:
+        """Whether the adapter has weights for layers that stay vLLM's own."""
+        manager: Any = self._adapter_manager
+        others = {name.rpartition(".")[2] for name in manager.modules if name not in manager.fast}
+        path = Path(directory, TENSOR_FILE)
+        try:
+            names = parse_header(tensor_content(path, DEFAULT_LIMITS), path, DEFAULT_LIMITS.max_tensors)
+        except (ValueError, OSError):
+            return False
+        return any(others.intersection(name.split(".")) for name in names)

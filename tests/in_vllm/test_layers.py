@@ -1,0 +1,101 @@
+"""Packed layers without an engine: their manager, slots and forms against the formula, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tests/in_vllm/environment.py")
+
+from packed_model import METHODS, WIDTH, check, engine_process, load, manager_of, save_adapters
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.lora.layers import LoRAMapping
+
+from fastadapt import LoRAConfig, inject, save_adapter
+from fastadapt.integrations.vllm import register
+from fastadapt.serving import AdapterError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
+    with engine_process(0, 1, tmp_path_factory.mktemp("store") / "alone") as config:
+        yield config
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture
+def manager(alone: VllmConfig) -> Any:
+    return manager_of(alone)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_beside_base_rows(name: str, manager: Any, directories: dict[str, Path]) -> None:
+    check(manager, ["", name, name, ""], directories)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_each_method_in_16_bits(dtype: torch.dtype, alone: VllmConfig, directories: dict[str, Path]) -> None:
+    manager = manager_of(alone, dtype)
+    for name in METHODS:
+        check(manager, ["", name, name, ""], directories)
+    check(manager, ["LoRA", "", "DoRA", "VeRA", "LoRA"], directories)
+
+
+def test_methods_beside_each_other_in_slots_that_change_hands(manager: Any, directories: dict[str, Path]) -> None:
+    check(manager, ["LoRA", "", "DoRA", "VeRA", "LoRA"], directories)
+    check(manager, ["DVoRA", "AdaLoRA", ""], directories)
+    check(manager, ["partly", "SSF", "VeRA", ""], directories)
+    check(manager, ["DoRA, partly", "a bias of B", "a bias of its own"], directories)
+
+
+def test_rows_that_fill_up_a_batch_are_the_base_models(manager: Any, directories: dict[str, Path]) -> None:
+    layer, x = manager.modules["attn.qkv_proj"], torch.randn(5, WIDTH)
+    base = layer(x)[0]
+    numbers = load(manager, ["DoRA"], directories)
+    manager.set_adapter_mapping(LoRAMapping((numbers["DoRA"],) * 3, (numbers["DoRA"],), is_prefill=True))
+    y = layer(x)[0]
+    torch.testing.assert_close(y[3:], base[3:])
+    assert (y[:3] - base[:3]).abs().max() > 0.1
+
+
+def test_slots_of_nobody_hold_nothing(manager: Any, directories: dict[str, Path]) -> None:
+    numbers = load(manager, ["LoRA", "DoRA"], directories)
+    layers = [module for module in manager.modules.values() for part in module.slices if part.stacks.bytes]
+    assert len(layers) == 7
+    manager.remove_adapter(numbers["LoRA"])
+    manager.remove_all_adapters()
+    assert not any(part.stacks.bytes for module in manager.modules.values() for part in module.slices)
+
+
+def test_adapters_of_one_key_share_their_pair(manager: Any, directories: dict[str, Path]) -> None:
+    first, second = (manager.read(number, str(directories["VeRA"])) for number in (1, 2))
+    assert first.pair is second.pair
+    A, B = first.pair.A, first.pair.B
+    for forms in first.loras.values():
+        for form in forms.lora_a:
+            assert form.A.untyped_storage().data_ptr() == A.untyped_storage().data_ptr()
+            assert form.B.untyped_storage().data_ptr() == B.untyped_storage().data_ptr()
+
+
+def test_what_is_wrong_with_an_adapter_is_said(manager: Any, directories: dict[str, Path], tmp_path: Path) -> None:
+    wider = nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": nn.Linear(WIDTH + 1, 9)})})
+    save_adapter(inject(wider, LoRAConfig(r=2, target_modules=["q_proj"])), tmp_path)
+    with pytest.raises(AdapterError, match=r"lora_A.weight must have shape \(2, 48\) for this config and model"):
+        manager.read(1, str(tmp_path))
+
+
+def test_a_second_registration_changes_nothing() -> None:
+    from vllm.lora import utils
+
+    before = utils._all_lora_classes
+    register()
+    assert utils._all_lora_classes is before

@@ -1,0 +1,29 @@
+"""Packed layers shared out among processes: each holds its rows, or its columns and a part of every sum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tests/in_vllm/environment.py")
+
+import torch.multiprocessing as processes
+from packed_model import METHODS, check, engine_process, manager_of, save_adapters
+
+
+def run(rank: int, count: int, store: Path, directories: dict[str, Path]) -> None:
+    with engine_process(rank, count, store) as config:
+        manager = manager_of(config)
+        for name in METHODS:
+            check(manager, ["", name, ""], directories)
+        check(manager, ["LoRA", "", "DoRA", "VeRA", "LoRA"], directories)
+
+
+# With four each head of keys and values is there twice.
+@pytest.mark.parametrize("count", [2, 4])
+def test_all_methods_among_processes(count: int, tmp_path: Path) -> None:
+    directories = save_adapters(tmp_path)
+    processes.start_processes(
+        run, args=(count, tmp_path / f"of_{count}", directories), nprocs=count, start_method="fork"
+    )
