@@ -29,7 +29,7 @@ assert not report.taken and [type(module) for module in model.modules()] == kind
 print("PEFT", peft.__version__, "is left alone with one warning")
 """
 # What older PEFTs warn of beside what the suite knows.
-WARNINGS = ["-W", "ignore::FutureWarning", "-W", "ignore:Model has .tie_word_embeddings:UserWarning"]
+WARNINGS = ["-W", "ignore::FutureWarning", "-W", "ignore:Model has `tie_word_embeddings:UserWarning"]
 TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *WARNINGS, "tests/test_accelerate_peft.py"]
 
 
