@@ -174,22 +174,33 @@ def test_every_kernel_compiles_for_real_gpus(pair: str, tmp_path: Path) -> None:
             assert row["widest_load"] >= (64 if small else 128), row
 
 
-def compiled_for_sm_80(kernels: set[str], cases: list[audit.Case]) -> list[dict[str, Any]]:
-    """What becomes of these kernels, as groups of layers launch them; in a process without the interpreter."""
-    (suite,) = [suite for suite in audit.SUITES if suite.launch is audit.launch_group]
-    with mock.patch.object(audit, "SUITES", [suite._replace(quick=cases)]):
+TIGHT: dict[str, tuple[Callable[..., None], list[Any], str]] = {
+    "sums of vectors": (audit.launch_group, [(64, audit.Group.qkv(64), audit.EVERYTHING)], "_output_grads_kernel"),
+    "masked ranks": (audit.launch_group, [(64, audit.Group.qkv(16), audit.EVERYTHING)], "_adapter_linear_dx_kernel"),
+    "narrow x": (audit.launch_bottleneck, [audit.Bottleneck(16384, 768, 32, dropout=False)], "_input_grads_kernel"),
+    "ranks of U V": (
+        audit.launch_recomposed,
+        [audit.Recomposed(8192, Q=64)],
+        "_hadamard_linear_kernel",
+    ),
+    "vectors by token": (audit.launch_batch, [audit.Batch(4, 2048, R=16)], "_multi_expand_kernel"),
+}
+
+
+def compiled_for_sm_80(case: str) -> list[dict[str, Any]]:
+    """What becomes of a kernel that is short of registers; in a process without the interpreter."""
+    launch, cases, kernel = TIGHT[case]
+    with mock.patch.object(audit, "SUITES", [audit.Suite((), launch, (), (), cases)]):
         jobs = audit.jobs(["sm_80:bf16"], quick=True)
-    return [audit.compiled(job) for job in jobs if job.kernel[1] in kernels]
+    return [audit.compiled(job) for job in jobs if job.kernel[1] == kernel]
 
 
-def test_sums_of_vectors_and_masked_ranks_do_not_spill_on_sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_short_of_registers_does_not_spill_on_sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    kernels = {"_output_grads_kernel", "_adapter_linear_dx_kernel"}
-    cases = [(64, audit.Group.qkv(rank), audit.EVERYTHING) for rank in (16, 64)]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        rows = pool.submit(compiled_for_sm_80, kernels, cases).result()
-    assert {row["kernel"] for row in rows} == kernels
-    assert [row["config"] for row in rows if audit.violations(row)] == []
+        found = dict(zip(TIGHT, pool.map(compiled_for_sm_80, TIGHT), strict=True))
+    assert all(found.values())
+    assert {case: wrong for case, rows in found.items() if (wrong := [r for r in rows if audit.violations(r)])} == {}
 
 
 def test_no_shape_gets_a_config_that_was_not_compiled() -> None:

@@ -360,7 +360,9 @@ def input_grads(x: Tensor, R: int) -> tuple[Config, int, int]:
     block_k = 32 if triton.cdiv(K, 32) * triton.cdiv(R, rank) >= _WANTED_PROGRAMS // 8 else 16
     before_hopper = _shared_memory(x.device) < _HOPPER
     crowded = before_hopper and (block_k == 32 or (rank == 64 and not _aligned([x])))
-    block_m, stages = (32, 2) if x.dtype == torch.float32 else (64 if crowded else 128, 3)
+    # ptxas holds the narrow tile of 32 ranks to fewer registers than three stages of it need.
+    fewer = block_k == 16 and rank == 32 and _LARGE <= _shared_memory(x.device) < _HOPPER
+    block_m, stages = (32, 2) if x.dtype == torch.float32 else (64 if crowded else 128, 2 if fewer else 3)
     tiles = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": rank, "BLOCK": 512}
     programs = triton.cdiv(K, block_k) * triton.cdiv(R, rank)
     splits = _splits(programs, triton.cdiv(M, block_m), 1024 // block_m, wanted=_WANTED_PROGRAMS // 4)
@@ -388,8 +390,9 @@ def hadamard_linear(x: Tensor, operands: Sequence[Tensor], N: int, Q: int) -> Co
     # More ranks of U V are taken in steps: fp32 and AMD's smaller shared memory leave room for few.
     most = 16 if x.dtype == torch.float32 else 32 if shared_memory < _MEDIUM else 64
     block_q = _block(Q, 16, most)
-    if tiles["BLOCK_M"] == 128 and block_q * tiles["BLOCK_K"] >= (64 * 64 if shared_memory >= _MEDIUM else 32 * 32):
-        tiles["num_stages"] = 2  # a third does not fit beside U and V
+    room = 32 * 32 if shared_memory < _MEDIUM else 64 * 32 if _LARGE <= shared_memory < _HOPPER else 64 * 64
+    if tiles["BLOCK_M"] == 128 and block_q * tiles["BLOCK_K"] >= room:
+        tiles["num_stages"] = 2  # a third does not fit beside U and V, or leaves them too few registers
     return {"BLOCK_Q": block_q, "BLOCK_R": 16, **tiles, "GROUP_M": 16}
 
 
@@ -498,7 +501,9 @@ def multi_expand(y: Tensor, block_m: int) -> Config:
     else:
         # Vectors by token are tiles too: few elements a thread leave registers for all of them.
         tiles = {"BLOCK_N": 64, "BLOCK_R": 16 if y.dtype == torch.float32 else 32, "num_warps": 8}
-    return {"BLOCK_M": block_m, **tiles, "num_stages": 2}
+    # With a third stage ptxas grants more registers, where there is room for it.
+    deep = block_m == 64 and y.dtype != torch.float32 and _LARGE <= _shared_memory(y.device) < _HOPPER
+    return {"BLOCK_M": block_m, **tiles, "num_stages": 3 if deep else 2}
 
 
 def dropout_mask() -> Config:
