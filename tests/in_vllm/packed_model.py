@@ -99,7 +99,8 @@ class Packed(nn.Module, SupportsLoRA):
 @contextmanager
 def process_group(rank: int, processes: int, store: Path) -> Iterator[VllmConfig]:
     """This process as one of an engine's, with settings of its own inside."""
-    os.environ["VLLM_DIST_IDENT"] = store.name
+    # Of another name in each process: then vLLM takes no shared memory, which nobody would give back.
+    os.environ["VLLM_DIST_IDENT"] = f"{store.name} of {rank}"
     config = VllmConfig(device_config=DeviceConfig("cpu"))
     with set_current_vllm_config(config):
         init_distributed_environment(processes, rank, f"file://{store}", rank, backend="gloo")

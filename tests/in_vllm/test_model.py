@@ -7,9 +7,11 @@ ones, and many adapters and base rows in one batch must answer as transformers d
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -77,18 +79,30 @@ class Runner(LoRAModelRunnerMixin):
             with torch.inference_mode(), set_forward_context(None, self.config):
                 hidden = self.model(torch.tensor([token for text in texts for token in text]), positions, None, None)
                 last = torch.tensor(list(accumulate(self.lengths))) - 1
-                found = self.model.compute_logits(hidden[last]).argmax(-1).tolist()
+                logits = self.model.compute_logits(hidden[last])
+            # Of several processes the first may have them alone.
+            found = None if logits is None else logits.argmax(-1).tolist()
+            if torch.distributed.get_world_size() > 1:
+                shared = [found]
+                torch.distributed.broadcast_object_list(shared)
+                (found,) = shared
             for text, token in zip(texts, found, strict=True):
                 text.append(token)
         return [text[len(prompt) :] for text, (_, prompt) in zip(texts, rows, strict=True)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """By its entry point, as vLLM finds it."""
-    with process_group(0, 1, tmp_path_factory.mktemp("store") / "model"):
+@contextmanager
+def plugged_in(rank: int, processes: int, store: Path) -> Iterator[None]:
+    """With the plugin by its entry point, as vLLM finds it."""
+    with process_group(rank, processes, store):
         load_general_plugins()
         _set_torch_accelerator_to_noop()  # as vLLM's runner does on a CPU
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with plugged_in(0, 1, tmp_path_factory.mktemp("store") / "model"):
         yield
 
 
@@ -102,16 +116,17 @@ def runner(served: Served) -> Runner:
     return Runner(served.model)
 
 
-def wrong(runner: Runner, served: Served, names: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def wrong(runner: Runner, served: Served, names: list[str]) -> list[Any]:
     """(adapter, prompt, tokens, transformers' tokens) where these differ, of every prompt with every adapter."""
-    monkeypatch.setattr(Attention, "forward", lambda layer, *args, **kwargs: runner.attention(layer, *args, **kwargs))
     known = list(served.directories)
     requests = {
         name: LoRARequest(name, 1 + known.index(name), str(served.directories[name])) if name else None
         for name in names
     }
     rows = [(name, index) for index in range(len(PROMPTS)) for name in names]
-    found = runner.answers([(requests[name], PROMPTS[index]) for name, index in rows])
+    forward = lambda layer, *args, **kwargs: runner.attention(layer, *args, **kwargs)  # noqa: E731
+    with mock.patch.object(Attention, "forward", forward):
+        found = runner.answers([(requests[name], PROMPTS[index]) for name, index in rows])
     return [
         (name, PROMPTS[index], tokens, served.tokens[name][index])
         for (name, index), tokens in zip(rows, found, strict=True)
@@ -119,26 +134,22 @@ def wrong(runner: Runner, served: Served, names: list[str], monkeypatch: pytest.
     ]
 
 
-def test_adapters_of_all_kinds_and_base_rows_in_one_batch(
-    runner: Runner, served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapters_of_all_kinds_and_base_rows_in_one_batch(runner: Runner, served: Served) -> None:
     assert [name for name, tokens in served.tokens.items() if name and tokens == served.tokens[""]] == []
-    assert wrong(runner, served, [""], monkeypatch) == []
+    assert wrong(runner, served, [""]) == []
     names = ["", "lora", "rslora", "dora", "vera", "vera of the same key"]
-    assert wrong(runner, served, names, monkeypatch) == []
+    assert wrong(runner, served, names) == []
 
 
-def test_more_adapters_than_slots_come_and_go(runner: Runner, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert wrong(runner, served, ["", "a bias of B", "a bias of its own", "dora"], monkeypatch) == []
-    assert wrong(runner, served, ["lora", "", "vera", "rslora"], monkeypatch) == []
+def test_more_adapters_than_slots_come_and_go(runner: Runner, served: Served) -> None:
+    assert wrong(runner, served, ["", "a bias of B", "a bias of its own", "dora"]) == []
+    assert wrong(runner, served, ["lora", "", "vera", "rslora"]) == []
 
 
-def test_the_head_stays_with_vllm_and_base_rows_stay_the_base_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_head_stays_with_vllm_and_base_rows_stay_the_base_models(tmp_path: Path) -> None:
     adapters = {"head": peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]), "dora": ADAPTERS["dora"]}
     served = save(tmp_path, "llama", adapters)
     runner = Runner(served.model, max_loras=2)
-    assert wrong(runner, served, ["", "head"], monkeypatch) == []
-    assert wrong(runner, served, ["dora", ""], monkeypatch) == []
-    assert wrong(runner, served, ["dora", "", "head"], monkeypatch) == []
+    assert wrong(runner, served, ["", "head"]) == []
+    assert wrong(runner, served, ["dora", ""]) == []
+    assert wrong(runner, served, ["dora", "", "head"]) == []

@@ -23,8 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-VOCABULARY, TOKENS = 256, 8
-PROMPTS = [[5, 9, 20, 7, 33], [200, 100, 50, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42], [17, 18]]
+VOCABULARY, TOKENS = 192, 8
+PROMPTS = [[5, 9, 20, 7, 33], [150, 100, 50, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42], [17, 18]]
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 96,
