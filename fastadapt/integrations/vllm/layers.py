@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ _PLAIN = (
 # So many unit vectors go through a layer at once.
 _UNIT_VECTORS = 256
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 
 class Slice(NamedTuple):
     """One layer of the adapter's model in this one: its path there as vLLM spells it, its shape, the part that is here,
@@ -57,6 +59,21 @@ class Slice(NamedTuple):
     start: int
     stop: int
     stacks: FormStacks
+
+
+def outside_inference(function: Function) -> Function:
+    """The function with the tensors that it makes as ordinary ones, without gradients.
+
+    vLLM loads adapters in the middle of a step, in inference mode, and between steps, where tensors of that mode could
+    not be written.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 class FastLinear(nn.Module):
@@ -112,11 +129,13 @@ class FastLinear(nn.Module):
     def norms_are_partial(self) -> bool:
         return isinstance(self.base_layer, RowParallelLinear) and self.base_layer.tp_size > 1
 
+    @outside_inference
     def reset_lora(self, index: int) -> None:
         for part in self.slices:
             part.stacks.clear(index)
         self._look()
 
+    @outside_inference
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Enters forms, one a slice or None for the base model's, where lora_b is None; else vLLM's factors."""
         self.reset_lora(index)
