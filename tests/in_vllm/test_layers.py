@@ -57,6 +57,23 @@ def test_methods_beside_each_other_in_slots_that_change_hands(manager: Any, dire
     check(manager, ["DoRA, partly", "a bias of B", "a bias of its own"], directories)
 
 
+def test_adapters_come_in_the_middle_of_a_step_and_between_steps(manager: Any, directories: dict[str, Path]) -> None:
+    with torch.inference_mode():
+        check(manager, ["LoRA", "DoRA", "VeRA"], directories)
+    for layer in manager.modules.values():
+        assert not any(
+            tensor is not None and tensor.is_inference()
+            for part in layer.slices
+            for form in part.stacks.layer.forms.values()
+            for tensor in (*form.A, *form.B, form.mid_scale, form.out_scale, form.base_scale)
+        )
+    manager.remove_all_adapters()
+    check(manager, ["partly", "DoRA, partly", "LoRA"], directories)
+    with torch.inference_mode():
+        check(manager, ["DoRA", "DVoRA", "LoRA"], directories)
+    check(manager, ["LoRA", "SSF", "VeRA"], directories)
+
+
 def test_rows_that_fill_up_a_batch_are_the_base_models(manager: Any, directories: dict[str, Path]) -> None:
     layer, x = manager.modules["attn.qkv_proj"], torch.randn(5, WIDTH)
     base = layer(x)[0]

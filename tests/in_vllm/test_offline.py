@@ -54,7 +54,7 @@ def test_a_bad_adapter_is_refused_and_the_others_go_on(llm: LLM, served: Served,
     shutil.copytree(served.directories["dora"], tmp_path / "bad")
     config = json.loads((tmp_path / "bad/adapter_config.json").read_text())
     (tmp_path / "bad/adapter_config.json").write_text(json.dumps(config | {"r": 6}))
-    with pytest.raises(Exception, match=r"lora_A.weight must have shape \(6, 96\) for this config and model"):
+    with pytest.raises(Exception, match=r"lora_A.weight must have shape \(6, 192\) for this config and model"):
         llm.llm_engine.add_lora(LoRARequest("bad", 99, str(tmp_path / "bad")))
     assert 99 not in llm.llm_engine.list_loras()
     assert wrong(llm, served, ["", "dora"]) == []

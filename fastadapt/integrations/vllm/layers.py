@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ _PLAIN = (
 # So many unit vectors go through a layer at once.
 _UNIT_VECTORS = 256
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 
 class Slice(NamedTuple):
     """One layer of the adapter's model in this one: its path there as vLLM spells it, its shape, the part that is here,
@@ -59,6 +61,21 @@ class Slice(NamedTuple):
     stacks: FormStacks
 
 
+def outside_inference(function: Function) -> Function:
+    """The function with the tensors that it makes as ordinary ones, without gradients.
+
+    vLLM loads adapters in the middle of a step, in inference mode, and between steps, where tensors of that mode could
+    not be written.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
 class FastLinear(nn.Module):
     """What comes before one of vLLM's classes: y = quant_method(x) by vLLM's own kernel, then the forms onto slices of
     it, in place. The weight is never read: it may be packed or quantised."""
@@ -68,8 +85,9 @@ class FastLinear(nn.Module):
     input_size: int
     device: torch.device
     slices: Sequence[Slice] = ()
-    _used: Sequence[Slice] = ()
-    _needs_plain = False
+    # Slots that have an adapter in this layer, and of these those with a g.
+    _adapted: frozenset[int] = frozenset()
+    _scaled: frozenset[int] = frozenset()
     _squares: Tensor | None = None
 
     @classmethod
@@ -111,11 +129,13 @@ class FastLinear(nn.Module):
     def norms_are_partial(self) -> bool:
         return isinstance(self.base_layer, RowParallelLinear) and self.base_layer.tp_size > 1
 
+    @outside_inference
     def reset_lora(self, index: int) -> None:
         for part in self.slices:
             part.stacks.clear(index)
         self._look()
 
+    @outside_inference
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Enters forms, one a slice or None for the base model's, where lora_b is None; else vLLM's factors."""
         self.reset_lora(index)
@@ -126,17 +146,17 @@ class FastLinear(nn.Module):
         self._look()
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        batch = self.punica_wrapper.batch
-        if not self._used or not batch.runs:
+        batch, present = self.punica_wrapper.batch, self.punica_wrapper.slots
+        if self._adapted.isdisjoint(present):
             product: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, bias)
             return product
         # A g scales the product alone: then the bias comes behind it, for all slices.
-        plain = bias if self._needs_plain else None
+        plain = None if self._scaled.isdisjoint(present) else bias
         y: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, bias if plain is None else None)
         rows, tokens = y.view(-1, y.shape[-1]), len(batch)
         if plain is not None:
             rows[tokens:].add_(plain)  # rows of nobody, where the engine fills up a batch
-        parts = self._used if plain is None else self.slices
+        parts = [part for part in self.slices if plain is not None or part.stacks.layer.forms]
         multi_adapter_update(
             [rows[:tokens, part.start : part.stop] for part in parts],
             x.reshape(-1, x.shape[-1])[:tokens],
@@ -170,9 +190,9 @@ class FastLinear(nn.Module):
         self._squares = None
 
     def _look(self) -> None:
-        forms = [(part, form) for part in self.slices for form in part.stacks.layer.forms.values()]
-        self._used = [part for part in self.slices if part.stacks.layer.forms]
-        self._needs_plain = any(form.base_scale is not None for _, form in forms)
+        forms = [item for part in self.slices for item in part.stacks.layer.forms.items()]
+        self._adapted = frozenset(slot for slot, _ in forms)
+        self._scaled = frozenset(slot for slot, form in forms if form.base_scale is not None)
 
     def _of_factors(self, lora_a: Any, lora_b: Any) -> list[AdapterForm | None]:
         """Forms of vLLM's factors: of whole layers, or in its warm-up of what is here of them."""

@@ -12,7 +12,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
 from ...model.untrusted import refused
 from .adapters import Pairs, SharedPair, SliceForms, local_forms, read
-from .layers import FastLinear
+from .layers import FastLinear, outside_inference
 from .names import naming_of
 
 
@@ -47,6 +47,7 @@ class FastModelManager(LRUCacheLoRAModelManager):
         (only,) = self.packed_modules_mapping.get(last) or [last]
         return f"{parent}.{only}" if parent else only
 
+    @outside_inference
     def read(self, lora_id: int, directory: str) -> FastLoRA:
         """Raises AdapterError for whatever is wrong with the adapter."""
         adapter, naming = read(directory, self.fast.values(), self._namings)
