@@ -40,7 +40,8 @@ def requirements(metadata: str) -> list[str]:
 
 def _run(*command: object) -> None:
     try:
-        subprocess.run([str(part) for part in command], check=True)
+        # What this prints itself is the interpreter alone.
+        subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
     except subprocess.CalledProcessError as error:
         raise UnavailableError(
             f"`{' '.join(map(str, error.cmd))}` failed: vLLM's environment needs a network that reaches a package "
