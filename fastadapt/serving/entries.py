@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,15 @@ from .loader import LoadedAdapter
 
 # The offsets in the arena of pages that were taken, by their size: thousands of adapters have hundreds each.
 Taken = dict[int, "array[int]"]
+
+
+def pair_key(A: Tensor, B: Tensor) -> tuple[object, ...]:
+    """Equal for pairs of equal content. Shapes: A [r, in]; B [out, r]."""
+    return (*A.shape, B.shape[0], _digest(A), _digest(B))
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 @dataclass

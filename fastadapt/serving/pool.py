@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import warnings
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 from ..layers.linear import AdapterLinear
 from ..model.targets import is_linear
 from ..model.untrusted import AdapterError
-from ..operators.multi_adapter_linear.batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm
+from ..operators.multi_adapter_linear.batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm, added_bias
 from ..operators.multi_adapter_linear.plan import part_cuts, rank_rows
 from ..reference import AdapterForm
 from .arena import Arena, ArenaFullError
-from .entries import AdapterInfo, Arrival, Content, Entry, Factors, Taken
+from .entries import AdapterInfo, Arrival, Content, Entry, Factors, Taken, pair_key
 from .loader import LoadedAdapter, read_adapter
 from .tables import PoolTables
 
@@ -420,7 +419,7 @@ class AdapterPool:
         pair, key = list[Tensor](), None
         if loaded.shared is not None:
             A, B = loaded.shared
-            key = (*A.shape, B.shape[0], _digest(A), _digest(B))
+            key = pair_key(A, B)
             pair = [self._cast(rows, self.dtype, name) for rows in (A, B.T)]
         layers = {path: self._content(name, path, form, shared=key is not None) for path, form in loaded.forms.items()}
         return Arrival(layers, pair, key)
@@ -439,13 +438,8 @@ class AdapterPool:
             scaling *= float(out_scale)
         h = out_scale if isinstance(out_scale, Tensor) and out_scale.dim() else None
         base_bias = getattr(self.layers[path], "bias", None)
-        added = form.bias
-        if added is base_bias:
-            added = None
-        elif added is not None and base_bias is not None:
-            added = added.float() - base_bias.float()
         tied = h is not None and h is form.base_scale
-        vectors = (mid, None if tied else h, form.base_scale, added)
+        vectors = (mid, None if tied else h, form.base_scale, added_bias(form.bias, base_bias))
         cast = (None if vector is None else self._cast(vector, torch.float32, name) for vector in vectors)
         return Content(factors, list(cast), scaling, tied)
 
@@ -537,7 +531,3 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
         return layer.out_features, layer.in_features
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight.shape[1], weight.shape[0]
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()

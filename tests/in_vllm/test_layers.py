@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tests/in_vllm/environment.py")
 
-from packed_model import METHODS, WIDTH, check, engine_process, load, manager_of, save_adapters
+from packed_model import METHODS, WIDTH, check, load, manager_of
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.lora.layers import LoRAMapping
@@ -20,21 +19,7 @@ from fastadapt import LoRAConfig, inject, save_adapter
 from fastadapt.integrations.vllm import register
 from fastadapt.serving import AdapterError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
-    with engine_process(0, 1, tmp_path_factory.mktemp("store") / "alone") as config:
-        yield config
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_adapters(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture
-def manager(alone: VllmConfig) -> Any:
-    return manager_of(alone)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.mark.parametrize("name", METHODS)

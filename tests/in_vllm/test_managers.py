@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tests/in_vllm/environment.py")
 
 import vllm
-from packed_model import SLOTS, Packed, Plain, check, engine_process, manager_of, save_adapters
+from packed_model import SLOTS, Packed, Plain, check
 from safetensors.torch import load_file, save_file
 from vllm.config import VllmConfig
 from vllm.exceptions import LoRAAdapterNotFoundError
@@ -32,21 +31,7 @@ from fastadapt.integrations.vllm.punica import FastPunica
 from fastadapt.integrations.vllm.worker_manager import FastWorkerManager
 from fastadapt.serving import AdapterError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
-    with engine_process(0, 1, tmp_path_factory.mktemp("store") / "managers") as config:
-        yield config
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_adapters(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture
-def manager(alone: VllmConfig) -> Any:
-    return manager_of(alone)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def settings(alone: VllmConfig, **fields: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -11,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ...functional import weight_norm_squared
+from ...operators.multi_adapter_linear.batch import added_bias
 from ...reference import AdapterForm
 from ...serving import AdapterError, PartForm, ShapedAdapter, read_adapter_by_shapes
+from ...serving.entries import pair_key
 from ...serving.loader import check_finite
 from .layers import FastLinear, Slice
 
@@ -42,16 +43,12 @@ class Pairs:
         self._pairs: WeakValueDictionary[object, SharedPair] = WeakValueDictionary()
 
     def of(self, A: Tensor, B: Tensor) -> SharedPair:
-        key = (*A.shape, *B.shape, _digest(A), _digest(B))
+        key = pair_key(A, B)
         pair = self._pairs.get(key)
         if pair is None:
             pair = SharedPair(A.to(self._device, self._dtype), B.to(self._device, self._dtype))
             self._pairs[key] = pair
         return pair
-
-
-def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).digest()
 
 
 def read(directory: str, layers: Iterable[FastLinear], namings: Iterable[Naming]) -> tuple[ShapedAdapter, Naming]:
@@ -103,7 +100,7 @@ def local_forms(
         form = found[part.path].finished(norms.get(part.path))
         if form.bias is not None:
             # From here on what it adds to the base layer's, which one process does.
-            form = form._replace(bias=_added(form.bias, _bias(layer, part)) if layer.adds_bias else None)
+            form = form._replace(bias=added_bias(form.bias, _bias(layer, part)) if layer.adds_bias else None)
         forms[part.path] = form if pair is not None else _own(form)
     check_finite(forms)
     by_layer = {
@@ -117,12 +114,6 @@ def local_forms(
 def _bias(layer: FastLinear, part: Slice) -> Tensor | None:
     bias = layer.base_layer.bias
     return None if bias is None else bias[part.start : part.stop]
-
-
-def _added(bias: Tensor, base_bias: Tensor | None) -> Tensor | None:
-    if bias is base_bias:
-        return None
-    return bias if base_bias is None else bias.float() - base_bias.float()
 
 
 def _own(form: AdapterForm) -> AdapterForm:

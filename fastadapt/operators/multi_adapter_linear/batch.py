@@ -183,6 +183,13 @@ class SlotForm(NamedTuple):
         return self.base_scale is not None and self.out_scale is self.base_scale
 
 
+def added_bias(bias: Tensor | None, base_bias: Tensor | None) -> Tensor | None:
+    """β − b0 of a form's whole bias β, in fp32 where both are there; None where β is that very b0, or nothing."""
+    if bias is base_bias or bias is None:
+        return None
+    return bias if base_bias is None else bias.float() - base_bias.float()
+
+
 class FormTables(NamedTuple):
     """The adapter forms of one layer in the arena, as the kernels read them: tables of where everything begins.
 

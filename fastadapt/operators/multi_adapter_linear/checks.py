@@ -15,8 +15,7 @@ def check_multi_adapter_linear(x: Tensor, weight: Tensor, bias: Tensor | None, t
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise shape_error("x", f"[..., {k}] to go with weight {tuple(weight.shape)}", x)
-    if x.numel() // max(1, k) != tokens:
-        raise ValueError(f"x has {x.numel() // max(1, k)} tokens {tuple(x.shape)} but the batch has {tokens}")
+    check_tokens(x, tokens)
     check_floating("x", x)
     check_floating("weight", weight)
     check_device("weight", weight, x.device)
@@ -25,6 +24,13 @@ def check_multi_adapter_linear(x: Tensor, weight: Tensor, bias: Tensor | None, t
         raise ValueError(
             "x requires grad, but many adapters in one batch are for inference: call under torch.no_grad()"
         )
+
+
+def check_tokens(x: Tensor, tokens: int) -> None:
+    """Raises ValueError where x [..., K] does not have as many tokens as a batch."""
+    found = x.numel() // max(1, x.shape[-1])
+    if found != tokens:
+        raise ValueError(f"x has {found} tokens {tuple(x.shape)} but the batch has {tokens}")
 
 
 def check_multi_adapter_update(y: Tensor, x: Tensor, bias: Tensor | None) -> None:

@@ -172,10 +172,10 @@ def _apply(y: Tensor, x: Tensor, biased: tuple[Tensor | None, Tensor] | None, fo
     tied = form.tied
     if g is not None and not tied:
         scaled(y, g, None, keep=False)
-    # What is summed up in y itself is rounded at y's size each time: a product of one row with every term, one in parts
-    # with every part.
     if form.A and form.A[0].dtype != x.dtype:
         x = cast(x, thin_dtype(x.shape[0], x.dtype, x.is_cpu))
+    # What is summed up in y itself is rounded at y's size each time: a product of one row with every term, one in parts
+    # with every part.
     if y.shape[0] > 1 and len(form.A) == 1 and x.dtype == y.dtype and (h is None or tied):
         ((u, B),) = _down(x, form)
         y.addmm_(u, cast(B, x.dtype), alpha=form.scaling)

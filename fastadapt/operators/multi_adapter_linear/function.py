@@ -12,7 +12,7 @@ from ..backends import resolve_backend
 from ..calls import check_same_dtype, compute_dtype, rows_of, without_autocast
 from . import op
 from .batch import AdapterBatch, LayerForms
-from .checks import check_multi_adapter_linear, check_multi_adapter_update
+from .checks import check_multi_adapter_linear, check_multi_adapter_update, check_tokens
 
 
 def multi_adapter_linear(
@@ -114,9 +114,7 @@ def multi_adapter_update(
             "ys, biases and layers must have one entry a layer, one at least, got "
             f"{len(ys)}, {len(biases)} and {len(layers)}"
         )
-    if x.numel() // max(1, x.shape[-1]) != len(batch):
-        tokens = x.numel() // max(1, x.shape[-1])
-        raise ValueError(f"x has {tokens} tokens {tuple(x.shape)} but the batch has {len(batch)}")
+    check_tokens(x, len(batch))
     views = []
     for y, bias in zip(ys, biases, strict=True):
         check_multi_adapter_update(y, x, bias)

@@ -71,7 +71,7 @@ def together(
     single = [run for run in simple if run.stop - run.start == 1 and run.form.stack is None and _own_factors(run.form)]
     for members in _stacks(single):
         first = members[0].form
-        wide = _stack_dtype(dtype, first.A[0].device)
+        wide = stack_dtype(dtype, first.A[0].device)
         size = len(members) * (first.A[0].shape[1] + first.B[0].shape[1]) * first.rank * wide.itemsize
         if len(members) > 1 and size <= limit:
             limit -= size
@@ -183,7 +183,7 @@ def _stacks(runs: Sequence[FormRun]) -> Iterator[list[FormRun]]:
         yield members
 
 
-def _stack_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def stack_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """A CPU's batched products of single rows take five times as long in 16 bits as in fp32."""
     return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...reference import AdapterForm
-from .batch import FactorStack, LayerForms, SlotForm
+from .batch import FactorStack, LayerForms, SlotForm, added_bias
+from .plan import stack_dtype
 
 _LEAST_RANK = 8
 
@@ -25,7 +26,7 @@ class FormStacks:
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.shape = shape
-        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.dtype = stack_dtype(dtype, torch.device("cpu"))
         self._forms: dict[int, SlotForm] = {}
         self._stacks: dict[int, FactorStack] = {}  # by rank
         self._free: dict[int, list[int]] = {}  # places of a stack
@@ -124,10 +125,5 @@ def _entry(form: AdapterForm, base_bias: Tensor | None) -> SlotForm:
     g = vector(form.base_scale)
     h = g if form.out_scale is form.base_scale else vector(form.out_scale)
     scaling = form.scaling if h is not None else form.scaling * float(form.out_scale)
-    added = form.bias
-    if added is base_bias:
-        added = None
-    elif added is not None and base_bias is not None:
-        added = added.float() - base_bias.float()
     A, B = form.A.detach(), form.B.detach().T
-    return SlotForm((A,), (B,), scaling, vector(form.mid_scale), h, g, vector(added))
+    return SlotForm((A,), (B,), scaling, vector(form.mid_scale), h, g, vector(added_bias(form.bias, base_bias)))
