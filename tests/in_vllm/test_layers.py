@@ -95,6 +95,15 @@ def test_what_is_wrong_with_an_adapter_is_said(manager: Any, directories: dict[s
         manager.read(1, str(tmp_path))
 
 
+def test_a_form_without_a_bias_of_its_own_goes_into_the_stacks(manager: Any, directories: dict[str, Path]) -> None:
+    check(manager, ["LoRA", "DoRA", ""], directories)
+    assert any(layer.base_layer.bias is not None for layer in manager.fast.values())
+    forms = [
+        form for layer in manager.fast.values() for part in layer.slices for form in part.stacks.layer.forms.values()
+    ]
+    assert all(form.added_bias is None and form.stack is not None for form in forms)
+
+
 def test_a_second_registration_changes_nothing() -> None:
     from vllm.lora import utils
 

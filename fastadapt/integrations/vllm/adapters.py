@@ -93,14 +93,16 @@ def local_forms(
         for part in layer.slices
         if theirs[part.path] in adapted
     ]
-    found = {part.path: adapter.part(own, part.shard, bias=_bias(layer, part)) for _, layer, part, own in places}
+    # Once: that a form has the base layer's bias and none of its own shows by its being that very tensor.
+    biases = {part.path: _bias(layer, part) for _, layer, part, _ in places}
+    found = {part.path: adapter.part(own, part.shard, bias=biases[part.path]) for _, _, part, own in places}
     norms = _norms({part.path: (layer, part, found[part.path]) for _, layer, part, _ in places}, add_up)
     forms: dict[str, AdapterForm] = {}
     for _, layer, part, _ in places:
         form = found[part.path].finished(norms.get(part.path))
         if form.bias is not None:
             # From here on what it adds to the base layer's, which one process does.
-            form = form._replace(bias=added_bias(form.bias, _bias(layer, part)) if layer.adds_bias else None)
+            form = form._replace(bias=added_bias(form.bias, biases[part.path]) if layer.adds_bias else None)
         forms[part.path] = form if pair is not None else _own(form)
     check_finite(forms)
     by_layer = {
