@@ -19,6 +19,8 @@ from fastadapt import LoRAConfig, inject, save_adapter
 from fastadapt.integrations.vllm import register
 from fastadapt.serving import AdapterError
 
+# Not in a conftest: the folder around has one, which its tests import by that name.
+pytest_plugins = ["one_process"]
 pytestmark = pytest.mark.usefixtures("alone")
 
 

@@ -31,6 +31,8 @@ from fastadapt.integrations.vllm.punica import FastPunica
 from fastadapt.integrations.vllm.worker_manager import FastWorkerManager
 from fastadapt.serving import AdapterError
 
+# Not in a conftest: the folder around has one, which its tests import by that name.
+pytest_plugins = ["one_process"]
 pytestmark = pytest.mark.usefixtures("alone")
 
 
