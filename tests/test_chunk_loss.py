@@ -195,6 +195,33 @@ def test_logits_are_not_returned_unless_they_are_asked_for() -> None:
     assert model.eval()(tokens(), labels=labels()).logits is not None
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation(name: str, mode: Callable[[], Any], calls: list[Any]) -> None:
+    model = inject(MODELS[name](), config("LoRA", MODELS[name]()))
+    randomise([p for p in model.parameters() if p.requires_grad])
+    inputs = {"input_ids": tokens(), "labels": labels()}
+    with mode():
+        wanted = model.eval()(**inputs)
+        chunk_loss(model, evaluation=True, chunk_bytes=CHUNK)
+        found = model(**inputs)
+        assert len(calls) == 1
+        assert "logits" not in found
+        torch.testing.assert_close(found.loss, wanted.loss)
+        assert model(input_ids=tokens()).logits is not None
+        chunk_loss(model, evaluation=True, keep_logits=True)
+        found = model(**inputs)
+        torch.testing.assert_close(found.logits.float().sum(), wanted.logits.float().sum())
+    # With gradients in eval mode, as an attribution method runs: the model's own.
+    calls.clear()
+    chunk_loss(model, evaluation=True)
+    assert model(**inputs).logits is not None
+    assert len(calls) == 0
+    model.train()
+    results(model)
+    assert len(calls) == 1
+
+
 def test_it_is_undone_copied_and_pickled(calls: list[Any]) -> None:
     model = adapted()
     chunk_loss(model)

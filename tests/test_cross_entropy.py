@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadapt.functional import linear_cross_entropy
+from fastadapt.operators import cross_entropy
 from fastadapt.reference import AdapterForm, adapter_linear_reference
 
 M, K, V, R = 13, 10, 31, 3
@@ -270,3 +271,29 @@ def test_what_does_not_fit_is_named(case: str) -> None:
         arguments["form"] = AdapterForm(given["short"], given["B"])
     with pytest.raises(kind, match=words):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("weight_trains", [False, True])
+def test_liger_s_kernel(weight_trains: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it takes over on a GPU, its own code run by the interpreter: the same loss and gradients."""
+    pytest.importorskip("liger_kernel")
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU every other test here has run it")
+    torch.manual_seed(0)
+    x, weight, labels = torch.randn(3, 5, 16), torch.randn(40, 16), torch.randint(40, (3, 5))
+    labels[0, :2] = -100
+    tensors = [x.requires_grad_(), weight.requires_grad_(weight_trains)]
+    if bias:
+        tensors.append(torch.randn(40, requires_grad=weight_trains))
+
+    def results() -> list[Tensor]:
+        loss = linear_cross_entropy(x, weight, labels, bias=tensors[2] if bias else None, num_items=7)
+        return [loss, *torch.autograd.grad(loss, [tensor for tensor in tensors if tensor.requires_grad])]
+
+    wanted = results()
+    taken: list[Any] = []
+    monkeypatch.setattr(cross_entropy._Head, "is_liger_s", lambda head, rows: taken.append(rows) or True)
+    for found, value in zip(results(), wanted, strict=True):
+        torch.testing.assert_close(found, value)
+    assert len(taken) == 1

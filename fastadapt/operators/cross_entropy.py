@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ def linear_cross_entropy(
     with c = softcap (z = scale · y without one) and ε = label_smoothing; z and its sums in fp32, fp64 for fp64. Labels
     are those of x's own positions: whoever predicts the next token shifts them before. Where a label is ignore_index
     its token costs nothing, no projection either.
+    On a GPU where liger-kernel is installed its kernel computes what has no form and no scale, under backend "auto".
     The gradients are made beside the loss, chunk by chunk: each of x, of every tensor of the form, and without a form
     of weight and bias where they train, added up in fp32. With "none" the backward makes a chunk's logits again.
     reduction: "mean" over the labels that count, or over num_items in their place; "sum"; "none", one loss a label.
@@ -90,7 +92,9 @@ def linear_cross_entropy(
         chunk = max(1, chunk_bytes // (weight.shape[0] * sum_dtype(x).itemsize))
         weight = cast(weight, compute_dtype(x))
         if reduction != "none":
-            total = _summed(rows, targets, weight, operands, head, kept, chunk)
+            theirs = backend == "auto" and kept.numel() > 0 and head.is_liger_s(rows)
+            summed = _summed_by_liger if theirs else _summed
+            total = summed(rows, targets, weight, operands, head, kept, chunk)
             return total if reduction == "sum" else total / (kept.numel() if num_items is None else num_items)
         losses = _one_by_one(rows, targets, weight, operands, head, kept, chunk)
     if reduction == "none":
@@ -109,6 +113,11 @@ class _Head(NamedTuple):
     scale: float
     softcap: float | None
     label_smoothing: float
+
+    def is_liger_s(self, x: Tensor) -> bool:
+        """Whether Liger's kernel is there and computes this."""
+        plain = self.options is None and self.scale == 1.0 and x.dtype is not torch.float64
+        return plain and x.device.type == "cuda" and find_spec("liger_kernel") is not None
 
     def output(self, x: Tensor, weight: Tensor, operands: tuple[Any, ...]) -> Tensor:
         """y [M, V] of x [M, K]."""
@@ -179,6 +188,25 @@ def _summed(
             y = head.output(cast(x[rows], weight.dtype), weight, operands)
             found += head.loss_and_gradient(y, targets[rows], wanted=False)[0]
     return found
+
+
+def _summed_by_liger(
+    x: Tensor, targets: Tensor, weight: Tensor, operands: tuple[Any, ...], head: _Head, kept: Tensor, chunk: int
+) -> Tensor:
+    """The same by Liger's kernel, whose chunks are its own."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    total: Tensor = liger_fused_linear_cross_entropy(
+        cast(x[kept], weight.dtype),
+        weight,
+        targets[kept],
+        *operands,
+        label_smoothing=head.label_smoothing,
+        reduction="sum",
+        softcap=head.softcap,
+        accum_dtype=torch.float32,
+    )
+    return total
 
 
 def _one_by_one(

@@ -17,7 +17,12 @@ from .deferred import DeferredLogits, Head
 
 
 def chunk_loss(
-    model: nn.Module, *, enabled: bool = True, keep_logits: bool = False, chunk_bytes: int = CHUNK_BYTES
+    model: nn.Module,
+    *,
+    enabled: bool = True,
+    evaluation: bool = False,
+    keep_logits: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> None:
     """Has a transformers model compute its training loss from chunks of its logits: they are never all there.
 
@@ -28,12 +33,13 @@ def chunk_loss(
     num_items_in_batch) is noted, and torch.nn.functional.cross_entropy then is `functional.linear_cross_entropy`: the
     same loss and gradients up to rounding, with adapters on the head, one that trains whole, or a frozen one. Anything
     else that reads the logits gets them, computed in full, and the loss is the model's own.
-    So it is, too, in evaluation, in compiled code, and while the head is more than a linear layer with our adapters:
+    So it is, too, in compiled code, and while the head is more than a linear layer with our adapters:
     hooks, quantised or sharded weights.
     model: what will be called, adapted before or after; also a PeftModel, whose head, if it has an adapter, must be one
     that `accelerate_peft` has taken. It is changed in place; enabled=False undoes it.
-    keep_logits: in training the output's logits are None; True gives what is computed once somebody reads it, under
-    dropout on the head with another mask than the loss.
+    evaluation: whether the loss without gradients, in eval mode, is computed so as well; Trainer's metrics want logits.
+    keep_logits: where the loss is computed so the output's logits are None; True gives what is computed once somebody
+    reads it, under dropout on the head with another mask than the loss.
     chunk_bytes: as `functional.linear_cross_entropy` takes it.
     Raises ValueError for a model whose head is not such a layer: its loss stays as it is.
     """
@@ -48,7 +54,7 @@ def chunk_loss(
         raise ValueError(f"the loss of {type(model).__name__} cannot be computed in chunks: {found}")
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
-    loss = _ChunkedLoss(keep_logits, chunk_bytes)
+    loss = _ChunkedLoss(evaluation, keep_logits, chunk_bytes)
     model.register_forward_pre_hook(loss.begin, with_kwargs=True)
     model.register_forward_hook(loss.end, always_call=True)
 
@@ -59,23 +65,26 @@ _KINDS_OF_HOOKS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs
 class _ChunkedLoss:
     """The hooks on a model: its head defers while the model's own forward runs."""
 
-    def __init__(self, keep_logits: bool, chunk_bytes: int) -> None:
-        self.keep_logits, self.chunk_bytes = keep_logits, chunk_bytes
+    def __init__(self, evaluation: bool, keep_logits: bool, chunk_bytes: int) -> None:
+        self.evaluation, self.keep_logits, self.chunk_bytes = evaluation, keep_logits, chunk_bytes
         self.deferring: nn.Module | None = None
+        self.graph = False  # whether the model was called with gradients
 
     def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        wanted = model.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
-        if not wanted or torch.compiler.is_compiling():
+        trains, graph = model.training, torch.is_grad_enabled()
+        wanted = (trains and graph) or (self.evaluation and not trains and not graph)
+        if not wanted or kwargs.get("labels") is None or torch.compiler.is_compiling():
             return
         found = _head_of(model)
         if not isinstance(found, str):
             # For as long as the model runs: copies, pickles and whoever asks for hooks never see it.
             found.module.__dict__["forward"] = partial(self._forward, found.module.forward, found)
-            self.deferring = found.module
+            self.deferring, self.graph = found.module, graph
 
     def _forward(self, run: Callable[..., Tensor], found: _Found, x: Any, *args: Any, **kwargs: Any) -> Any:
         head = found.head
-        fits = not args and not kwargs and type(x) in (Tensor, nn.Parameter) and torch.is_grad_enabled()
+        asked = torch.is_grad_enabled() == self.graph
+        fits = asked and not args and not kwargs and type(x) in (Tensor, nn.Parameter)
         if not fits or not head.takes(x):
             return run(x, *args, **kwargs)
         return DeferredLogits.of(x, partial(run, x), head, self.chunk_bytes)

@@ -49,7 +49,7 @@ class DeferredLogits(Tensor):
 
     @classmethod
     def of(cls, x: Tensor, compute: Callable[[], Tensor], head: Head, chunk_bytes: int) -> DeferredLogits:
-        """Those of rows x [..., K] of a head; compute gives their values."""
+        """Those of rows x [..., K] of a head; compute gives their values. With gradients where x is asked with them."""
         made = cls._made(x, head.weight.shape[0], compute_dtype(x))
         made._rows, made._head, made._chunk_bytes, made._compute = x, head, chunk_bytes, compute
         made._scale, made._softcap, made._root, made._autocast = 1.0, None, None, autocast_dtype(x)
@@ -58,10 +58,12 @@ class DeferredLogits(Tensor):
     @classmethod
     def _made(cls, x: Tensor, columns: int, dtype: torch.dtype) -> DeferredLogits:
         make: Any = Tensor._make_wrapper_subclass
-        made: DeferredLogits = make(cls, (*x.shape[:-1], columns), dtype=dtype, device=x.device, requires_grad=True)
+        graph, shape = torch.is_grad_enabled(), (*x.shape[:-1], columns)
+        made: DeferredLogits = make(cls, shape, dtype=dtype, device=x.device, requires_grad=graph)
         made._kept = None
-        with torch._C.DisableTorchFunctionSubclass():
-            made.register_hook(_refuse)
+        if graph:
+            with torch._C.DisableTorchFunctionSubclass():
+                made.register_hook(_refuse)
         return made
 
     def _like(self, made_by: Callable[[Tensor], Tensor], **changes: Any) -> DeferredLogits:
@@ -76,9 +78,16 @@ class DeferredLogits(Tensor):
     def values(self) -> Tensor:
         """The logits, computed at most once; with their graph, whoever asks."""
         if self._kept is None:
-            with torch.enable_grad(), self._as_then():
+            with torch.set_grad_enabled(self.requires_grad), self._as_then():
                 self._kept = self._compute()
         return self._kept
+
+    def _applies(self) -> bool:
+        """Whether a rule does: nobody has read the values, and gradients are asked for as they were at the head.
+
+        Where they are no longer, somebody may be inside of a Function of his own.
+        """
+        return not self._was_read and torch.is_grad_enabled() == self.requires_grad
 
     @property
     def _was_read(self) -> bool:
@@ -103,8 +112,7 @@ class DeferredLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
-        # Without gradients somebody may be inside of a Function of his own.
-        if name in _RULES and torch.is_grad_enabled() and isinstance(first, DeferredLogits) and not first._was_read:
+        if name in _RULES and isinstance(first, DeferredLogits) and first._applies():
             found = _RULES[name](first, func, *args[1:], **kwargs)
             if found is not None:
                 return found

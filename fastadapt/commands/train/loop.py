@@ -18,6 +18,7 @@ import torch
 from ...methods import METHODS, AdapterConfig
 from ...model.adapted import adapter_configs
 from ...model.inject import control, inject
+from ...training.chunked_loss import chunk_loss
 from ...training.state import load_tensors, trained_tensors
 from ..batches import Batch, Row, collate, epoch_batches, length
 from . import state as train_state
@@ -152,6 +153,7 @@ class Training:
         # What is dropped differs from process to process.
         if self.world.size > 1:
             torch.manual_seed(options.seed * self.world.size + self.world.rank)
+        self._chunk_loss()
         # Training may change the config: what a resumed run must build first is this one.
         config = adapter_configs(self.model)[ADAPTER]
         self.config = {**asdict(config), "peft_type": config.peft_type}
@@ -168,6 +170,7 @@ class Training:
         self.control = control(self.model, ADAPTER)
         self.control.load_state_dict(state["control"])
         load_tensors(self.model, ADAPTER, state["tensors"], "or use --overwrite")
+        self._chunk_loss()
         self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -179,6 +182,12 @@ class Training:
         torch.set_rng_state(generators["torch"])
         if "cuda" in generators:
             torch.cuda.set_rng_state(generators["cuda"], self.model.device)
+
+    def _chunk_loss(self) -> None:
+        """All logits of a batch are never there: of 8 rows of 1,024 tokens SmolLM2's alone are 1.6 GB."""
+        # A classifier's logits are few, and a head that is more than a linear layer keeps its model's own loss.
+        with contextlib.suppress(ValueError):
+            chunk_loss(self.model, evaluation=True)
 
     def _make_optimizer(self) -> None:
         options = self.options
