@@ -127,7 +127,7 @@ def managed(model: Any, config: Any, *, ours: bool) -> Any:
 
 def load(manager: Any, methods: list[str]) -> None:
     """Adapters 1, 2, ... of these methods in the slots."""
-    pairs: dict[Any, torch.Tensor] = {}
+    pair = None
     for number, method in enumerate(methods, 1):
         adapter = manager.create_dummy_lora(number, RANK, {})
         for weights in adapter.loras.values():
@@ -138,19 +138,21 @@ def load(manager: Any, methods: list[str]) -> None:
         manager.activate_adapter(number)
         if method == "lora":
             continue
-        for layer in manager.fast.values():
-            layer.set_lora(number - 1, [_form(method, part.stacks.shape, layer, pairs) for part in layer.slices], None)
+        layers = list(manager.fast.values())
+        if pair is None:
+            k, n = (max([part.stacks.shape[side] for layer in layers for part in layer.slices]) for side in (1, 0))
+            pair = manager._pairs.of(0.02 * torch.randn(VERA_RANK, k), 0.02 * torch.randn(n, VERA_RANK))
+        for layer in layers:
+            layer.set_lora(number - 1, [_form(method, part.stacks.shape, pair) for part in layer.slices], None)
 
 
-def _form(method: str, shape: tuple[int, int], layer: Any, pairs: dict[Any, torch.Tensor]) -> AdapterForm:
+def _form(method: str, shape: tuple[int, int], pair: Any) -> AdapterForm:
     n, k = shape
     if method == "dora":
         g = 1 + 0.01 * torch.randn(n)
         return AdapterForm(0.02 * torch.randn(RANK, k), 0.02 * torch.randn(n, RANK), out_scale=g, base_scale=g)
-    dtype = layer.base_layer.params_dtype
-    A = pairs.setdefault(("A", k), 0.02 * torch.randn(VERA_RANK, k).to(dtype))
-    B = pairs.setdefault(("B", n), 0.02 * torch.randn(n, VERA_RANK).to(dtype))
-    return AdapterForm(A, B, mid_scale=torch.randn(VERA_RANK), out_scale=torch.randn(n))
+    d, h = torch.randn(VERA_RANK), torch.randn(n)
+    return AdapterForm(pair.A[:, :k], pair.B[:n], mid_scale=d, out_scale=h)
 
 
 def runner(model: Any, manager: Any, names: list[int], tokens: int, dtype: torch.dtype) -> Callable[[], None]:

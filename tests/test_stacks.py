@@ -27,6 +27,8 @@ BATCHES: dict[str, list[tuple[int, int]]] = {
     "prompts": [(0, 9), (5, 7), (-1, 3), (5, 6), (6, 11)],
     "both": [(0, 1), (5, 8), (1, 1), (6, 1), (5, 1), (-1, 2), (2, 12), (1, 2), (0, 3)],
     "one": [(2, 1), (-1, 1), (2, 1), (2, 5)],
+    "scales": [(9, 1), (10, 1), (0, 1), (11, 2), (5, 1), (7, 1), (9, 1), (-1, 1)],
+    "prompts of scales": [(9, 6), (10, 7), (11, 5)],
     "base": [(-1, 4)],
     "nobody": [],
 }
@@ -37,7 +39,8 @@ def normal(*shape: int, seed: int, std: float = 1.0) -> Tensor:
 
 
 def make_forms(N: int, K: int, bias: Tensor | None) -> list[AdapterForm]:
-    """LoRA of three ranks, DoRA of two, VeRA twice of one pair, LoRA with a bias, DoRA with another h, of rank 0."""
+    """LoRA of three ranks, DoRA of two, VeRA twice of one pair, DoRA with another h and of rank 0, LoRA with a bias,
+    and of the pair once more one with a g and one with a bias."""
     pair = normal(12, K, seed=1, std=K**-0.5), normal(N, 12, seed=2, std=12**-0.5)
 
     def factors(r: int) -> tuple[Tensor, Tensor]:
@@ -55,6 +58,9 @@ def make_forms(N: int, K: int, bias: Tensor | None) -> list[AdapterForm]:
         {"A": factors(3)[0], "B": factors(3)[1], "out_scale": g[2], "base_scale": g[3]},
         {"A": factors(0)[0], "B": factors(0)[1], "base_scale": g[3]},
         {"A": factors(6)[0], "B": factors(6)[1], "bias": normal(N, seed=9) + (0 if bias is None else bias)},
+        {"A": pair[0], "B": pair[1], "mid_scale": normal(12, seed=10), "out_scale": g[0], "base_scale": g[1]},
+        {"A": pair[0], "B": pair[1], "mid_scale": normal(12, seed=11), "scaling": 0.7}
+        | {"bias": normal(N, seed=12) + (0 if bias is None else bias)},
     ]
     return [AdapterForm(**{"bias": bias, **fields}) for fields in own]
 
@@ -121,7 +127,8 @@ def test_slices_of_one_product_on_pages(bias: bool, dtype: torch.dtype, backend:
 def test_a_new_batch_copies_no_factor() -> None:
     N, K = 20, 24
     stacks = stacked(make_forms(N, K, None), (N, K), torch.float32)
-    kept = {tensor.untyped_storage().data_ptr() for stack in stacks._stacks.values() for tensor in (stack.A, stack.B)}
+    factors = [factor for stack in stacks._stacks.values() for factor in (stack.A, stack.B) if factor is not None]
+    kept = {factor.untyped_storage().data_ptr() for factor in factors}
     pair = {stacks._forms[5].A[0].untyped_storage().data_ptr(), stacks._forms[5].B[0].untyped_storage().data_ptr()}
     kinds = set()
     for batch in BATCHES.values():
@@ -129,10 +136,46 @@ def test_a_new_batch_copies_no_factor() -> None:
         for step in plan.plan(AdapterBatch(ids), stacks.layer.forms, torch.float32):
             factors = [*step.form.A, *step.form.B] if isinstance(step, FormRun) else [step.A, step.B]
             owned = {part.untyped_storage().data_ptr() for part in factors if part.numel()}
-            # Those that cannot be in a stack are views of what came.
-            assert owned <= kept | pair or (isinstance(step, FormRun) and step.form.stack is None)
+            assert owned <= kept | pair
             kinds.add(type(step))
     assert kinds == {FormRun, StackedRuns, SharedRuns}
+
+
+def test_a_new_batch_stacks_no_vector_and_looks_once_for_what_goes_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    N, K = 20, 24
+    forms = make_forms(N, K, None)
+    layers = [stacked(forms, (N, K), torch.float32).layer for _ in range(3)]
+    looked = []
+    groups = plan._groups
+    monkeypatch.setattr(plan, "_groups", lambda *args: looked.append(args) or groups(*args))
+    for name in ("stack", "cat", "ones", "zeros"):
+        monkeypatch.delattr(torch, name)
+    for batch in (AdapterBatch([0, 5, 2, 1, 6, 10, 9, 11, 7]), AdapterBatch([5, 2, 1, 6, 10, 9, 11, 7, 0])):
+        looked.clear()
+        for layer in layers:
+            steps = plan.plan(batch, layer.forms, torch.float32)
+            assert sorted(type(step).__name__ for step in steps) == ["SharedRuns", "StackedRuns"]
+        assert len(looked) == 1
+
+
+def test_layers_that_differ_are_looked_at_each() -> None:
+    """What goes together in one of them does not in another: a form more, another pair, another part of a stack."""
+    N, K, ids = 20, 24, [0, 1, 2, 5, 6]
+    forms, batch = make_forms(N, K, None), AdapterBatch(ids)
+    x, weight = normal(len(ids), K, seed=21), normal(N, K, seed=20, std=K**-0.5)
+    for order in ([0, 1, 2, 5, 6], [6, 5, 2, 1, 0], [0, 2, 5, 6], [1, 0, 2, 5], [0, 1]):
+        stacks, there = FormStacks((N, K), torch.float32), dict.fromkeys(range(7), AdapterForm(x[:0], weight[:, :0]))
+        for slot in order:
+            there[slot] = forms[slot]
+            stacks.write(slot, forms[slot])
+        y = x @ weight.T
+        functional.multi_adapter_update([y], x, [None], batch, [stacks.layer])
+
+        def formula(to: torch.dtype, own: Sequence[AdapterForm] = [*there.values()]) -> dict[Any, Tensor]:
+            forms = [cast_form(form, to) for form in own]
+            return dict(enumerate(multi_adapter_linear_reference(x.to(to), weight.to(to), None, forms, ids)))
+
+        assert_follows(dict(enumerate(y)), formula, torch.float32)  # type: ignore[arg-type]
 
 
 def test_the_scales_of_a_prompt_are_one_row() -> None:

@@ -84,6 +84,8 @@ def test_adapters_of_one_key_share_their_pair(manager: Any, directories: dict[st
     first, second = (manager.read(number, str(directories["VeRA"])) for number in (1, 2))
     assert first.pair is second.pair
     A, B = first.pair.A, first.pair.B
+    assert A.is_contiguous()
+    assert B.T.is_contiguous()  # by rank rows, which is how products read them
     for forms in first.loras.values():
         for form in forms.lora_a:
             assert form.A.untyped_storage().data_ptr() == A.untyped_storage().data_ptr()

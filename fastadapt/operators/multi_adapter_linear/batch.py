@@ -106,6 +106,7 @@ class AdapterBatch:
         if len(self.groups) != len(self.adapter_ids):
             raise ValueError(f"groups must have one entry a row, got {len(self.groups)} for {len(self.adapter_ids)}")
         self.plans: dict[Any, Any] = {}  # of the eager implementation, by layer
+        self.gathered: dict[Any, Any] = {}  # what layers have in common, by the places of their forms
         self._sorted: dict[torch.device, SortedTokens] = {}
         self.runs: list[Run] = []
         row = 0
@@ -143,23 +144,39 @@ class AdapterBatch:
         self._sorted[device] = buffers
 
 
-class FactorStack(NamedTuple):
-    """Factors of several adapters in one layer, one behind the other, zeros beyond their ranks.
+class FormStack(NamedTuple):
+    """What adapters have in one layer, one behind the other: factors of their own with scaling, d and h in them and
+    zeros beyond their ranks, or the scales of adapters that share a pair.
 
-    Shapes: A [S, R, K]; B [S, R, N]; base_scale [S, N], 1 where an adapter has none, or None where nobody has any.
+    Shapes: A [S, R, K] and B [S, R, N], or mid_scale [S, R] and out_scale [S, N] with the scalings in it; base_scale
+    [S, N], 1 where an adapter has none, and added_bias [S, N], 0 there, or None where nobody has any.
     """
 
-    A: Tensor
-    B: Tensor
-    base_scale: Tensor | None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    mid_scale: Tensor | None = None
+    out_scale: Tensor | None = None
+    base_scale: Tensor | None = None
+    added_bias: Tensor | None = None
+
+
+class Place(NamedTuple):
+    """Where a form lies in the stacks of its layer: the stack's name, which says what goes together, the part of it,
+    and whether the form has a base_scale and an added_bias. Layers whose forms have the same places go the same way.
+    """
+
+    stack: object
+    part: int
+    scaled: bool
+    biased: bool
 
 
 class SlotForm(NamedTuple):
     """An adapter form in the arena: views, with the scalar part of h in `scaling` and d inside A where it can be.
 
     A and B come in parts of the same ranks, cut where the pages of either have a gap. `added_bias` is β − b0. Where
-    out_scale is base_scale itself, that multiplies the sum of both paths. An absent scale is 1. Factors that lie in a
-    stack are part `place` of it.
+    out_scale is base_scale itself, that multiplies the sum of both paths. An absent scale is 1. Of a form that is part
+    of a stack, `place` says which.
     Shapes: A parts [R_i, K] and B parts [R_i, N] with ΣR_i = R; mid_scale [R]; the others [N].
     """
 
@@ -170,12 +187,12 @@ class SlotForm(NamedTuple):
     out_scale: Tensor | None = None
     base_scale: Tensor | None = None
     added_bias: Tensor | None = None
-    stack: FactorStack | None = None
-    place: int = 0
+    stack: FormStack | None = None
+    place: Place | None = None
 
     @property
     def rank(self) -> int:
-        return sum(part.shape[0] for part in self.A)
+        return sum([part.shape[0] for part in self.A])
 
     @property
     def tied(self) -> bool:

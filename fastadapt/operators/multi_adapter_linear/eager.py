@@ -26,20 +26,22 @@ class FormRun(NamedTuple):
 
 
 class StackedRuns(NamedTuple):
-    """Few tokens each of LoRA and DoRA adapters of their own: two batched products instead of two for each.
+    """Few tokens each of adapters with factors of their own: two batched products instead of two for each.
 
-    Shapes: tokens a slice, or an index [T]; A [S, K, R] and B [S, R, N], padded with zeros to the largest rank; scaling
-    [S, 1, 1] or a number; base_scale [T, N], which multiplies the sum of both paths, 1 for a LoRA. The T tokens are
-    those of the S adapters in their order, or lie at `places` [T] of S equal parts of `room` places.
+    `key` is equal for layers that ask for the same tokens of the same x in the same order.
+    Shapes: tokens a slice, or an index [T]; A [S, K, R] and B [S, R, N] with scaling and h in it, padded with zeros to
+    the largest rank; base_scale and added_bias [T, N], 1 and 0 for adapters without. The T tokens are those of the S
+    adapters in their order, or lie at `places` [T] of S equal parts, which are the tokens `source`.
     """
 
     tokens: slice | Tensor
     A: Tensor
     B: Tensor
-    scaling: Tensor | float
     base_scale: Tensor | None
+    added_bias: Tensor | None
+    key: tuple[object, ...]
     places: Tensor | None = None
-    room: int = 1
+    source: Tensor | None = None
 
 
 class SharedRuns(NamedTuple):
@@ -47,7 +49,7 @@ class SharedRuns(NamedTuple):
 
     `key` is equal for layers that ask for the same A x of the same tokens: q, k and v, gate and up.
     Shapes: tokens a slice of S rows of equal length, or an index of S tokens; A [R, K]; B [R, N]; mid_scale [S, R];
-    out_scale [S, N], with the scalings in it.
+    out_scale [S, N], with the scalings in it; base_scale and added_bias [S, N], 1 and 0 for adapters without.
     """
 
     tokens: slice | Tensor
@@ -56,6 +58,8 @@ class SharedRuns(NamedTuple):
     mid_scale: Tensor
     out_scale: Tensor
     key: tuple[object, ...]
+    base_scale: Tensor | None = None
+    added_bias: Tensor | None = None
 
 
 Step = FormRun | StackedRuns | SharedRuns
@@ -94,39 +98,46 @@ def apply_all(
     biased: the weight, None where nobody can read it, and the bias of a layer whose y has its bias already, which no g
     must scale.
     """
+    if memory is None:
+        memory = {}
     for step in steps:
         if isinstance(step, StackedRuns):
-            _apply_stacked(y, x, biased, step)
+            _apply_stacked(y, x, biased, step, memory)
         elif isinstance(step, SharedRuns):
-            _apply_shared(y, x, step, {} if memory is None else memory)
+            _apply_shared(y, x, biased, step, memory)
         else:
             start, stop, form = step
             whole = stop - start == x.shape[0]
             _apply(y if whole else y[start:stop], x if whole else x[start:stop], biased, form)
 
 
-def _apply_stacked(y: Tensor, x: Tensor, biased: tuple[Tensor | None, Tensor] | None, run: StackedRuns) -> None:
-    rows, x = y[run.tokens], x[run.tokens]  # a slice is a view, an index a copy of a few tokens
-    bias: Tensor | None = None
-    if run.base_scale is not None and biased is not None:
-        bias = _take_off_bias(rows, x, *biased)
-    x = cast(x, run.A.dtype)
-    if run.places is not None:
-        x = x.new_zeros(run.A.shape[0] * run.room, x.shape[1]).index_copy_(0, run.places, x)
-    u = torch.bmm(x.view(-1, run.room, x.shape[1]), run.A)
-    if isinstance(run.scaling, Tensor):
-        u.mul_(run.scaling)
+def rows_at(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    """The rows: a slice is a view, an index a copy."""
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def _apply_stacked(
+    y: Tensor, x: Tensor, biased: tuple[Tensor | None, Tensor] | None, run: StackedRuns, memory: dict[Any, Tensor]
+) -> None:
+    parts = memory.get(run.key)
+    if parts is None:
+        parts = cast(rows_at(x, run.tokens if run.source is None else run.source), run.A.dtype)
+        parts = memory[run.key] = parts.view(run.A.shape[0], -1, x.shape[1])
     # Not baddbmm_: a product of one row is summed up in what it is added to, and rounded at its size with every term.
-    low_rank = torch.bmm(u, run.B).view(-1, y.shape[1])
+    low_rank = torch.bmm(torch.bmm(parts, run.A), run.B).view(-1, y.shape[1])
     if run.places is not None:
         low_rank = low_rank.index_select(0, run.places)
-    rows.add_(low_rank, alpha=1.0 if isinstance(run.scaling, Tensor) else run.scaling)
+    rows = rows_at(y, run.tokens)
     if run.base_scale is not None:
+        bias = None if biased is None else _take_off_bias(rows, rows_at(x, run.tokens), *biased)
         rows.mul_(run.base_scale)
         if bias is not None:
             rows.add_(bias)
+    rows.add_(low_rank)
+    if run.added_bias is not None:
+        rows.add_(run.added_bias)
     if not isinstance(run.tokens, slice):
-        y[run.tokens] = rows
+        y.index_copy_(0, run.tokens, rows)
 
 
 def _take_off_bias(y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor) -> Tensor:
@@ -138,24 +149,37 @@ def _take_off_bias(y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor) ->
     return bias
 
 
-def _apply_shared(y: Tensor, x: Tensor, run: SharedRuns, memory: dict[Any, Tensor]) -> None:
+def _apply_shared(
+    y: Tensor, x: Tensor, biased: tuple[Tensor | None, Tensor] | None, run: SharedRuns, memory: dict[Any, Tensor]
+) -> None:
     u = memory.get(run.key)
     if u is None:
-        u = memory[run.key] = F.linear(x[run.tokens], run.A)
+        u = memory[run.key] = F.linear(rows_at(x, run.tokens), run.A)
     rows, single = run.mid_scale.shape[0], run.mid_scale.shape[0] == u.shape[0]
-    mid, out = (run.mid_scale, run.out_scale) if single else (run.mid_scale[:, None], run.out_scale[:, None])
-    t = cast(torch.mul(u if single else u.view(rows, -1, u.shape[1]), mid), x.dtype)
-    low_rank = torch.mm(t if single else t.view(u.shape), run.B)
-    if not isinstance(run.tokens, slice):
+    mid, out, g, beta = run.mid_scale, run.out_scale, run.base_scale, run.added_bias
+    if not single:  # of rows of tokens
+        u, mid, out = u.view(rows, -1, u.shape[1]), mid[:, None], out[:, None]
+        g, beta = (None if vector is None else vector[:, None] for vector in (g, beta))
+    t = cast(torch.mul(u, mid), x.dtype)
+    low_rank = torch.mm(t.view(-1, t.shape[-1]), run.B)
+    if g is None and beta is None and not isinstance(run.tokens, slice):
         y.index_add_(0, run.tokens, low_rank.mul_(run.out_scale))
         return
-    part = y[run.tokens]
-    if not single:
-        part, low_rank = (tensor.view(rows, -1, y.shape[1]) for tensor in (part, low_rank))
+    own = rows_at(y, run.tokens)
+    part, low_rank = (tensor if single else tensor.view(rows, -1, y.shape[1]) for tensor in (own, low_rank))
+    if g is not None:
+        bias = None if biased is None else _take_off_bias(own, rows_at(x, run.tokens), *biased)
+        part.mul_(g)
+        if bias is not None:
+            part.add_(bias)
     if out.dtype == y.dtype:
         part.addcmul_(low_rank, out)
     else:
         part.add_(low_rank.mul_(out))
+    if beta is not None:
+        part.add_(beta)
+    if not isinstance(run.tokens, slice):
+        y.index_copy_(0, run.tokens, own)
 
 
 def _apply(y: Tensor, x: Tensor, biased: tuple[Tensor | None, Tensor] | None, form: SlotForm) -> None:

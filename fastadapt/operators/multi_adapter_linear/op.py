@@ -68,8 +68,9 @@ def run(
 ) -> list[Tensor]:
     """The operator on what a batch and layers say; eagerly, where nobody watches, from their views at once."""
     if backend == "eager" and not sees_operators(x):
+        memory: dict[Any, Tensor] = {}
         return [
-            eager.multi_adapter_linear(x, weight, bias, plan.plan(batch, layer.forms, x.dtype))
+            eager.multi_adapter_linear(x, weight, bias, plan.plan(batch, layer.forms, x.dtype), memory)
             for weight, bias, layer in zip(weights, biases, layers, strict=True)
         ]
     tables, max_rank = _tables(layers)

@@ -1,13 +1,13 @@
 """What the eager implementation does for a batch in a layer, made once: a generation asks for it at every step.
 
 Prefill takes each run of tokens by itself. In decoding a run is one token, and calling two products for each takes
-longer than they do, so what is alike goes together: adapters with factors of their own as copies stacked in one tensor,
-adapters that share a pair (VeRA) as one product with a row of scales for each token.
+longer than they do, so what is alike goes together: adapters with factors of their own in one tensor, adapters that
+share a pair (VeRA) as one product with a row of scales for each token. Forms in stacks (FormStacks) lie in such tensors
+already, and which of them go together is the same for all layers where they lie alike; others are copied into one.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import cast, thin_dtype
-from .batch import PAGE_RANKS, AdapterBatch, FormEntry, FormTables, SlotForm, SortedTokens
-from .eager import FormRun, SharedRuns, StackedRuns, Step
+from .batch import PAGE_RANKS, AdapterBatch, FormEntry, FormTables, Place, SlotForm, SortedTokens
+from .eager import FormRun, SharedRuns, StackedRuns, Step, rows_at
 
 # A batch may keep copies of factors up to this many bytes.
 _COPIED_BYTES = 1 << 30
@@ -27,8 +27,8 @@ _COPIED_BYTES = 1 << 30
 _FEW_TOKENS = 4
 _MOST_READ = 4
 
-# How much larger than the factors their copies may be, for different ranks in one stack.
-_MOST_PADDING = 2
+# Bytes of padding that are read in the time that the calls for one more stack take.
+_CALLS = 160 << 10
 
 
 class _Plan(NamedTuple):
@@ -40,6 +40,73 @@ class _Plan(NamedTuple):
     copied: int  # bytes
 
 
+class _Stacked(NamedTuple):
+    """Runs, by their numbers, that go through one stack of factors: all of it that does not depend on the layer.
+
+    parts: those that are read. own: the part of each token. The rest is StackedRuns'.
+    """
+
+    members: Sequence[int]
+    parts: slice
+    own: slice | Tensor
+    scaled: bool
+    biased: bool
+    tokens: slice | Tensor
+    key: tuple[object, ...]
+    places: Tensor | None
+    source: Tensor | None
+
+    def step(self, form: SlotForm, _: torch.dtype) -> StackedRuns:
+        """What a layer does in which the first of them has this form."""
+        stack = form.stack
+        assert stack is not None
+        assert stack.A is not None
+        assert stack.B is not None
+        g, beta = stack.base_scale if self.scaled else None, stack.added_bias if self.biased else None
+        return StackedRuns(
+            self.tokens,
+            stack.A[self.parts].transpose(1, 2),
+            stack.B[self.parts],
+            None if g is None else rows_at(g, self.own),
+            None if beta is None else rows_at(beta, self.own),
+            self.key,
+            self.places,
+            self.source,
+        )
+
+
+class _Shared(NamedTuple):
+    """Runs, by their numbers, of one pair with their scales in one stack, as _Stacked. own: the part of each row."""
+
+    members: Sequence[int]
+    own: slice | Tensor
+    scaled: bool
+    biased: bool
+    tokens: slice | Tensor
+    spans: tuple[tuple[int, int], ...]
+
+    def step(self, form: SlotForm, dtype: torch.dtype) -> SharedRuns:
+        """What a layer does in which the first of them has this form."""
+        stack, A, B = form.stack, cast(form.A[0], dtype), cast(form.B[0], dtype)
+        assert stack is not None
+        assert stack.mid_scale is not None
+        assert stack.out_scale is not None
+        g, beta = stack.base_scale if self.scaled else None, stack.added_bias if self.biased else None
+        return SharedRuns(
+            self.tokens,
+            A,
+            B,
+            rows_at(stack.mid_scale, self.own),
+            rows_at(stack.out_scale, self.own),
+            _pair_key(A, self.spans),
+            None if g is None else rows_at(g, self.own),
+            None if beta is None else rows_at(beta, self.own),
+        )
+
+
+Group = _Stacked | _Shared
+
+
 def plan(batch: AdapterBatch, forms: Mapping[int, SlotForm], dtype: torch.dtype) -> list[Step]:
     """What a layer with these forms does for a batch; kept in the batch for as long as its adapters stay the same."""
     kept: _Plan | None = batch.plans.get((id(forms), dtype))
@@ -47,29 +114,31 @@ def plan(batch: AdapterBatch, forms: Mapping[int, SlotForm], dtype: torch.dtype)
         used = {run.slot: forms.get(run.slot) for run in batch.runs}
         found = [(start, stop, used[slot]) for start, stop, slot in batch.runs]
         runs = [FormRun(start, stop, form) for start, stop, form in found if form is not None]
-        spare = _COPIED_BYTES - sum(plan.copied for plan in batch.plans.values())
-        steps, left = together(runs, batch.tokens, dtype, spare)
+        places = tuple([() if form is None else form.place for form in used.values()])
+        groups = batch.gathered.get(places)
+        if groups is None:
+            groups = batch.gathered[places] = _groups(runs, batch.tokens)
+        spare = _COPIED_BYTES - sum([plan.copied for plan in batch.plans.values()])
+        steps, left = together(runs, batch.tokens, dtype, spare, groups)
         kept = batch.plans[id(forms), dtype] = _Plan(forms, list(used.items()), steps, spare - left)
     return kept.steps
 
 
 def together(
-    runs: Sequence[FormRun], tokens: int, dtype: torch.dtype, limit: int = _COPIED_BYTES
+    runs: Sequence[FormRun], tokens: int, dtype: torch.dtype, limit: int = _COPIED_BYTES, groups: Sequence[Group] = ()
 ) -> tuple[list[Step], int]:
     """The same work in fewer steps, for rows of `tokens` tokens; and what is left of `limit`, the bytes that copies of
     factors may take.
 
-    Adapters with a bias, or with DoRA's g beside another h, stay by themselves.
+    groups: of the runs whose forms are in stacks. Of the others, those of a pair with a g or a bias stay by themselves.
     """
-    # In fp16 a tied g would come behind a sum that may be beyond it.
-    simple = [run for run in runs if run.form.added_bias is None and not (run.form.tied and dtype is torch.float16)]
-    steps: list[Step] = []
-    gathered: set[int] = set()  # the starts of their runs
-    for members in _in_stacks(simple):
-        steps.append(_of_stack(members))
-        gathered.update(run.start for run in members)
-    single = [run for run in simple if run.stop - run.start == 1 and run.form.stack is None and _own_factors(run.form)]
-    for members in _stacks(single):
+    steps: list[Step] = [group.step(runs[group.members[0]].form, dtype) for group in groups]
+    gathered = {runs[number].start for group in groups for number in group.members}
+    if len(gathered) == len(runs):
+        return steps, limit
+    loose = [run for run in runs if run.form.place is None and run.form.A]
+    single = [run for run in loose if run.stop - run.start == 1 and run.form.mid_scale is None]
+    for members in _stacks(single, dtype):
         first = members[0].form
         wide = stack_dtype(dtype, first.A[0].device)
         size = len(members) * (first.A[0].shape[1] + first.B[0].shape[1]) * first.rank * wide.itemsize
@@ -77,7 +146,7 @@ def together(
             limit -= size
             steps.append(_stacked(members, wide))
             gathered.update(run.start for run in members)
-    for members in _pairs(simple, tokens):
+    for members in _pairs(loose, tokens):
         steps.append(_shared(members, tokens, dtype))
         gathered.update(run.start for run in members)
     for run in runs:
@@ -89,45 +158,78 @@ def together(
     return steps, limit
 
 
-def _in_stacks(runs: Sequence[FormRun]) -> Iterator[list[FormRun]]:
-    """The runs of few tokens whose factors lie in one stack, where that is read in vain for the least part."""
-    found: dict[int, list[FormRun]] = {}
-    for run in runs:
-        if run.form.stack is not None and run.stop - run.start <= _FEW_TOKENS:
-            found.setdefault(id(run.form.stack), []).append(run)
-    for members in found.values():
-        places = {run.form.place for run in members}
-        if len(places) > 1 and max(places) - min(places) < _MOST_READ * len(places):
-            yield members
+def _groups(runs: Sequence[FormRun], tokens: int) -> list[Group]:
+    """What goes together of the runs whose forms are in stacks; those of many tokens, or of stacks that would be read
+    in vain for the most part, do not."""
+    stacks: dict[object, list[int]] = {}
+    for number, run in enumerate(runs):
+        if run.form.place is not None:
+            stacks.setdefault(run.form.place.stack, []).append(number)
+    found: list[Group] = []
+    for members in stacks.values():
+        if runs[members[0]].form.mid_scale is not None:
+            found += [_shared_group(runs, chain, tokens) for chain in _chains(runs, members, tokens)]
+            continue
+        members = [number for number in members if runs[number].stop - runs[number].start <= _FEW_TOKENS]
+        parts = {place.part for place in _places(runs, members)}
+        if len(parts) > 1 and max(parts) - min(parts) < _MOST_READ * len(parts):
+            found.append(_stacked_group(runs, members))
+    return found
 
 
-def _of_stack(members: Sequence[FormRun]) -> StackedRuns:
-    stack = members[0].form.stack
-    assert stack is not None
-    first = min(run.form.place for run in members)
-    parts = slice(first, max(run.form.place for run in members) + 1)
-    tokens, places, room = _rooms(tuple([(run.start, run.stop, run.form.place - first) for run in members]))
-    scales = None
-    if any(run.form.tied for run in members) and stack.base_scale is not None:
-        scales = stack.base_scale[parts].index_select(0, places // room)
-    return StackedRuns(tokens, stack.A[parts].transpose(1, 2), stack.B[parts], 1.0, scales, places, room)
+def _places(runs: Sequence[FormRun], members: Sequence[int]) -> list[Place]:
+    return [place for number in members if (place := runs[number].form.place) is not None]
 
 
-@functools.lru_cache(maxsize=1024)
-def _rooms(runs: tuple[tuple[int, int, int], ...]) -> tuple[slice | Tensor, Tensor, int]:
-    """(tokens, places, room) of runs (start, stop, part): the same for all layers whose stacks are filled alike."""
-    counts: dict[int, int] = {}
-    tokens, found = [], []
-    for start, stop, part in runs:
-        for token in range(start, stop):
-            tokens.append(token)
-            found.append((part, counts.get(part, 0)))
-            counts[part] = found[-1][1] + 1
-    room = max(counts.values())
-    places = torch.tensor([part * room + count for part, count in found])
-    if tokens == list(range(tokens[0], tokens[-1] + 1)):
-        return slice(tokens[0], tokens[-1] + 1), places, room
-    return torch.tensor(tokens), places, room
+def _stacked_group(runs: Sequence[FormRun], members: Sequence[int]) -> _Stacked:
+    places = _places(runs, members)
+    first, last = (of([place.part for place in places]) for of in (min, max))
+    by_part: dict[int, list[int]] = {part: [] for part in range(first, last + 1)}
+    tokens: list[int] = []
+    parts: list[int] = []
+    for number, place in zip(members, places, strict=True):
+        own = range(runs[number].start, runs[number].stop)
+        by_part[place.part].extend(own)
+        tokens.extend(own)
+        parts.extend([place.part] * len(own))
+    room = max([len(own) for own in by_part.values()])
+    # Whatever token is where a part has fewer than another: what comes of it is not read.
+    source = [token for own in by_part.values() for token in (*own, *[tokens[0]] * (room - len(own)))]
+    where = {token: (part - first) * room + index for part, own in by_part.items() for index, token in enumerate(own)}
+    in_order = source == tokens
+    return _Stacked(
+        members,
+        slice(first, last + 1),
+        _rows(parts),
+        any([place.scaled for place in places]),
+        any([place.biased for place in places]),
+        _rows(tokens),
+        ("x", *source),
+        None if in_order else torch.tensor([where[token] for token in tokens]),
+        None if in_order else torch.tensor(source),
+    )
+
+
+def _shared_group(runs: Sequence[FormRun], members: Sequence[int], tokens: int) -> _Shared:
+    chain = [runs[number] for number in members]
+    tokens = _row_length(chain, tokens)
+    places = _places(runs, members)
+    counts = [(run.stop - run.start) // tokens for run in chain]
+    return _Shared(
+        members,
+        _rows([place.part for place, count in zip(places, counts, strict=True) for _ in range(count)]),
+        any([place.scaled for place in places]),
+        any([place.biased for place in places]),
+        _tokens(chain),
+        tuple([(run.start, run.stop) for run in chain]),
+    )
+
+
+def _rows(numbers: Sequence[int]) -> slice | Tensor:
+    """The rows of these numbers: a slice, and so a view, where they are neighbours."""
+    if all([second == first + 1 for first, second in pairwise(numbers)]):
+        return slice(numbers[0], numbers[-1] + 1)
+    return torch.tensor(numbers)
 
 
 def _widened(run: FormRun, dtype: torch.dtype) -> FormRun:
@@ -144,17 +246,24 @@ def _widened(run: FormRun, dtype: torch.dtype) -> FormRun:
 
 def _pairs(runs: Sequence[FormRun], tokens: int) -> list[list[FormRun]]:
     """The runs that can be one SharedRuns: of one pair, and neighbours unless they are single tokens."""
-    found: dict[tuple[object, ...], list[list[FormRun]]] = {}
-    for run in runs:
-        form = run.form
-        if form.mid_scale is None or form.base_scale is not None or len(form.A) != 1:
-            continue
-        chains = found.setdefault((form.A[0].data_ptr(), form.B[0].data_ptr()), [])
-        if chains and _goes_with(run, chains[-1][-1], tokens):
-            chains[-1].append(run)
+    found: dict[tuple[object, ...], list[int]] = {}
+    for number, (_, _, form) in enumerate(runs):
+        plain = form.base_scale is None and form.added_bias is None
+        if form.mid_scale is not None and plain and len(form.A) == 1:
+            found.setdefault((form.A[0].data_ptr(), form.B[0].data_ptr()), []).append(number)
+    chains = [chain for members in found.values() for chain in _chains(runs, members, tokens)]
+    return [[runs[number] for number in chain] for chain in chains]
+
+
+def _chains(runs: Sequence[FormRun], members: Sequence[int], tokens: int) -> list[list[int]]:
+    """The runs of one pair, by their numbers, as those that can be one SharedRuns."""
+    chains: list[list[int]] = []
+    for number in members:
+        if chains and _goes_with(runs[number], runs[chains[-1][-1]], tokens):
+            chains[-1].append(number)
         else:
-            chains.append([run])
-    return [chain for chains in found.values() for chain in chains]
+            chains.append([number])
+    return chains
 
 
 def _goes_with(run: FormRun, before: FormRun, tokens: int) -> bool:
@@ -164,21 +273,22 @@ def _goes_with(run: FormRun, before: FormRun, tokens: int) -> bool:
     return before.stop == run.start or tokens == 1
 
 
-def _own_factors(form: SlotForm) -> bool:
-    """Whether it is h · B A x beside g ⊙ (W0 x) with h a number, or tied to g."""
-    plain = form.base_scale is None and form.out_scale is None
-    return form.mid_scale is None and (plain or form.tied) and bool(form.A)
+def _row_length(members: Sequence[FormRun], tokens: int) -> int:
+    """Tokens of each row of a SharedRuns: those of a run that is by itself are one row."""
+    return members[0].stop - members[0].start if len(members) == 1 and tokens == 1 else tokens
 
 
-def _stacks(runs: Sequence[FormRun]) -> Iterator[list[FormRun]]:
-    """The runs by falling rank, in stacks that are padded to _MOST_PADDING times their size at most."""
+def _stacks(runs: Sequence[FormRun], dtype: torch.dtype) -> Iterator[list[FormRun]]:
+    """The runs by falling rank, in stacks with no more padding than what another stack would cost."""
     members: list[FormRun] = []
-    for run in sorted(runs, key=lambda run: -run.form.rank):
-        padded = (len(members) + 1) * (members or [run])[0].form.rank
-        if padded > _MOST_PADDING * sum(member.form.rank for member in (*members, run)):
+    for _, alike in groupby(sorted(runs, key=lambda run: -run.form.rank), lambda run: run.form.rank):
+        more = list(alike)
+        (A, *_), (B, *_) = more[0].form.A, more[0].form.B
+        padding = len(more) * ((members or more)[0].form.rank - more[0].form.rank)
+        if padding * (A.shape[1] + B.shape[1]) * stack_dtype(dtype, A.device).itemsize > _CALLS:
             yield members
             members = []
-        members.append(run)
+        members += more
     if members:
         yield members
 
@@ -191,19 +301,25 @@ def stack_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def _stacked(members: Sequence[FormRun], dtype: torch.dtype) -> StackedRuns:
     members = sorted(members, key=lambda run: run.start)
     forms = [run.form for run in members]
-    rank = max(form.rank for form in forms)
-    scalings = [form.scaling for form in forms]
-    scaling: Tensor | float = scalings[0]
-    device = forms[0].A[0].device
-    if len(set(scalings)) > 1:
-        scaling = torch.tensor(scalings, device=device, dtype=dtype)[:, None, None]
-    base_scale = None
-    if any(form.base_scale is not None for form in forms):
-        ones = torch.ones(forms[0].B[0].shape[1], device=device)
-        base_scale = torch.stack([ones if form.base_scale is None else form.base_scale for form in forms])
-    tokens = _tokens(members, device)
+    rank = max([form.rank for form in forms])
+    device, width = forms[0].A[0].device, forms[0].B[0].shape[1]
+    base_scale = _by_form([form.base_scale for form in forms], torch.ones(width, device=device))
+    added_bias = _by_form([form.added_bias for form in forms], torch.zeros(width, device=device))
     A, B = (_padded([getattr(form, side) for form in forms], rank, dtype) for side in ("A", "B"))
-    return StackedRuns(tokens, A.transpose(1, 2), B, scaling, base_scale)
+    for rows, form in zip(B, forms, strict=True):
+        if form.out_scale is not None:
+            rows.mul_(form.out_scale)
+        if form.scaling != 1.0:
+            rows.mul_(form.scaling)
+    key = ("x", *[run.start for run in members])
+    return StackedRuns(_tokens(members, device), A.transpose(1, 2), B, base_scale, added_bias, key)
+
+
+def _by_form(vectors: Sequence[Tensor | None], absent: Tensor) -> Tensor | None:
+    """The vectors, one behind the other, with another one where there is none; None where nobody has any."""
+    if all([vector is None for vector in vectors]):
+        return None
+    return torch.stack([absent if vector is None else vector for vector in vectors])
 
 
 def _padded(factors: Sequence[Sequence[Tensor]], rank: int, dtype: torch.dtype) -> Tensor:
@@ -219,20 +335,23 @@ def _padded(factors: Sequence[Sequence[Tensor]], rank: int, dtype: torch.dtype) 
 
 
 def _shared(members: Sequence[FormRun], tokens: int, dtype: torch.dtype) -> SharedRuns:
-    if len(members) == 1 and tokens == 1:
-        tokens = members[0].stop - members[0].start
+    tokens = _row_length(members, tokens)
     forms = [run.form for run in members for _ in range(run.start, run.stop, tokens)]
     A, B = (cast(side[0], dtype) for side in (forms[0].A, forms[0].B))
     mid = torch.stack([form.mid_scale for form in forms if form.mid_scale is not None])
     ones = torch.ones(B.shape[1], device=B.device)
     out = torch.stack([form.scaling * (ones if form.out_scale is None else form.out_scale) for form in forms])
-    key = (A.data_ptr(), A.shape, tuple((run.start, run.stop) for run in members))
+    key = _pair_key(A, tuple([(run.start, run.stop) for run in members]))
     return SharedRuns(_tokens(members, A.device), A, B, mid, out, key)
 
 
-def _tokens(members: Sequence[FormRun], device: torch.device) -> slice | Tensor:
+def _pair_key(A: Tensor, spans: tuple[tuple[int, int], ...]) -> tuple[object, ...]:
+    return (A.data_ptr(), A.shape, spans)
+
+
+def _tokens(members: Sequence[FormRun], device: torch.device | None = None) -> slice | Tensor:
     """The members' tokens: a slice, and so a view, where they are neighbours."""
-    if all(first.stop == second.start for first, second in pairwise(members)):
+    if all([first.stop == second.start for first, second in pairwise(members)]):
         return slice(members[0].start, members[-1].stop)
     return torch.tensor([token for run in members for token in range(run.start, run.stop)], device=device)
 

@@ -1,7 +1,8 @@
-"""A layer's adapters by slot with their factors in stacks, for engines on CPUs whose batches change at every step.
+"""A layer's adapters by slot with their factors and vectors in stacks, for engines on CPUs whose batches change at
+every step.
 
 What a batch needs of them are indices then: no factor is copied, padded or cast for it. A stack holds the adapters of
-ranks up to a power of two, and grows and goes with them.
+ranks up to a power of two, or those that share a pair, and grows and goes with them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...reference import AdapterForm
-from .batch import FactorStack, LayerForms, SlotForm, added_bias
+from .batch import FormStack, LayerForms, Place, SlotForm, added_bias
 from .plan import stack_dtype
 
 _LEAST_RANK = 8
@@ -21,28 +22,31 @@ class FormStacks:
 
     shape: (N, K) of the layer. dtype: of x. Factors are copied into stacks, in fp32 where x has 16 bits: a CPU's
     products of few rows are faster so. A pair with scales between and behind it (VeRA) is kept as it comes, so that
-    adapters that share one share its memory. Vectors are kept in fp32. Not thread-safe.
+    adapters that share one share its memory, and only those scales are in a stack. Vectors are kept in fp32. Not
+    thread-safe.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.shape = shape
         self.dtype = stack_dtype(dtype, torch.device("cpu"))
         self._forms: dict[int, SlotForm] = {}
-        self._stacks: dict[int, FactorStack] = {}  # by rank
-        self._free: dict[int, list[int]] = {}  # places of a stack
+        self._layer = LayerForms(self._forms, None, 0)
+        self._stacks: dict[object, FormStack] = {}  # by name
+        self._free: dict[object, list[int]] = {}  # parts of a stack
 
     @property
     def layer(self) -> LayerForms:
         """The forms as they are now and will be: it need not be asked for again."""
-        return LayerForms(self._forms, None, 0)
+        return self._layer
 
     @property
     def bytes(self) -> int:
         """Of stacks and vectors; not of pairs, which may be shared."""
         tensors = {id(tensor): tensor for stack in self._stacks.values() for tensor in stack if tensor is not None}
         for form in self._forms.values():
-            vectors = (form.mid_scale, form.out_scale, form.base_scale, form.added_bias)
-            tensors.update({id(vector): vector for vector in vectors if vector is not None and vector._base is None})
+            if form.place is None:
+                vectors = (form.mid_scale, form.out_scale, form.base_scale, form.added_bias)
+                tensors.update({id(vector): vector for vector in vectors if vector is not None})
         return sum([tensor.nbytes for tensor in tensors.values()])
 
     def write(self, slot: int, form: AdapterForm, *, base_bias: Tensor | None = None) -> None:
@@ -63,57 +67,97 @@ class FormStacks:
         with torch.no_grad():
             entry = _entry(form, base_bias)
             self.clear(slot)
-            own = entry.mid_scale is None and (entry.tied or (entry.out_scale is None and entry.base_scale is None))
-            self._forms[slot] = self._stacked(entry) if own and entry.rank else entry
+            self._forms[slot] = self._stacked(entry) if entry.rank else entry
 
     def clear(self, slot: int) -> None:
         """Makes a slot the base model's."""
         form = self._forms.pop(slot, None)
-        if form is not None and form.stack is not None:
-            rank = form.stack.A.shape[1]
-            self._free[rank].append(form.place)
-            if len(self._free[rank]) == form.stack.A.shape[0]:  # nobody is left
-                del self._stacks[rank], self._free[rank]
+        if form is not None and form.place is not None:
+            name = form.place.stack
+            self._free[name].append(form.place.part)
+            if len(self._free[name]) == _size(self._stacks[name]):  # nobody is left
+                del self._stacks[name], self._free[name]
 
     def _stacked(self, entry: SlotForm) -> SlotForm:
-        """The form with its factors copied into the stack of their rank, which grows for it where it is full."""
-        rank = max(_LEAST_RANK, 1 << (entry.rank - 1).bit_length())
-        stack = self._stacks.get(rank) or self._new(0, rank)
-        free = self._free.setdefault(rank, [])
-        changed = stack
+        """The form as a part of the stack that it goes into, which grows for it where it is full."""
+        name, own = self._part(entry)
+        before = self._stacks.get(name, FormStack())
+        size, free = _size(before), self._free.setdefault(name, [])
         if not free:
-            size = stack.A.shape[0]
-            more = self._new(max(1, size), rank, stack.base_scale is not None)
-            scales = None
-            if stack.base_scale is not None and more.base_scale is not None:
-                scales = torch.cat([stack.base_scale, more.base_scale])
-            changed = FactorStack(torch.cat([stack.A, more.A]), torch.cat([stack.B, more.B]), scales)
-            free.extend(range(changed.A.shape[0] - 1, size - 1, -1))
-        if entry.tied and changed.base_scale is None:
-            changed = changed._replace(base_scale=torch.ones(changed.A.shape[0], self.shape[0]))
-        self._stacks[rank] = changed
-        if changed is not stack:
+            free.extend(range(max(1, 2 * size) - 1, size - 1, -1))
+            size = max(1, 2 * size)
+        stack = self._stacks[name] = _grown(before, own, size)
+        place = Place(name, free.pop(), own.base_scale is not None, own.added_bias is not None)
+        for field, whole, value in zip(FormStack._fields, stack, own, strict=True):
+            if whole is not None:
+                whole[place.part] = _absent(field) if value is None else value
+        if stack is not before:
             for slot, form in self._forms.items():
-                if form.stack is stack:
-                    self._forms[slot] = _placed(form, changed, form.place)
-        place = free.pop()
-        for rows, factor in ((changed.A[place], entry.A[0]), (changed.B[place], entry.B[0] * entry.scaling)):
-            rows[: entry.rank] = factor
-            rows[entry.rank :] = 0
-        if changed.base_scale is not None:
-            changed.base_scale[place] = 1.0 if entry.base_scale is None else entry.base_scale
-        return _placed(entry._replace(scaling=1.0), changed, place)
+                if form.place is not None and form.stack is before:
+                    self._forms[slot] = _placed(form, stack, form.place)
+        return _placed(entry, stack, place)
 
-    def _new(self, size: int, rank: int, scaled: bool = False) -> FactorStack:
-        N, K = self.shape
-        A, B = (torch.zeros(size, rank, width, dtype=self.dtype) for width in (K, N))
-        return FactorStack(A, B, torch.ones(size, N) if scaled else None)
+    def _part(self, entry: SlotForm) -> tuple[object, FormStack]:
+        """The name of the stack that a form goes into, and what it has in it, without the dimension of the parts."""
+        (A,), (B,), scaling, d, h, g, beta, *_ = entry
+        if d is not None:
+            h = torch.full(self.shape[:1], scaling) if h is None else h * scaling
+            name = ("pair", A.data_ptr(), A.stride(), B.data_ptr(), B.stride(), entry.rank)
+            return name, FormStack(None, None, d, h, g, beta)
+        rank = max(_LEAST_RANK, 1 << (entry.rank - 1).bit_length())
+        up = B.to(self.dtype) * (scaling if h is None else h * scaling)
+        down, up = (_padded(side, rank, self.dtype) for side in (A, up))
+        return rank, FormStack(down, up, None, None, g, beta)
 
 
-def _placed(form: SlotForm, stack: FactorStack, place: int) -> SlotForm:
-    A, B = (side[place, : form.rank] for side in (stack.A, stack.B))
-    g = stack.base_scale[place] if form.tied and stack.base_scale is not None else None
-    return form._replace(A=(A,), B=(B,), out_scale=g, base_scale=g, stack=stack, place=place)
+def _absent(field: str) -> float:
+    """What a stack holds for an adapter that has nothing there."""
+    return 1.0 if field == "base_scale" else 0.0
+
+
+def _size(stack: FormStack) -> int:
+    """The number of parts."""
+    return next((len(field) for field in stack if field is not None), 0)
+
+
+def _grown(stack: FormStack, own: FormStack, size: int) -> FormStack:
+    """The stack with room for so many parts, and with the fields that one of them will have: itself where it has."""
+    fields: list[Tensor | None] = []
+    for name, there, value in zip(FormStack._fields, stack, own, strict=True):
+        like = value if there is None else there[0]
+        if like is None or (there is not None and len(there) == size):
+            fields.append(there)
+            continue
+        whole = torch.full((size, *like.shape), _absent(name), dtype=like.dtype)
+        if there is not None:
+            whole[: len(there)] = there
+        fields.append(whole)
+    same = all([new is old for new, old in zip(fields, stack, strict=True)])
+    return stack if same else FormStack(*fields)
+
+
+def _padded(factor: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """The factor [R, width] with zeros behind its rows."""
+    rows = torch.zeros(rank, factor.shape[1], dtype=dtype)
+    rows[: factor.shape[0]] = factor
+    return rows
+
+
+def _placed(form: SlotForm, stack: FormStack, place: Place) -> SlotForm:
+    """The form as views of its part of a stack."""
+    A, B, d, h, g, beta = (None if field is None else field[place.part] for field in stack)
+    if A is not None and B is not None:
+        form = form._replace(A=(A[: form.rank],), B=(B[: form.rank],))
+    return SlotForm(
+        form.A,
+        form.B,
+        mid_scale=d,
+        out_scale=h,
+        base_scale=g if place.scaled else None,
+        added_bias=beta if place.biased else None,
+        stack=stack,
+        place=place,
+    )
 
 
 def _entry(form: AdapterForm, base_bias: Tensor | None) -> SlotForm:
