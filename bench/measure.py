@@ -26,6 +26,10 @@ class Timing(NamedTuple):
     cpu: float
 
 
+class Parts(dict[str, Timing]):
+    """What a variant gives back that takes its own times: of the parts of what it does, by their names."""
+
+
 class Ratio(NamedTuple):
     """A median of ratios with its 95% bootstrap interval."""
 
@@ -41,6 +45,7 @@ def interleave(
 
     A round before the first warms up and is not counted. Sequential timings drift with the machine's clock and load
     by more than the differences that are looked for; within a round the drift is common to all variants. wanted: a bar.
+    A variant that gives back Parts has a timing for each of them, called "variant part".
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -50,12 +55,14 @@ def interleave(
     with progress_bar("rounds", (rounds + 1) * len(order), wanted=wanted) as update:
         for index in range(rounds + 1):
             shuffler.shuffle(order)
-            timings = {}
+            timings: dict[str, Timing] = {}
             for name in order:
                 update(description=f"round {index}/{rounds} {name}")
                 wall, cpu = time.perf_counter(), time.process_time()
-                variants[name]()
-                timings[name] = Timing(time.perf_counter() - wall, time.process_time() - cpu)
+                found = variants[name]()
+                whole = Timing(time.perf_counter() - wall, time.process_time() - cpu)
+                parts = found.items() if isinstance(found, Parts) else ()
+                timings |= {f"{name} {part}": timing for part, timing in parts} or {name: whole}
                 update(advance=1)
             if index:
                 results.append(timings)
