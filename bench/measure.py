@@ -39,21 +39,21 @@ class Ratio(NamedTuple):
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0, *, wanted: bool = True
+    variants: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0, *, warm: bool = False, wanted: bool = True
 ) -> list[dict[str, Timing]]:
     """Run every variant once a round, in an order shuffled for each round; returns the timings of each round.
 
-    A round before the first warms up and is not counted. Sequential timings drift with the machine's clock and load
-    by more than the differences that are looked for; within a round the drift is common to all variants. wanted: a bar.
-    A variant that gives back Parts has a timing for each of them, called "variant part".
+    A round before the first warms up and is not counted, unless all is warm. Sequential timings drift with the
+    machine's clock and load by more than the differences that are looked for; within a round the drift is common to all
+    variants. A variant that gives back Parts has a timing for each of them, called "variant part". wanted: a bar.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     order = list(variants)
     shuffler = random.Random(seed)
     results: list[dict[str, Timing]] = []
-    with progress_bar("rounds", (rounds + 1) * len(order), wanted=wanted) as update:
-        for index in range(rounds + 1):
+    with progress_bar("rounds", (rounds + (not warm)) * len(order), wanted=wanted) as update:
+        for index in range(warm, rounds + 1):
             shuffler.shuffle(order)
             timings: dict[str, Timing] = {}
             for name in order:

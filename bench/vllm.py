@@ -247,7 +247,7 @@ def run(
         # vLLM's own takes several times as long as all others together.
         results = measure.interleave(variants | theirs, vllm_rounds)
         if rounds > vllm_rounds:
-            results += measure.interleave(variants, rounds - vllm_rounds, seed=1)
+            results += measure.interleave(variants, rounds - vllm_rounds, seed=1, warm=True)
     return [row_of(dtype, case, results) for case in ASKED]
 
 
@@ -270,8 +270,8 @@ def row_of(dtype: str, case: str, results: list[dict[str, Timing]]) -> report.Ro
 
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there, a PNG beside it.")] = None,
-    rounds: Annotated[int, typer.Option(help="Counted rounds.")] = 9,
-    vllm_rounds: Annotated[int, typer.Option(help="Rounds in which vLLM's own LoRA takes part.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Counted rounds.")] = 8,
+    vllm_rounds: Annotated[int, typer.Option(help="Rounds in which vLLM's own LoRA takes part.")] = 2,
     dtypes: Annotated[str, typer.Option(help="Of these, separated by commas.")] = ",".join(DTYPES),
     prompt: Annotated[int, typer.Option(help="Tokens of a row's prompt.")] = PROMPT,
     steps: Annotated[int, typer.Option(help="Decoding steps behind it.")] = STEPS,

@@ -271,6 +271,8 @@ def test_every_round_runs_every_variant_in_an_order_of_its_own() -> None:
     assert len(rounds) == 7
     assert all(set(names) == set("abcd") for names in rounds)
     assert len(set(rounds)) > 1
+    assert len(measure.interleave(variants, 2, warm=True)) == 2
+    assert len(order) == 7 * 4 + 2 * 4
     with pytest.raises(ValueError, match="rounds"):
         measure.interleave(variants, 0)
 
