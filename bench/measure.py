@@ -26,6 +26,10 @@ class Timing(NamedTuple):
     cpu: float
 
 
+class Parts(dict[str, Timing]):
+    """What a variant gives back that takes its own times: of the parts of what it does, by their names."""
+
+
 class Ratio(NamedTuple):
     """A median of ratios with its 95% bootstrap interval."""
 
@@ -35,27 +39,30 @@ class Ratio(NamedTuple):
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0, *, wanted: bool = True
+    variants: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0, *, warm: bool = False, wanted: bool = True
 ) -> list[dict[str, Timing]]:
     """Run every variant once a round, in an order shuffled for each round; returns the timings of each round.
 
-    A round before the first warms up and is not counted. Sequential timings drift with the machine's clock and load
-    by more than the differences that are looked for; within a round the drift is common to all variants. wanted: a bar.
+    A round before the first warms up and is not counted, unless all is warm. Sequential timings drift with the
+    machine's clock and load by more than the differences that are looked for; within a round the drift is common to all
+    variants. A variant that gives back Parts has a timing for each of them, called "variant part". wanted: a bar.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     order = list(variants)
     shuffler = random.Random(seed)
     results: list[dict[str, Timing]] = []
-    with progress_bar("rounds", (rounds + 1) * len(order), wanted=wanted) as update:
-        for index in range(rounds + 1):
+    with progress_bar("rounds", (rounds + (not warm)) * len(order), wanted=wanted) as update:
+        for index in range(warm, rounds + 1):
             shuffler.shuffle(order)
-            timings = {}
+            timings: dict[str, Timing] = {}
             for name in order:
                 update(description=f"round {index}/{rounds} {name}")
                 wall, cpu = time.perf_counter(), time.process_time()
-                variants[name]()
-                timings[name] = Timing(time.perf_counter() - wall, time.process_time() - cpu)
+                found = variants[name]()
+                whole = Timing(time.perf_counter() - wall, time.process_time() - cpu)
+                parts = found.items() if isinstance(found, Parts) else ()
+                timings |= {f"{name} {part}": timing for part, timing in parts} or {name: whole}
                 update(advance=1)
             if index:
                 results.append(timings)

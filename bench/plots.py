@@ -38,6 +38,7 @@ COLORS = {
     "injected": "#1f4e9c",
     "chunked": "#7b4fa3",
     "peft_again": "#eebb99",
+    "vllm": "#c9a227",
 }
 MARKERS = ("o", "s", "^", "D", "v")
 LABELS = {
@@ -55,6 +56,7 @@ LABELS = {
     "injected": "ours: injected",
     "chunked": "ours: injected, loss in chunks",
     "peft_again": "PEFT on other threads",
+    "vllm": "vLLM's own LoRA",
 }
 
 
@@ -376,6 +378,35 @@ def draw_serve(document: Document, path: Path) -> None:
         axes.set_ylabel("time, x of the base model on the same batch")
     _legend(figure, ["ours", "peft"])
     save_figure(figure, path, dpi=110)
+
+
+def draw_vllm(document: Document, path: Path) -> None:
+    """Time of an engine with adapters as a multiple of one without, ours and vLLM's own, a panel for each dtype."""
+    groups = {
+        dtype: [row for row in document["rows"] if row["case"].startswith("bf16_") is (dtype == "bf16")]
+        for dtype in ("fp32", "bf16")
+    }
+    shown = {dtype: rows for dtype, rows in groups.items() if rows}
+    figure = new_figure(7 * len(shown), 4.4)
+    figure.suptitle(
+        f"Inside vLLM {document['vllm']} on {document['machine']['cpu']}, one thread; {_provenance(document)}",
+        fontsize=10,
+    )
+    for index, (dtype, rows) in enumerate(shown.items(), 1):
+        axes = figure.add_subplot(1, len(shown), index)
+        names = [row["case"].removeprefix("bf16_").replace("_", "\n", 1).replace("_", " ") for row in rows]
+        keys = {"ours": "", "vllm": "vllm_"}
+        values = {side: [row.get(f"{prefix}x_base") for row in rows] for side, prefix in keys.items()}
+        spans = {
+            side: [(row[f"{prefix}x_low"], row[f"{prefix}x_high"]) if f"{prefix}x_low" in row else None for row in rows]
+            for side, prefix in keys.items()
+        }
+        _grouped_bars(axes, names, values, spans=spans)
+        axes.axhline(1.0, color=COLORS["linear"], linewidth=1, linestyle="--")
+        axes.set_title(dtype, fontsize=10)
+        axes.set_ylabel("time, x of the engine without adapters")
+    _legend(figure, ["ours", "vllm"])
+    save_figure(figure, path, dpi=90)
 
 
 def draw_train(document: Document, path: Path) -> None:

@@ -1,233 +1,348 @@
-"""Inside vLLM: its linear layers with its own LoRA and with fastadapt's adapters, beside the same layers without any.
+"""Inside vLLM: an engine with fastadapt's adapters and one with vLLM's own LoRA, in multiples of one without adapters.
 
-To be run by the interpreter of vLLM's environment (tests/in_vllm/environment.py). The packed linear layers of decoder
-blocks (q with k and v, o, gate with up, down; by default SmolLM2-135M's sizes) are called one after the other in one
-process, without attention, scheduler or sampling: what an engine adds is the same for all. A round times every variant
-once, in a shuffled order; ratios are to the layers without adapters of the same round.
+To be run by the interpreter of vLLM's environment (tests/in_vllm/environment.py). SmolLM2-135M in three offline
+engines, each in a process of its own that stays alive; they are asked for one piece of work after the other, so that
+exactly one of them computes at any time. A round asks every engine for everything once, in a shuffled order; ratios are
+to the engine without adapters in the same round. One thread, no compilation (on a CPU vLLM compiles nothing with LoRA).
 
-* one, eight: LoRA of rank 16 on all seven projections, of every token or token by token of eight adapters;
-* mixed: four LoRA, two DoRA and two VeRA of rank 256, which vLLM refuses;
-* decode: one token of each of eight rows, whose order changes at each step, as it does when rows come and go;
-  prefill: 64 tokens each.
+* prefill: 64 tokens of each of 8 rows in one step; decode: the steps behind it;
+* 1_lora, 8_lora: rank 16 on the seven projections, one for all rows or one for each; 8_mixed: four LoRA, two DoRA and
+  two VeRA of rank 256, which vLLM refuses;
+* churn: 32 requests of unequal length over the 8 LoRA in 8 rows, whose batch keeps changing.
+
+Adapters are in their slots when the clock starts.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import random
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from torch import nn
+from rich.console import Console
 
-from bench import measure, report
+from bench import measure, page, report
+from bench.cases import AdapterCase
+from bench.measure import Parts, Timing
+from bench.plots import Document, draw_vllm, read
+from fastadapt.commands.demo.assets import load_model
 from fastadapt.commands.report import write_json
-from fastadapt.reference import AdapterForm
 
 ROWS, PROMPT, RANK, VERA_RANK = 8, 64, 16, 256
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# So many decoding steps make one timing.
-STEPS = 8
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# What a row gets after its prompt: the steps that are timed as decoding.
+STEPS = 16
+REQUESTS = 32
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# The engine without adapters is asked twice a round, since every ratio has its noise.
+BASES = ("base", "base, second")
+METHODS = ["lora"] * ROWS + ["dora"] * 2 + ["vera"] * 2
+NAMES = [f"{method} {place}" for place, method in enumerate(METHODS)]
+ADAPTERS = {
+    "1_lora": NAMES[:1] * ROWS,
+    "8_lora": NAMES[:ROWS],
+    "8_mixed": NAMES[:4] + NAMES[ROWS:],
+    "churn": [NAMES[place % ROWS] for place in range(REQUESTS)],
+}
+# What is asked of each case in fp32 and in bf16.
+ASKED = {
+    "prefill_1_lora": (1.10, 1.15),
+    "prefill_8_lora": (1.15, 1.30),
+    "prefill_8_mixed": (1.40, 1.50),
+    "decode_1_lora": (1.12, 1.40),
+    "decode_8_lora": (1.35, 1.50),
+    "decode_8_mixed": (1.60, 2.00),
+    "churn": (1.40, None),
+}
+# Before vLLM is imported: one process for each engine, a small cache, one thread, nothing sent anywhere.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
-class Sizes(NamedTuple):
-    """SmolLM2-135M's."""
+class Work(NamedTuple):
+    """Requests that are there at once: their prompts, how many tokens follow each, and their adapters."""
 
-    hidden: int = 576
-    head: int = 64
-    heads: int = 9
-    keys: int = 3
-    inner: int = 1536
+    prompts: Sequence[Sequence[int]]
+    tokens: Sequence[int]
+    adapters: Sequence[str]
+
+
+def works(vocabulary: int, prompt: int = PROMPT, steps: int = STEPS) -> dict[str, Work]:
+    """What the engines are asked for, by the names of ADAPTERS."""
+    drawn = random.Random(0)
+
+    def text(length: int) -> list[int]:
+        return [drawn.randrange(1, vocabulary) for _ in range(length)]
+
+    found = {}
+    for name, adapters in ADAPTERS.items():
+        ragged = name == "churn"
+        prompts = [text(drawn.randint(max(1, prompt // 8), prompt) if ragged else prompt) for _ in adapters]
+        # The first of the tokens is the prefill's.
+        tokens = [1 + (drawn.randint(1, steps) if ragged else steps) for _ in adapters]
+        found[name] = Work(prompts, tokens, adapters)
+    return found
+
+
+def save_adapters(model: Any, root: Path) -> dict[str, str]:
+    """PEFT's directories of adapters that do something, by name."""
+    import peft
+
+    found = {}
+    for seed, (name, method) in enumerate(zip(NAMES, METHODS, strict=True)):
+        rank = VERA_RANK if method == "vera" else RANK
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(model, AdapterCase(name, method, rank).peft_config(SEVEN))  # type: ignore[arg-type]
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        found[name] = str(root / name)
+        adapted.save_pretrained(found[name])
+        model = adapted.unload()
+    return found
+
+
+def engine_process(
+    connection: Any, log: str, side: str, fields: Mapping[str, Any], adapters: Mapping[str, str]
+) -> None:
+    """An engine of one side ("base", "ours", "vllm") that does what it is sent and sends back its times."""
+    # vLLM writes on both.
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # An allow list, read when vLLM is imported.
+    os.environ["VLLM_PLUGINS"] = "fastadapt" if side == "ours" else ""
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    torch.set_num_threads(1)
+    lora: dict[str, Any] = {"enable_lora": True, "max_loras": ROWS, "max_cpu_loras": len(NAMES)}
+    lora |= {"max_lora_rank": RANK, "lora_target_modules": SEVEN}
+    llm = LLM(
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_num_seqs=ROWS,
+        **fields,
+        **({} if side == "base" else lora),
+    )
+    requests = {name: LoRARequest(name, 1 + place, path) for place, (name, path) in enumerate(adapters.items())}
+    engine = llm.llm_engine
+    connection.send("ready")
+    while (work := connection.recv()) is not None:
+        ask = partial(steps_of, engine, requests={} if side == "base" else requests)
+        ask(Work([[1]] * len(work.prompts), [1] * len(work.prompts), work.adapters))
+        connection.send(ask(work))
+
+
+def steps_of(engine: Any, work: Work, requests: Mapping[str, Any]) -> list[Timing]:
+    """The times of an engine's steps until all is done."""
+    from vllm import SamplingParams
+
+    for place, (prompt, tokens, name) in enumerate(zip(*work, strict=True)):
+        parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        engine.add_request(str(place), {"prompt_token_ids": prompt}, parameters, lora_request=requests.get(name))
+    found = []
+    while engine.has_unfinished_requests():
+        wall, cpu = time.perf_counter(), time.process_time()
+        engine.step()
+        found.append(Timing(time.perf_counter() - wall, time.process_time() - cpu))
+    return found
+
+
+class Engine:
+    """The other end of an engine's process."""
+
+    def __init__(self, side: str, log: Path, fields: Mapping[str, Any], adapters: Mapping[str, str]) -> None:
+        self.side, self.log = side, log
+        spawn = multiprocessing.get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=engine_process, args=(theirs, str(log), side, fields, adapters))
+        self.process.start()
+        theirs.close()
+
+    def reply(self) -> Any:
+        try:
+            return self.connection.recv()
+        except EOFError:
+            said = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
+            raise RuntimeError(f"the engine {self.side!r} ended: {said}") from None
+
+    def run(self, name: str, work: Work) -> Parts:
+        """The times of the work's first step and of the others, of churn together."""
+        self.connection.send(work)
+        steps: list[Timing] = self.reply()
+        if name == "churn":
+            return Parts({"whole": _sum(steps)})
+        if len(steps) != work.tokens[0]:
+            raise RuntimeError(f"{name} must take {work.tokens[0]} steps, the first for all prompts, got {len(steps)}")
+        return Parts({"prefill": steps[0], "decode": _sum(steps[1:])})
+
+    def close(self) -> None:
+        if self.process.is_alive():
+            self.connection.send(None)
+        self.process.join()
+
+
+def _sum(steps: Sequence[Timing]) -> Timing:
+    return Timing(sum(step.wall for step in steps), sum(step.cpu for step in steps))
 
 
 @contextmanager
-def engine_process(lora_config: Any) -> Iterator[Any]:
-    """vLLM's settings and process groups, for one process, with the plugin on."""
-    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-
-    from fastadapt.integrations.vllm import register
-
-    config = VllmConfig(device_config=DeviceConfig("cpu"))
-    config.lora_config = lora_config
-    with tempfile.TemporaryDirectory() as scratch, set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{scratch}/store", 0, backend="gloo")
-        initialize_model_parallel(1, 1)
-        register()
-        yield config
+def engines(
+    sides: Sequence[str], fields: Mapping[str, Any], adapters: Mapping[str, str], scratch: Path
+) -> Iterator[dict[str, Engine]]:
+    """An engine for each side, all of them ready."""
+    with ExitStack() as stack:
+        found = {}
+        for side in sides:
+            found[side] = Engine(side, scratch / f"{side}.log", fields, adapters)
+            stack.callback(found[side].close)
+        for engine in found.values():
+            engine.reply()
+        yield found
 
 
-class Layers(nn.Module):
-    """Blocks of linear layers, with what vLLM's managers ask of a model."""
-
-    config = None
-    packed_modules_mapping: ClassVar = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList()
-
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("there are no embeddings")
-
-
-def packed_layers(blocks: int, sizes: Sizes, dtype: torch.dtype) -> Any:
-    """The linear layers of so many decoder blocks, as vLLM has them, with weights and no bias."""
-    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-
-    model: Any = Layers()
-    hidden, head, heads, keys, inner = sizes
-    for number in range(blocks):
-        fields: dict[str, Any] = {"bias": False, "params_dtype": dtype}
-        block: Any = nn.Module()
-        block.qkv_proj = QKVParallelLinear(hidden, head, heads, keys, prefix=f"{number}.qkv", **fields)
-        block.o_proj = RowParallelLinear(heads * head, hidden, prefix=f"{number}.o", **fields)
-        block.gate_up_proj = MergedColumnParallelLinear(hidden, [inner, inner], prefix=f"{number}.gu", **fields)
-        block.down_proj = RowParallelLinear(inner, hidden, prefix=f"{number}.d", **fields)
-        for layer in block.children():
-            with torch.no_grad():
-                layer.weight.normal_(std=0.02)
-            layer.quant_method.process_weights_after_loading(layer)
-        model.blocks.append(block)
-    return model
+def run(
+    dtype: str,
+    model: str,
+    adapters: Mapping[str, str],
+    asked: Mapping[str, Work],
+    rounds: int,
+    vllm_rounds: int,
+    scratch: Path,
+) -> list[report.Row]:
+    """Measures in one dtype; one row a case."""
+    longest = max(len(prompt) + tokens for work in asked.values() for prompt, tokens, _ in zip(*work, strict=True))
+    fields = {"model": model, "dtype": DTYPES[dtype], "max_model_len": longest}
+    fields["max_num_batched_tokens"] = max(longest, ROWS * max(len(prompt) for prompt in asked["8_lora"].prompts))
+    with engines(("base", "ours", "vllm"), fields, adapters, scratch) as found:
+        variants: dict[str, Any] = {}
+        # All rows of a kind have the same base pass.
+        for name in ("8_lora", "churn"):
+            for side in BASES:
+                variants[f"{side} {name}"] = partial(found["base"].run, name, asked[name])
+        for name, work in asked.items():
+            variants[f"ours {name}"] = partial(found["ours"].run, name, work)
+        theirs = {
+            f"vllm {name}": partial(found["vllm"].run, name, work) for name, work in asked.items() if name != "8_mixed"
+        }
+        # vLLM's own takes several times as long as all others together.
+        results = measure.interleave(variants | theirs, vllm_rounds)
+        if rounds > vllm_rounds:
+            results += measure.interleave(variants, rounds - vllm_rounds, seed=1, warm=True)
+    return [row_of(dtype, case, results) for case in ASKED]
 
 
-def managed(model: Any, config: Any, *, ours: bool) -> Any:
-    """The model's manager, which has wrapped its layers in vLLM's own or in fastadapt's."""
-    from vllm.lora import utils
-    from vllm.lora.model_manager import LRUCacheLoRAModelManager
-
-    from fastadapt.integrations.vllm.layers import FastLinear
-    from fastadapt.integrations.vllm.model_manager import FastModelManager
-
-    everything = utils._all_lora_classes
-    if not ours:
-        utils._all_lora_classes = tuple(kind for kind in everything if not issubclass(kind, FastLinear))
-    try:
-        kind = FastModelManager if ours else LRUCacheLoRAModelManager
-        return kind(
-            model,
-            max_num_seqs=ROWS,
-            max_num_batched_tokens=ROWS * PROMPT,
-            vocab_size=100,
-            lora_config=config.lora_config,
-            device=torch.device("cpu"),
-            vllm_config=config,
-        )
-    finally:
-        utils._all_lora_classes = everything
-
-
-def load(manager: Any, methods: list[str]) -> None:
-    """Adapters 1, 2, ... of these methods in the slots."""
-    pair = None
-    for number, method in enumerate(methods, 1):
-        adapter = manager.create_dummy_lora(number, RANK, {})
-        for weights in adapter.loras.values():
-            for side in (weights.lora_a, weights.lora_b):
-                for factor in side if isinstance(side, list) else [side]:
-                    factor.normal_(std=0.02)
-        manager.add_adapter(adapter)
-        manager.activate_adapter(number)
-        if method == "lora":
-            continue
-        layers = list(manager.fast.values())
-        if pair is None:
-            k, n = (max([part.stacks.shape[side] for layer in layers for part in layer.slices]) for side in (1, 0))
-            pair = manager._pairs.of(0.02 * torch.randn(VERA_RANK, k), 0.02 * torch.randn(n, VERA_RANK))
-        for layer in layers:
-            layer.set_lora(number - 1, [_form(method, part.stacks.shape, pair) for part in layer.slices], None)
-
-
-def _form(method: str, shape: tuple[int, int], pair: Any) -> AdapterForm:
-    n, k = shape
-    if method == "dora":
-        g = 1 + 0.01 * torch.randn(n)
-        return AdapterForm(0.02 * torch.randn(RANK, k), 0.02 * torch.randn(n, RANK), out_scale=g, base_scale=g)
-    d, h = torch.randn(VERA_RANK), torch.randn(n)
-    return AdapterForm(pair.A[:, :k], pair.B[:n], mid_scale=d, out_scale=h)
-
-
-def runner(model: Any, manager: Any, names: list[int], tokens: int, dtype: torch.dtype) -> Callable[[], None]:
-    """Steps through all layers in which row i has `tokens` tokens of adapter names[i], in an order that changes."""
-    from vllm.lora.layers import LoRAMapping
-
-    layers = [layer for block in model.blocks for layer in block.children()]
-    inputs = {width: torch.randn(ROWS * tokens, width, dtype=dtype) for width in {one.input_size for one in layers}}
-    turn = 0
-
-    def run() -> None:
-        nonlocal turn
-        for _ in range(STEPS if tokens == 1 else 1):
-            turn += 1
-            if manager is not None:
-                order = names[turn % ROWS :] + names[: turn % ROWS]
-                ids = tuple(name for name in order for _ in range(tokens))
-                manager.set_adapter_mapping(LoRAMapping(ids, tuple(order), is_prefill=True))
-            with torch.inference_mode():
-                for layer in layers:
-                    layer(inputs[layer.input_size])
-
-    return run
-
-
-def case(dtype_name: str, phase: str, adapters: str, blocks: int, rounds: int, config: Any) -> report.Row:
-    """One row: the ratios of both to the layers without adapters."""
-    dtype, tokens = DTYPES[dtype_name], 1 if phase == "decode" else PROMPT
-    config.lora_config.lora_dtype = dtype
-    methods = ["lora"] * ROWS if adapters != "mixed" else ["lora"] * 4 + ["dora"] * 2 + ["vera"] * 2
-    names = [1] * ROWS if adapters == "one" else list(range(1, ROWS + 1))
-    variants: dict[str, Callable[[], object]] = {}
-    sizes = Sizes()
-    for side in ("base", "base, second", "ours", "vllm"):
-        if side == "vllm" and adapters == "mixed":
-            continue
-        torch.manual_seed(0)
-        model = packed_layers(blocks, sizes, dtype)
-        manager = None
-        if not side.startswith("base"):
-            manager = managed(model, config, ours=side == "ours")
-            load(manager, methods)
-        variants[side] = runner(model, manager, names, tokens, dtype)
-    results = measure.interleave(variants, rounds)
-    row: report.Row = {"case": f"{dtype_name} {phase}, {adapters}"}
-    for side in ("ours", "vllm"):
-        if side in variants:
-            wall, cpu = measure.compare(results, side, ("base", "base, second"))
-            row |= {side: wall.median, f"{side}_low": wall.low, f"{side}_high": wall.high, f"{side}_cpu": cpu.median}
+def row_of(dtype: str, case: str, results: list[dict[str, Timing]]) -> report.Row:
+    """The ratios of both to the engine without adapters."""
+    phase, _, name = case.partition("_")
+    part = phase if name else "whole"
+    bases = [f"{side} {'8_lora' if name else case} {part}" for side in BASES]
+    row: report.Row = {"case": case if dtype == "fp32" else f"{dtype}_{case}"}
+    row["asked"] = ASKED[case][list(DTYPES).index(dtype)]
+    for side, prefix in (("ours", ""), ("vllm", "vllm_")):
+        variant = f"{side} {name or case} {part}"
+        there = [timings for timings in results if variant in timings]
+        if there:
+            wall, cpu = measure.compare(there, variant, bases)
+            row |= {f"{prefix}x_base": wall.median, f"{prefix}x_low": wall.low, f"{prefix}x_high": wall.high}
+            row |= {f"{prefix}x_cpu": cpu.median, f"{prefix}rounds": len(there)}
     return row
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds of each case.")] = 10,
-    blocks: Annotated[int, typer.Option(help="Decoder blocks; 30 is SmolLM2-135M.")] = 30,
-    dtypes: Annotated[str, typer.Option(help="Of these, separated by commas.")] = "fp32,bf16",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there, a PNG beside it.")] = None,
+    rounds: Annotated[int, typer.Option(help="Counted rounds.")] = 8,
+    vllm_rounds: Annotated[int, typer.Option(help="Rounds in which vLLM's own LoRA takes part.")] = 2,
+    dtypes: Annotated[str, typer.Option(help="Of these, separated by commas.")] = ",".join(DTYPES),
+    prompt: Annotated[int, typer.Option(help="Tokens of a row's prompt.")] = PROMPT,
+    steps: Annotated[int, typer.Option(help="Decoding steps behind it.")] = STEPS,
 ) -> None:
-    """vLLM's linear layers with its own LoRA and with fastadapt's, beside the same layers without adapters."""
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    """Engines of vLLM's with its own LoRA and with fastadapt's adapters, as a multiple of one without adapters."""
+    # Inherited by the engines.
+    os.environ.update(ENVIRONMENT)
     try:
-        from vllm.config.lora import LoRAConfig
+        from vllm import __version__ as version
     except ImportError as error:
         cure = "run it with the interpreter that tests/in_vllm/environment.py makes"
         raise typer.BadParameter(f"{error}: {cure}") from None
     torch.set_num_threads(1)
-    settings = LoRAConfig(max_loras=ROWS, max_lora_rank=RANK, lora_dtype=torch.float32)
+    console = Console(stderr=True)
+    start = time.perf_counter()
     rows = []
-    with engine_process(settings) as config:
-        for name in dtypes.split(","):
-            for phase in ("decode", "prefill"):
-                for adapters in ("one", "eight", "mixed"):
-                    rows.append(case(name, phase, adapters, blocks, rounds, config))
-                    if json_file is not None:
-                        write_json(json_file, "vllm", rows, blocks=blocks, rounds=rounds)
-    columns = {"case": "case", "ours": "fastadapt", "ours_cpu": "its CPU time", "vllm": "vLLM"}
-    columns["vllm_cpu"] = "its CPU time"
-    report.print_table(f"x {blocks} blocks of vLLM's layers without adapters", rows, columns)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        model, _ = load_model(None, console.print)
+        adapters = save_adapters(model, scratch)
+        asked, directory = works(model.config.vocab_size, prompt, steps), model.name_or_path
+        del model
+        for dtype in dtypes.split(","):
+            console.print(f"starting three engines in {dtype}")
+            rows += run(dtype, directory, adapters, asked, rounds, min(rounds, vllm_rounds), scratch)
+            if json_file is not None:
+                write_json(json_file, "vllm", rows, vllm=version, prompt=prompt, steps=steps)
+                draw_vllm(read(json_file), json_file.with_suffix(".png"))
+    columns = {
+        "case": "case",
+        "x_base": "x base",
+        "x_low": "95% from",
+        "x_high": "to",
+        "x_cpu": "CPU time",
+        "asked": "asked",
+        "vllm_x_base": "vLLM",
+        "vllm_x_low": "95% from",
+        "vllm_x_high": "to",
+    }
+    minutes = (time.perf_counter() - start) / 60
+    report.print_table(f"Inside vLLM {version}, {rounds} rounds, {minutes:.1f} minutes", rows, columns)
+
+
+_TITLES = {
+    "prefill_1_lora": "prefill, one LoRA",
+    "prefill_8_lora": "prefill, 8 LoRA",
+    "prefill_8_mixed": "prefill, 8 of mixed methods",
+    "decode_1_lora": "decode, one LoRA",
+    "decode_8_lora": "decode, 8 LoRA",
+    "decode_8_mixed": "decode, 8 of mixed methods",
+    "churn": "churn, 8 LoRA",
+}
+
+
+@page.section("vllm", "Inside vLLM")
+def section(document: Document) -> str:
+    found = page.by_case(document)
+    rows = []
+    for case, title in _TITLES.items():
+        cells = [title]
+        for row in (found.get(f"{prefix}{case}", {}) for prefix in ("", "bf16_")):
+            cells.append(page.span(row, "x_base", "x_low", "x_high"))
+            cells.append(page.number(row.get("asked")))
+            cells.append(page.span(row, "vllm_x_base", "vllm_x_low", "vllm_x_high"))
+        rows.append(" | ".join(cells))
+    first = document["rows"][0]
+    return (
+        f"SmolLM2-135M-Instruct in offline engines of vLLM {document['vllm']}, {ROWS} rows of {document['prompt']} "
+        f"tokens, one thread, no compilation, as a multiple of the engine without adapters, medians of "
+        f"{first['rounds']} rounds, of {first['vllm_rounds']} with vLLM's own LoRA, which gets the seven projections "
+        f"alone. LoRA of rank {RANK} on all of them; mixed: four LoRA, two DoRA, two VeRA of rank {VERA_RANK}, which "
+        f"vLLM refuses. Prefill is one step, decode the {document['steps']} behind it; churn: {REQUESTS} requests of "
+        "unequal length whose batch keeps changing. Asked: what the ratio must not exceed.\n\n"
+    ) + page.table("| fp32 | asked | vLLM's LoRA | bf16 | asked | vLLM's LoRA", rows)

@@ -10,7 +10,9 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from tiny_models import headed, llama
 from torch import Tensor, nn
 
 import fastadapt
-from bench import digits, glora, measure, page, report, road, saved, step, train, vision, vision_search
+from bench import digits, glora, measure, page, plots, report, road, saved, step, train, vision, vision_search, vllm
 from bench.__main__ import main
 from bench.cases import STEP_CASES, chosen
 from fastadapt.commands.demo.assets import AssetError
@@ -269,8 +271,67 @@ def test_every_round_runs_every_variant_in_an_order_of_its_own() -> None:
     assert len(rounds) == 7
     assert all(set(names) == set("abcd") for names in rounds)
     assert len(set(rounds)) > 1
+    assert len(measure.interleave(variants, 2, warm=True)) == 2
+    assert len(order) == 7 * 4 + 2 * 4
     with pytest.raises(ValueError, match="rounds"):
         measure.interleave(variants, 0)
+
+
+def test_a_variant_may_take_its_own_times() -> None:
+    own = measure.Parts(first=measure.Timing(1.0, 2.0), rest=measure.Timing(3.0, 4.0))
+    (timings,) = measure.interleave({"a": lambda: own, "b": lambda: {"first": 1}}, 1, wanted=False)
+    assert timings.keys() == {"a first", "a rest", "b"}
+    assert timings["a rest"] == (3.0, 4.0)
+
+
+def test_inside_vllm_every_case_is_beside_the_engine_without_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With engines that need no vLLM: of twice, three and nine times the base's time, in prefill a tenth more."""
+    asked = vllm.works(vocabulary=50, prompt=16, steps=4)
+    assert len({tuple(prompt) for prompt in asked["8_lora"].prompts}) == 8
+    assert len(set(map(len, asked["churn"].prompts))) > 4
+
+    @contextmanager
+    def engines(sides: Any, fields: Any, adapters: Any, scratch: Path) -> Iterator[dict[str, vllm.Engine]]:
+        found = {}
+        for side in sides:
+            engine = vllm.Engine.__new__(vllm.Engine)
+            engine.connection = SimpleNamespace(send=lambda work, engine=engine: setattr(engine, "work", work))
+            engine.reply = lambda engine=engine, side=side: steps(engine.work, side)  # type: ignore[method-assign]
+            found[side] = engine
+        yield found
+
+    def steps(work: vllm.Work, side: str) -> list[measure.Timing]:
+        times = 1 if side == "base" else 9 if side == "vllm" else 2 + ("vera 10" in work.adapters)
+        prefill = times if side == "base" else 1.1 * times
+        return [measure.Timing(prefill, 2 * times)] + [measure.Timing(times, times)] * max(work.tokens[0] - 1, 4)
+
+    monkeypatch.setattr(vllm, "engines", engines)
+    rows = [row for dtype in ("fp32", "bf16") for row in vllm.run(dtype, "", {}, asked, 3, 2, tmp_path)]
+    assert [row["case"] for row in rows] == [*vllm.ASKED, *(f"bf16_{case}" for case in vllm.ASKED)]
+    for row in rows:
+        times = 3 if "mixed" in row["case"] else 2
+        first = 1.1 if "prefill" in row["case"] else 1.02 if "churn" in row["case"] else 1.0
+        assert row["x_base"] == pytest.approx(times * first)
+        assert row["x_cpu"] == pytest.approx(times)
+        assert row["rounds"] == 3
+        assert row.get("vllm_x_base") == (None if times == 3 else pytest.approx(9 * first))
+        assert row.get("vllm_rounds") == (None if times == 3 else 2)
+    write_json(tmp_path / "vllm.json", "vllm", rows, vllm="0.0", prompt=16, steps=4)
+    plots.draw_vllm(plots.read(tmp_path / "vllm.json"), tmp_path / "vllm.png")
+    text = page.results(tmp_path)
+    assert "| decode, 8 LoRA | 2.00 (2.00–2.00) | 1.35 | 9.00 (9.00–9.00) | 2.00 (2.00–2.00) | 1.50 |" in text
+    assert "![Inside vLLM](vllm.png)" in text
+
+
+def test_an_engine_that_takes_other_steps_is_not_measured() -> None:
+    """More than one step for the prompts would count as decoding."""
+    engine = vllm.Engine.__new__(vllm.Engine)
+    engine.connection = SimpleNamespace(send=lambda work: None)
+    engine.reply = lambda: [measure.Timing(1.0, 1.0)] * 6  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="8_lora must take 5 steps, the first for all prompts, got 6"):
+        engine.run("8_lora", vllm.works(vocabulary=50, steps=4)["8_lora"])
 
 
 def test_a_wide_table_becomes_several_of_80_characters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 VLLM, TORCH = "0.32.0", "2.13.0"
 # What vLLM asks for and text models on a CPU do not need, or would bring a torch for GPUs.
 LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec", "triton"}
-# The models and the oracle of the tests, and what runs them.
-OF_THE_TESTS = ["peft==0.21.2", "gguf==0.19.0", "pytest==9.2.0", "regex>=2024.5.15"]
+# The models and the oracle of the tests and of `bench vllm`, what runs them, and what draws.
+OF_THE_TESTS = ["peft==0.21.2", "gguf==0.19.0", "pytest==9.2.0", "regex>=2024.5.15", "matplotlib==3.11.2"]
 
 
 class UnavailableError(RuntimeError):

@@ -2,95 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tests/in_vllm/environment.py")
 
-from tiny_served import ADAPTERS, PROMPTS, TOKENS, Served, save, save_tokenizer
-
-START_SECONDS = 300
-
-
-class Server:
-    def __init__(self, served: Served, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.served, self.log = served, log
-        command = [Path(sys.executable).with_name("vllm"), "serve", served.model, "--host", "127.0.0.1"]
-        command += ["--port", self.port, "--dtype", "float32", "--enforce-eager", "--max-model-len", 64]
-        command += ["--enable-lora", "--max-loras", 3, "--max-cpu-loras", 4, "--served-model-name", "base"]
-        command += ["--lora-modules", f"lora={served.directories['lora']}"]
-        environment = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-        environment |= {
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            "FASTADAPT_VLLM_ADAPTERS": str(served.directories["lora"].parent),
-        }
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [str(part) for part in command], env=environment, stdout=out, stderr=subprocess.STDOUT
-            )
-
-    def wait(self) -> None:
-        stop = time.monotonic() + START_SECONDS
-        while time.monotonic() < stop and self.process.poll() is None:
-            try:
-                self.ask("/health")
-                return
-            except OSError:
-                time.sleep(1)
-        raise RuntimeError(f"the server did not start: {self.log.read_text()[-4000:]}")
-
-    def ask(self, path: str, **fields: Any) -> Any:
-        """The server's answer: JSON, or text where it is none."""
-        data = json.dumps(fields).encode() if fields else None
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            text = answer.read().decode()
-        return json.loads(text) if text[:1] in "{[" and text else text
-
-    def refusal(self, path: str, **fields: Any) -> tuple[int, str]:
-        """(status, text) of an answer that says no."""
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            self.ask(path, **fields)
-        with caught.value as answer:
-            return answer.code, answer.read().decode()
-
-    def tokens(self, model: str, prompt: list[int]) -> list[int]:
-        fields = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
-        answer = self.ask("/v1/completions", model=model, ignore_eos=True, return_token_ids=True, **fields)
-        found: list[int] = answer["choices"][0]["token_ids"]
-        return found
-
-    def names(self) -> set[str]:
-        return {model["id"] for model in self.ask("/v1/models")["data"]}
-
-    def check(self, model: str) -> None:
-        tokens = self.served.tokens["" if model == "base" else model]
-        assert [self.tokens(model, prompt) for prompt in PROMPTS] == tokens
-
-    def close(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+from running_server import Server
+from tiny_served import ADAPTERS, PROMPTS, save, save_tokenizer
 
 
 @pytest.fixture(scope="module")

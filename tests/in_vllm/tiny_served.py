@@ -76,15 +76,15 @@ def greedy(model: Any, prompt: list[int]) -> list[int]:
     return tokens
 
 
-def adapted(model: Path, config: Any, seed: int) -> Any:
-    """A PEFT model whose adapter does something."""
+def adapted(model: Path, config: Any, seed: int, size: float = 0.15) -> Any:
+    """A PEFT model whose adapter does something, the more so the larger the size."""
     found = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model).eval(), config)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in found.named_parameters():
             if parameter.requires_grad:
                 # A magnitude keeps its size, a bias of its own moves visibly.
-                parameter.add_(torch.randn_like(parameter), alpha=0.5 if "bias" in name or "vera" in name else 0.15)
+                parameter.add_(torch.randn_like(parameter), alpha=0.5 if "bias" in name or "vera" in name else size)
     return found
 
 
@@ -97,14 +97,22 @@ def save(directory: Path, kind: str, adapters: dict[str, Any]) -> Served:
             torch.nn.init.normal_(parameter)
     model = directory / "model"
     base.save_pretrained(model)
-    served = Served(model, {}, {"": [greedy(base, prompt) for prompt in PROMPTS]})
+    return served_by(model, directory / "adapters", adapters)
+
+
+def served_by(
+    model: Path, root: Path, adapters: dict[str, Any], prompts: list[list[int]] = PROMPTS, size: float = 0.15
+) -> Served:
+    """Writes these adapters for a saved model, and asks transformers for the tokens behind the prompts."""
+    base = AutoModelForCausalLM.from_pretrained(model).eval()
+    served = Served(model, {}, {"": [greedy(base, prompt) for prompt in prompts]})
     for seed, (name, config) in enumerate(adapters.items(), 1):
-        served.directories[name] = directory / "adapters" / name
-        found = adapted(model, config, seed)
+        served.directories[name] = root / name
+        found = adapted(model, config, seed, size)
         found.save_pretrained(served.directories[name])
         # PEFT merges no bias of B into a layer without a bias.
         merged = found if getattr(config, "lora_bias", False) else found.merge_and_unload()
-        served.tokens[name] = [greedy(merged, prompt) for prompt in PROMPTS]
+        served.tokens[name] = [greedy(merged, prompt) for prompt in prompts]
     return served
 
 
@@ -116,3 +124,11 @@ def save_tokenizer(model: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t0", pad_token="t0").save_pretrained(model)
+
+
+def smollm2() -> Path:
+    """The directory of SmolLM2-135M-Instruct."""
+    from fastadapt.commands.demo.assets import load_model
+
+    model, _ = load_model(None, lambda text: None)
+    return Path(model.name_or_path)
