@@ -169,5 +169,6 @@ def _counted(adapters: Mapping[str, Spelled]) -> str:
     parts = []
     for component, spelled in adapters.items():
         paths = {name.removeprefix(f"{PREFIX}model.").rpartition(".lora_")[0] for name in spelled.tensors}
-        parts.append(f"{len(paths - {''})} modules{f' of {component}' if component else ''}")
+        count = len(paths - {""})
+        parts.append(f"{count} module{'s' * (count != 1)}{f' of {component}' if component else ''}")
     return ", ".join(parts)

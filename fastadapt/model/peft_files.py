@@ -58,6 +58,7 @@ _SILENT_FIELDS = {
     "loftq_config",
     "lora_ga_config",
     "megatron_core",
+    "merge_weights",
     "peft_type",
     "peft_version",
     "qalora_group_size",

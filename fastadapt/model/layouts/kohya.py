@@ -70,8 +70,9 @@ def kohya_tensors(adapters: Mapping[str, Spelled], source: Path) -> dict[str, Te
     found: dict[str, Tensor] = {}
     for component, spelled in adapters.items():
         prefix = _prefix(component, adapters, source)
+        layers = layers_of_peft(spelled, source, "kohya")
         config = LoRAConfig.from_peft(spelled.fields)
-        for path, layer in layers_of_peft(spelled, source, "kohya").items():
+        for path, layer in layers.items():
             if others := {*layer} - {"A", "B", "magnitude"}:
                 raise ValueError(
                     f"{source}: {shown(layer[min(others)].name)} has no place in kohya's layout, which holds no "
