@@ -20,6 +20,7 @@ from tiny_pipelines import BLOCK, RESNET, TEXT, Tree, factors, merged, text_enco
 from torch import Tensor, nn
 
 from fastadapt import DoRAConfig, LoRAConfig, inject, load_adapter, save_adapter
+from fastadapt.commands.info import describe_adapter
 from fastadapt.methods.config import pattern_value
 from fastadapt.model.layouts.names import Names
 from fastadapt.model.layouts.sgm import sgm_names
@@ -592,3 +593,18 @@ def test_a_long_message_is_an_adapter_error(tmp_path: Path) -> None:
     with pytest.raises((AdapterError, ValueError)) as caught:
         load_adapter(unet(), tmp_path / "x")
     assert len(str(caught.value)) < 2500
+
+
+def test_info_tells_of_a_file_without_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    A, B = factors(unet().get_submodule(f"{BLOCK}.to_k"), 3, 0)
+    save_file(one_pair() | kohya(f"{BLOCK}.to_k", A, B), file)
+    facts = describe_adapter(file)
+    assert facts["layout"] == "kohya"
+    assert facts["unet"] == "LoRA of 2 layers, r 2 to 3"
+    assert facts["fastadapt"].startswith("can load it")
+    save_file(lacking(UP)(one_pair()), file)
+    assert "cannot load it: " in describe_adapter(file)["fastadapt"]
+    os.truncate(file, 30)
+    with pytest.raises(ValueError, match="is not a valid safetensors file"):
+        describe_adapter(file)

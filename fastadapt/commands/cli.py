@@ -197,8 +197,8 @@ def _self_test_table(rows: list[dict[str, Any]], dtypes: list[str], untested: li
 
 
 @app.command()
-def info(directory: Annotated[Path, typer.Argument(help="A PEFT adapter directory.")]) -> None:
-    """Describe an adapter directory without loading a model, and say whether fastadapt can load it."""
+def info(directory: Annotated[Path, typer.Argument(help="A PEFT directory, or another library's file.")]) -> None:
+    """Describe an adapter without loading a model, and say whether fastadapt can load it."""
     with one_line_errors():
         table = Table(show_header=False, title=Text(printable(str(directory))))
         for name, value in describe_adapter(directory).items():
