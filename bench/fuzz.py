@@ -6,7 +6,8 @@ The edits know the format (fields and patterns of the config, JSON text, names, 
 tensors, the header, links and pipes in the place of files, names of directories) or only its bytes. A finding is
 whatever else happens: another exception, a refusal that our own checks did not make, a form that does not fit its
 layer, a file from outside the root, too much time or memory, and files, threads, random numbers or a model that are
-not as they were. Every case goes through the server's loader, load_adapter, merge and info.
+not as they were. Every case goes through the server's loader, load_adapter, merge and info. Some are files of
+diffusers, kohya and MLX, which load_adapter reads too and the server refuses.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from rich.markup import escape
 from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import fastadapt
@@ -58,6 +60,8 @@ from fastadapt.commands.info import describe_adapter
 from fastadapt.commands.report import write_json
 from fastadapt.methods import METHODS
 from fastadapt.model.adapted import adapter_layers
+from fastadapt.model.layouts import diffusers, mlx
+from fastadapt.model.layouts.diffusers import METADATA
 from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
 from fastadapt.progress import progress_bars
 from fastadapt.serving import AdapterError, Limits, LoadedAdapter, adapter_directory, read_adapter
@@ -141,6 +145,8 @@ class Draft:
 
 def _field(draft: Draft, name: str, value: Any) -> None:
     draft.fields[name] = value
+    if isinstance(draft.metadata, dict) and METADATA in draft.metadata:
+        draft.metadata[METADATA] = json.dumps(json.loads(draft.metadata[METADATA]) | {f"text_encoder.{name}": value})
 
 
 def _without(draft: Draft, name: str) -> None:
@@ -499,7 +505,7 @@ SILENT = [
 FIELDS = sorted(
     {name for config in METHODS.values() for name in (*config.__dataclass_fields__, *config.neutral_fields)}
 )
-FIELDS += [*SILENT, "peft_type", "peft_type"]
+FIELDS += [*SILENT, "peft_type", "peft_type", "lora_parameters", "fine_tune_type"]
 TENSOR_NAMES = [
     "",
     "x",
@@ -512,6 +518,19 @@ TENSOR_NAMES += [f"base_model.model.model.layers.{i}.self_attn.q_proj.{end}" for
     "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "lora_E", "base_layer.weight", "bias",
     "base_layer.bias", "lora_A.default.weight", "vera_lambda_d", "lora_embedding_A", "lora_anchor_A.weight",
 )]  # fmt: skip
+FLAT, PATH = "lora_unet_model_layers_0_self_attn_q_proj", "model.layers.0.self_attn.q_proj"
+TENSOR_NAMES += [f"{FLAT}.{end}" for end in (
+    "lora_up.weight", "lora_down.weight", "alpha", "dora_scale", "lora_mid.weight", "hada_w1_a", "diff", "lora_up.0",
+)]  # fmt: skip
+TENSOR_NAMES += [f"{start}{PATH}.{end}" for start in ("", "unet.", "text_encoder.") for end in (
+    "lora.down.weight", "lora_A.weight", "lora_B.weight", "lora_B.bias", "alpha", "lora_magnitude_vector", "lora_a",
+)]  # fmt: skip
+TENSOR_NAMES += [
+    "lora_te_x.alpha",
+    "lora_unet_.alpha",
+    "unet.to_q_lora.down.weight",
+    f"{PATH}.processor.to_q_lora.alpha",
+]
 
 index = st.integers(0, 63)
 number = st.sampled_from(NUMBERS)
@@ -637,6 +656,52 @@ METHOD_CONFIGS: dict[str, Any] = {
 }
 
 
+# Layouts of other libraries, and the names of their files.
+FOREIGN = {
+    "kohya": diffusers.FILE,
+    "kohya's dora": diffusers.FILE,
+    "diffusers": diffusers.FILE,
+    "diffusers with its config": diffusers.FILE,
+    "mlx": mlx.FILE,
+    "mlx's dora": mlx.FILE,
+}
+
+
+def foreign_files() -> dict[str, tuple[bytes, bytes]]:
+    """A valid file of each layout, and the config beside it, for the tiny model."""
+    model, generator = tiny_model(), torch.Generator().manual_seed(2)
+    found = {}
+    for method in FOREIGN:
+        tensors: dict[str, Tensor] = {}
+        for rank, path in enumerate(("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"), start=2):
+            n, k = model.get_submodule(path).weight.shape
+            A, B = torch.rand(rank, k, generator=generator), torch.rand(n, rank, generator=generator)
+            m = torch.rand(n, generator=generator) + 0.5
+            if method.startswith("kohya"):
+                start = f"lora_unet_{path.replace('.', '_')}"
+                tensors |= {f"{start}.lora_down.weight": A, f"{start}.lora_up.weight": B}
+                tensors[f"{start}.alpha"] = torch.tensor(4) if rank == 2 else torch.tensor(1.5)
+                tensors |= {f"{start}.dora_scale": m[:, None]} if "dora" in method else {}
+            elif method == "diffusers":
+                tensors |= {f"unet.{path}.lora.down.weight": A, f"unet.{path}.lora.up.weight": B}
+                tensors[f"unet.{path}.alpha"] = torch.tensor(4.0)
+            elif method.startswith("diffusers"):
+                tensors |= {f"text_encoder.{path}.lora_A.weight": A, f"text_encoder.{path}.lora_B.weight": B}
+            else:
+                tensors |= {f"{path}.lora_a": A.T.contiguous(), f"{path}.lora_b": B.T.contiguous()}
+                tensors |= {f"{path}.m": m} if "dora" in method else {}
+        fields: dict[str, Any] = {}
+        metadata = {"format": "pt"}
+        if method.startswith("mlx"):
+            fields = {"fine_tune_type": "dora" if "dora" in method else "lora", "lora_parameters": {"scale": 2.0}}
+        elif method == "diffusers with its config":
+            said = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "rank_pattern": {"down_proj": 3}}
+            said |= {"target_modules": ["layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"], "use_rslora": True}
+            metadata[METADATA] = json.dumps({f"text_encoder.{name}": value for name, value in said.items()})
+        found[method] = json.dumps(fields).encode(), save(tensors, metadata)
+    return found
+
+
 class TooSlow(BaseException):
     """A case over its time."""
 
@@ -681,12 +746,13 @@ class Harness:
             save_adapter(model, self.root / "saved")
             self.valid[method] = tuple((self.root / "saved" / name).read_bytes() for name in (CONFIG_FILE, TENSOR_FILE))  # type: ignore[assignment]
             read_adapter(self.model, self.root / "saved")  # warms up, too
+        self.valid |= foreign_files()
 
     def draft(self, method: str) -> Draft:
         config, tensors = self.valid[method]
         stop = 8 + int.from_bytes(tensors[:8], "little")
         header = json.loads(tensors[8:stop])
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         entries = [
             Entry(
                 name,
@@ -696,7 +762,9 @@ class Harness:
             )
             for name, said in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         ]
-        return Draft(json.loads(config), entries)
+        draft = Draft(json.loads(config), entries)
+        draft.metadata = metadata
+        return draft
 
     def write(self, case: Case) -> str:
         """Puts the case into root/adapter; returns the name that the adapter is asked for by."""
@@ -710,12 +778,13 @@ class Harness:
         draft.freeze()
         adapter = self.root / "adapter"
         adapter.mkdir()
+        names = {TENSOR_FILE: FOREIGN.get(case.method, TENSOR_FILE), CONFIG_FILE: CONFIG_FILE}
         for name, content in draft.contents.items():
-            (adapter / name).write_bytes(content)
+            (adapter / names[name]).write_bytes(content)
         asked = "adapter"
         for name, *arguments in case.edits:
             if name == "place":
-                PLACES[arguments[1]](adapter / arguments[0], self.outside)
+                PLACES[arguments[1]](adapter / names[arguments[0]], self.outside)
             elif name == "name":
                 asked = arguments[0]
         return asked
@@ -743,6 +812,8 @@ class Harness:
             found = other if other.result == "finding" else found
         if found.result != "finding" and loads["load_adapter"] and not loads["info"]:
             found = Outcome("finding", "info: says that what load_adapter loads cannot be loaded", seconds)
+        if found.result == "refused" and case.method in FOREIGN and loads["load_adapter"]:
+            found = Outcome("loaded", "", seconds)
         return found._replace(seconds=seconds)
 
     def _serving(self, case: Case, asked: str) -> Outcome:
@@ -845,7 +916,7 @@ def _described(model: nn.Module, directory: Path) -> bool:
     for name, fact in facts.items():
         if not fact.isprintable() or len(fact) > 2500:
             raise AssertionError(f"{name} is no short line: {fact[:200]!r}")
-    return facts["fastadapt"] == "can load it"
+    return facts["fastadapt"].startswith("can load it")
 
 
 # Whether what reads a directory takes it; the model is as it was afterwards.

@@ -1,4 +1,4 @@
-"""The command `fastadapt`: demo, doctor, generate, info, merge, train. Heavy imports wait until they are needed."""
+"""The command `fastadapt`: convert, demo, doctor, generate, info, merge, train. Heavy imports wait for their use."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ except ModuleNotFoundError as missing:
 from ..checks import printable
 from ..progress import working
 from ..training.recipes import recipes
+from .convert import TARGETS, convert_to
 from .info import describe_adapter
 from .merge import merge_to
 from .plugins import load_methods
@@ -196,8 +197,8 @@ def _self_test_table(rows: list[dict[str, Any]], dtypes: list[str], untested: li
 
 
 @app.command()
-def info(directory: Annotated[Path, typer.Argument(help="A PEFT adapter directory.")]) -> None:
-    """Describe an adapter directory without loading a model, and say whether fastadapt can load it."""
+def info(directory: Annotated[Path, typer.Argument(help="A PEFT directory, or another library's file.")]) -> None:
+    """Describe an adapter without loading a model, and say whether fastadapt can load it."""
     with one_line_errors():
         table = Table(show_header=False, title=Text(printable(str(directory))))
         for name, value in describe_adapter(directory).items():
@@ -224,6 +225,33 @@ def merge(
 
         with working("reading the adapter", out) as say, quiet_transformers():
             notes = merge_to(model_dir, adapter_dir, output_dir, say)
+        for note in notes:
+            out.print(Text(printable(note)), soft_wrap=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A PEFT directory, or diffusers', kohya's, MLX's file.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A directory; a .safetensors file for kohya.")],
+    to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")],
+    model: Annotated[
+        str | None, typer.Option(help="Base model: its names for kohya's flat ones, its sizes for --to lora.")
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Part of the pipeline: unet, transformer, text_encoder, ...")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is in OUT.")] = False,
+) -> None:
+    """Write an adapter in another library's layout: the same tensors, nothing half written.
+
+    peft: a PEFT directory. diffusers: pytorch_lora_weights.safetensors, with its config in the metadata. kohya: a file
+    with flat names, as most programs for images read it. lora: a PEFT directory of a plain LoRA, out of VeRA for
+    example, which computes the same; a DoRA is none. What a layout cannot hold is refused.
+    """
+    out = console()
+    with one_line_errors():
+        with working("reading the adapter", out) as say:
+            notes = convert_to(source, output, to, model, component, force, say)
         for note in notes:
             out.print(Text(printable(note)), soft_wrap=True)
 

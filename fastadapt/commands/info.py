@@ -1,4 +1,4 @@
-"""What `fastadapt info` tells of an adapter directory."""
+"""What `fastadapt info` tells of an adapter."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from typing import Any
 
 
 def describe_adapter(directory: Path) -> dict[str, str]:
-    """What `info` shows, in order.
+    """What `info` shows, in order, of a PEFT directory or of another library's file.
 
     Raises FileNotFoundError or ValueError where there is no adapter to describe.
     """
     import math
 
+    from ..model.layouts.source import foreign_file
     from ..model.peft_files import CONFIG_FILE, TENSOR_FILE, check_present, read_config, read_fields, read_tensors
     from ..model.untrusted import DEFAULT_LIMITS, AdapterError, bounded, one_line, tensor_header
 
+    with bounded(directory):
+        foreign = foreign_file(directory)
+    if foreign is not None:
+        return _describe_foreign(foreign)
     tensor_file = directory / TENSOR_FILE
     if not directory.is_dir():
         raise FileNotFoundError(
@@ -64,6 +69,35 @@ def describe_adapter(directory: Path) -> dict[str, str]:
     }
     if caught:
         facts["note"] = "; ".join(str(warning.message) for warning in caught)
+    return {name: one_line(value, 2000) for name, value in facts.items()}
+
+
+def _describe_foreign(file: Path) -> dict[str, str]:
+    """What `info` shows of a file of diffusers', kohya's or MLX's, as far as that can be told without a model."""
+    from ..model.layouts.layout import rank_of
+    from ..model.layouts.source import read_source
+    from ..model.untrusted import DEFAULT_LIMITS, AdapterError, bounded, one_line, tensor_header
+
+    with bounded(file):
+        header = tensor_header(file, DEFAULT_LIMITS)
+    facts = {"tensors": f"{len(header)}", "size": f"{file.stat().st_size:,} bytes"}
+    reason = ""
+    try:
+        with bounded(file):
+            source = read_source(file)
+    except AdapterError as error:
+        reason = error.reason
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    else:
+        said = {"layout": source.layout.title}
+        for component, layers in source.components.items():
+            ranks = {rank_of(layer) for layer in layers.values()}
+            dora = any("magnitude" in layer for layer in layers.values())
+            between = f"{min(ranks)}" if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+            said[component or "adapter"] = f"{'DoRA' if dora else 'LoRA'} of {len(layers)} layers, r {between}"
+        facts = said | facts
+    facts["fastadapt"] = f"cannot load it: {reason}" if reason else "can load it, into a model with these modules"
     return {name: one_line(value, 2000) for name, value in facts.items()}
 
 

@@ -23,7 +23,7 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
     if local and not (Path(model_dir) / "config.json").is_file():
         raise ValueError(f"{model_dir} must be the directory of a transformers model, but it has no config.json")
     report(f"loading {model_dir}")
-    model, missing = _base_of(config, model_dir, adapter_dir)
+    model, missing = base_of(config, model_dir, adapter_dir)
     report(f"merging {adapter_dir}")
     load_adapter(model, adapter_dir)
     brought = tuple(f"{path}." for path in saved_modules(model))
@@ -51,7 +51,7 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
     ]
 
 
-def _base_of(config: Any, model_dir: str, adapter_dir: Path) -> tuple[Any, list[str]]:
+def base_of(config: Any, model_dir: str, adapter_dir: Path) -> tuple[Any, list[str]]:
     """The base model in the class that the adapter was trained in, and the parameters that it has no weights for."""
     import transformers
 

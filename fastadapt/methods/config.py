@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,9 @@ from ..layers.wrap import adapter_layer
 from . import patterns
 
 T = TypeVar("T")
+
+# A key of a pattern that has nothing of an expression but the dots.
+_PLAIN_KEY = re.compile(r"[\w.]+")
 
 # Every method's config by the peft_type that its files carry. A config class enters it by being defined.
 METHODS: dict[str, type[AdapterConfig]] = {}
@@ -52,9 +56,19 @@ def pattern_value(field: str, pattern: dict[str, T], path: str, default: T) -> T
     field: what the config calls the pattern, for errors.
     """
     for key, value in pattern.items():
-        if patterns.match(field, key, path, r"(.*\.)?({})$"):
+        plain = _PLAIN_KEY.fullmatch(key)
+        if _ends_in(key, path) if plain else patterns.match(field, key, path, r"(.*\.)?({})$"):
             return value
     return default
+
+
+def _ends_in(key: str, path: str) -> bool:
+    """What the expression says of a key that is a path itself, of which a file may have one for each module: there its
+    dots stand for any letter."""
+    start = len(path) - len(key)
+    if start < 0 or (start and path[start - 1] != ".") or not path.endswith(key.rpartition(".")[2]):
+        return False
+    return all(mine in (theirs, ".") for mine, theirs in zip(key, path[start:], strict=True))
 
 
 def path_suffixes(path: str) -> list[str]:

@@ -247,6 +247,8 @@ class LoRAConfig(AdapterConfig):
             "monteclora_config",
             "megatron_config",
             "kasa_config",
+            # Of PEFT's first versions: which parts of a fused projection have a LoRA.
+            "enable_lora",
         )
     }
 

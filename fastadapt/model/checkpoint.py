@@ -20,6 +20,8 @@ from ..methods.lora_drop import recognised
 from ..methods.patterns import time_limit
 from .adapted import PREFIX, Injection, adapter_configs, check_unmerged, present
 from .inject import ModelType, attach, prepare, replace_base
+from .layouts.reading import read_for_model
+from .layouts.source import foreign_file
 from .matching import check_names, respell
 from .peft_files import TENSOR_FILE, method_of, read_directory
 from .saving import write_adapter
@@ -269,20 +271,31 @@ def load_adapter(
     backend: str = "auto",
     autocast_adapter_dtype: bool = True,
     limits: Limits = DEFAULT_LIMITS,
+    component: str | None = None,
 ) -> ModelType:
-    """Loads a PEFT directory into `model` in place as an adapter of that name, activates it and freezes the base.
+    """Loads an adapter into `model` in place under that name, activates it and freezes the base.
 
-    The file is taken whole or not at all: every tensor must belong to the config and the model, have the right shape
-    and be finite. Ranks and scales follow the config with its patterns. Of the heads that its task type brings into
-    modules_to_save the model may lack those that the file has no tensors of. trainable: whether the adapter's
-    parameters require grad. limits: what the files may ask for, as in serving. Returns the model. Raises
+    directory: a PEFT directory; or a file of diffusers' (pytorch_lora_weights.safetensors), kohya's or MLX's, or the
+    directory that holds one, whose layout is told from the names of its tensors. The file is taken whole or not at all:
+    every tensor must belong to the config and the model, have the right shape and be finite. Ranks and scales follow
+    the config with its patterns, in a file without one the shapes and alphas. Of the heads that its task type brings
+    into modules_to_save the model may lack those that the file has no tensors of. trainable: whether the adapter's
+    parameters require grad. limits: what the files may ask for, as in serving. component: which part of a pipeline
+    ("unet", "text_encoder") this model is, in a file that holds several; None takes the one whose modules it has, and
+    warns of the others. Returns the model. Raises
     FileNotFoundError or ValueError that names the file, the tensor or the field and the cure, an AdapterError where it
     asks for more than there is; the model is then as it was.
     """
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     # What is drawn at random is overwritten: the caller's own numbers go on as if nothing had been drawn.
     with bounded(directory), time_limit(limits.max_pattern_seconds), torch.random.fork_rng(cuda):
-        config, tensors = read_directory(directory, limits)
+        file, others = foreign_file(directory), list[str]()
+        if file is not None:
+            config, tensors, others = read_for_model(model, file, component, limits)
+        elif component is None:
+            config, _, tensors = read_directory(directory, limits)
+        else:
+            raise ValueError(f"component goes with a file of a pipeline, and {directory} is PEFT's: leave it out")
         config = recognised(config, tensors)
         injection = prepare(
             model,
@@ -292,7 +305,7 @@ def load_adapter(
             autocast_adapter_dtype=autocast_adapter_dtype,
             from_file=True,  # whose tensors decide
         )
-        source = Path(directory, TENSOR_FILE)
+        source = Path(directory, TENSOR_FILE) if file is None else file
         changed = check_tensors(injection, tensors, source, base_modules(model), output_head(model))
         if changed and adapter_configs(model):
             raise ValueError(
@@ -306,6 +319,12 @@ def load_adapter(
             tie_adapters(injection.adapters, ends)
     attach(model, injection, trainable=trainable)
     _warn_of_another_base(model, config)
+    if others and component is None:
+        warnings.warn(
+            f"{source} holds {', '.join(others)} too, which are other models' parts of it: load it into these as well, "
+            "or say component=... here",
+            stacklevel=2,
+        )
     if changed:
         replace_base(model, changed)
         warnings.warn(

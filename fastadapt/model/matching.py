@@ -12,12 +12,13 @@ from torch import Tensor
 from ..checks import shown
 
 # Parts of a name that only say what a module was inside of when it was saved: prefixes of PEFT, of the place that a
-# language model had in transformers before 4.52 or has beside an encoder of images, and of what wraps models. Of two
-# modules that nothing else tells apart none is chosen.
+# language model had in transformers before 4.52 or has beside an encoder of images, that of CLIP's text encoder before
+# version 5, and of what wraps models. Of two modules that nothing else tells apart none is chosen.
 _AROUND = {
     "base_model",
     "model",
     "language_model",
+    "text_model",
     "module",
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -45,11 +46,11 @@ def respell(tensors: dict[str, Tensor], known: Collection[str], stems: Collectio
 def _by_core(names: Iterable[str], stems: Collection[str]) -> dict[tuple[str, ...], list[str]]:
     found: dict[tuple[str, ...], list[str]] = {}
     for name in names:
-        found.setdefault(_core(name, stems), []).append(name)
+        found.setdefault(core(name, stems), []).append(name)
     return found
 
 
-def _core(name: str, stems: Collection[str]) -> tuple[str, ...]:
+def core(name: str, stems: Collection[str]) -> tuple[str, ...]:
     """The parts of a name that tell its module from others of a model."""
     parts = name.split(".")
     if "modules_to_save" in parts[:-1]:
@@ -71,11 +72,11 @@ def check_names(tensors: Collection[str], wanted: Collection[str], source: Path)
     ):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            near = f"; {owner} has {_nearest(names[0], others)}" if others else ""
+            near = f"; {owner} has {nearest(names[0], others)}" if others else ""
             raise ValueError(f"{source}: tensor {names[0]} {kind}{more}: is this adapter for another model?{near}")
 
 
-def _nearest(name: str, others: Iterable[str], most: int = 3) -> str:
+def nearest(name: str, others: Iterable[str], most: int = 3) -> str:
     """Those of the other names that end most like this one, the nearest first."""
     parts = name.split(".")[::-1]
 

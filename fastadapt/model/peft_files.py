@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -29,11 +29,15 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 
 
-PICKLES = ("adapter_model.bin", "adapter_model.pt")
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_lora_weights.bin")
 
 
 # What the dtypes that an adapter can have are called in a safetensors file.
 DTYPES = ("F16", "BF16", "F32", "F64")
+
+
+# Those of a single number in other libraries' files beside these.
+COUNTS = ("I32", "I64")
 
 
 # What the metadata of a tensor file hold that fastadapt writes over another config's: the text of the config that goes
@@ -54,6 +58,7 @@ _SILENT_FIELDS = {
     "loftq_config",
     "lora_ga_config",
     "megatron_core",
+    "merge_weights",
     "peft_type",
     "peft_version",
     "qalora_group_size",
@@ -149,18 +154,24 @@ def tensor_stamp(directory: str | os.PathLike[str]) -> object:
     return None
 
 
-def _own_config(content: bytes) -> tuple[bytes | None, str | None]:
-    """The config that a tensor file says is its own, and the hash of the one that was there before."""
+def metadata_of(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file's content, as far as they are text; none of a header that is broken."""
     length = int.from_bytes(content[:8], "little")
     if length > min(len(content) - 8, _METADATA_BYTES):
-        return None, None
+        return {}
     try:
         header = _json(content[8 : 8 + length])
     except ValueError:  # the parser of tensors says what is wrong
-        return None, None
+        return {}
     said = header.get("__metadata__") if isinstance(header, dict) else None
-    own, replaced = (said.get(key) if isinstance(said, dict) else None for key in (OWN_CONFIG, REPLACED))
-    return own.encode() if isinstance(own, str) else None, replaced if isinstance(replaced, str) else None
+    return {name: text for name, text in said.items() if isinstance(text, str)} if isinstance(said, dict) else {}
+
+
+def _own_config(content: bytes) -> tuple[bytes | None, str | None]:
+    """The config that a tensor file says is its own, and the hash of the one that was there before."""
+    said = metadata_of(content)
+    own = said.get(OWN_CONFIG)
+    return None if own is None else own.encode(), said.get(REPLACED)
 
 
 def _content(directory: str | os.PathLike[str], limits: Limits, name: str) -> bytes:
@@ -219,10 +230,14 @@ def parse_config(fields: dict[str, Any], path: Path) -> tuple[AdapterConfig, lis
 
 def read_config(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> AdapterConfig:
     """The config of a PEFT directory. Raises as `read_fields`, `check_fields` and `parse_config` do."""
-    return _known_config(read_fields(directory, limits), Path(directory, CONFIG_FILE), limits)
+    return known_config(read_fields(directory, limits), Path(directory, CONFIG_FILE), limits)
 
 
-def _known_config(fields: dict[str, Any], path: Path, limits: Limits) -> AdapterConfig:
+def known_config(fields: dict[str, Any], path: Path, limits: Limits) -> AdapterConfig:
+    """The config that the fields of the file at `path` describe, which asks for no more than the limits.
+
+    Warns of fields that fastadapt does not know. Raises ValueError as `parse_config` and `check_fields` do.
+    """
     config, unknown = parse_config(fields, path)
     check_fields(fields, limits)
     if unknown:
@@ -231,21 +246,28 @@ def _known_config(fields: dict[str, Any], path: Path, limits: Limits) -> Adapter
     return config
 
 
-def read_directory(
-    directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS
-) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The config and the tensors of a PEFT directory, of one save. Raises as `read_config` and `read_tensors` do."""
+class Parts(NamedTuple):
+    """What a PEFT directory holds: the config, the fields of the file that says it, and the tensors."""
+
+    config: AdapterConfig
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_directory(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> Parts:
+    """What a PEFT directory holds, of one save. Raises as `read_config` and `read_tensors` do."""
     found, tensors = of_one_save(partial(_content, directory, limits), partial(tensor_stamp, directory))
     config_path, tensor_path = Path(directory, CONFIG_FILE), Path(directory, TENSOR_FILE)
-    config = _known_config(parse_fields(found, config_path), config_path, limits)
-    return config, parse_tensors(tensors, tensor_path, limits.max_tensors)
+    fields = parse_fields(found, config_path)
+    config = known_config(fields, config_path, limits)
+    return Parts(config, fields, parse_tensors(tensors, tensor_path, limits.max_tensors))
 
 
-def parse_header(content: bytes, path: Path, max_tensors: int | None = None) -> dict[str, Any]:
+def parse_header(content: bytes, path: Path, max_tensors: int | None = None, *, counts: bool = False) -> dict[str, Any]:
     """What the header of a safetensors file, which is at `path`, says of each tensor: {name: its dtype and shape}.
 
-    Raises ValueError for one that is broken, has more than max_tensors entries, or tells of other than floating-point
-    numbers of 16, 32 or 64 bits.
+    counts: whether a tensor of one element may be a whole number. Raises ValueError for a header that is broken, has
+    more than max_tensors entries, or tells of other than floating-point numbers of 16, 32 or 64 bits.
     """
     start = 8
     length = int.from_bytes(content[:start], "little")
@@ -264,7 +286,8 @@ def parse_header(content: bytes, path: Path, max_tensors: int | None = None) -> 
         raise ValueError(f"{path} may hold {max_tensors} tensors, got {len(header)}")
     for name, entry in header.items():
         dtype, shape = (entry.get(key) if isinstance(entry, dict) else None for key in ("dtype", "shape"))
-        if not isinstance(dtype, str) or dtype not in DTYPES:
+        known = (*DTYPES, *COUNTS) if counts and shape in ([], [1]) else DTYPES
+        if not isinstance(dtype, str) or dtype not in known:
             raise ValueError(
                 f"{path}: {name} must hold floating-point numbers, {', '.join(DTYPES)}, got {shown(dtype)}"
             )
@@ -275,12 +298,14 @@ def parse_header(content: bytes, path: Path, max_tensors: int | None = None) -> 
     return header
 
 
-def parse_tensors(content: bytes, path: Path, max_tensors: int | None = None) -> dict[str, Tensor]:
+def parse_tensors(
+    content: bytes, path: Path, max_tensors: int | None = None, *, counts: bool = False
+) -> dict[str, Tensor]:
     """The tensors that the content of a safetensors file, which is at `path`, holds, on the CPU and in its order.
 
     Raises ValueError as `parse_header` does, for a broken file and for a tensor that is not finite.
     """
-    header = parse_header(content, path, max_tensors)
+    header = parse_header(content, path, max_tensors, counts=counts)
     try:
         loaded = load(content)
     except SafetensorError as error:

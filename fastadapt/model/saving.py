@@ -65,8 +65,12 @@ def write_adapter(model: nn.Module, target: Path, fields: dict[str, Any], tensor
     # Shared tensors are cloned: a safetensors file has no aliases.
     sharded = any(map(is_sharded, tensors.values()))
     tensors = {name: whole(name, tensor).detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    if sharded and not is_first():
-        return
+    if not sharded or is_first():
+        write_directory(target, fields, tensors)
+
+
+def write_directory(target: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes both files of a PEFT directory, whole or not at all. Raises OSError where that cannot be."""
     # Sorted at the top alone: of the patterns in it the first that matches wins.
     text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
     metadata = {"format": "pt"}
@@ -75,7 +79,7 @@ def write_adapter(model: nn.Module, target: Path, fields: dict[str, Any], tensor
         metadata |= {OWN_CONFIG: text, REPLACED: sha256_of(old)}
     with written_together(target, TENSOR_FILE, CONFIG_FILE) as drafts:
         try:
-            save_file(tensors, drafts / TENSOR_FILE, metadata=metadata)
+            save_file(dict(tensors), drafts / TENSOR_FILE, metadata=metadata)
         except SafetensorError as error:
             raise OSError(
                 f"the adapter could not be written to {target}, what was there is unchanged: {error}"
