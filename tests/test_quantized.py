@@ -13,6 +13,7 @@ import torch
 from tiny_models import llama
 from torch import Tensor, nn
 
+import fastadapt
 from fastadapt import (
     DoRAConfig,
     HiRAConfig,
@@ -236,3 +237,73 @@ def test_serving(kind: str, tmp_path: Path) -> None:
         logits = served(input_ids=IDS[:1].expand(len(names), -1), adapter_ids=names).logits
     for row, name in zip(logits, names, strict=True):
         assert relative(row, alone[name][0]) <= TOLERANCES.get(kind, 1e-5), name
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "dora with dropout", "vera"])
+def test_accelerated_peft_is_peft(kind: str, method: str, tmp_path: Path) -> None:
+    if (method, kind) in REFUSED:
+        pytest.skip("PEFT does not run it")
+    config = copy.deepcopy(OTHERS[method.removesuffix(" with dropout")])
+    if method.endswith("dropout"):
+        config.lora_dropout = 0.5
+
+    def built() -> Any:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(quantized(kind), copy.deepcopy(config))
+        randomised(model)
+        return model.train()
+
+    def run(model: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        found = model(input_ids=IDS, labels=IDS)
+        found.loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {"logits": found.logits.detach(), **grads}
+
+    model = built()
+    before = model.state_dict().keys()
+    found = fastadapt.accelerate_peft(model)
+    if "torchao" in kind:  # PEFT's layer on it is a kind of its own
+        assert not found.taken
+        assert set(found.left.values()) == {"lora.TorchaoLoraLinear has a forward of its own"}
+        return
+    theirs = run(built())
+    assert set(found.taken.values()) == {"called"}, str(found)
+    assert len(found.taken) == 14
+    ours = run(model)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert relative(ours[name], value) <= 1e-5, name
+    assert model.state_dict().keys() == before
+    with model.disable_adapter(), torch.no_grad():
+        assert not torch.equal(model(input_ids=IDS).logits, ours["logits"])
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(quantized(kind), tmp_path).train()
+    torch.manual_seed(0)
+    assert relative(loaded(input_ids=IDS).logits, ours["logits"]) <= 1e-5
+    fastadapt.restore_peft(model)
+    restored = run(model)
+    assert all(torch.equal(restored[name], value) for name, value in theirs.items())
+
+
+def test_accelerated_peft_mixes_a_batch(kind: str) -> None:
+    if kind != "bitsandbytes nf4":
+        pytest.skip("one library's is enough")
+    model = peft.get_peft_model(quantized(kind), copy.deepcopy(OTHERS["dora"]), adapter_name="one")
+    model.add_adapter("other", copy.deepcopy(OTHERS["lora"]))
+    randomised(model)
+    names = ["one", "other", "__base__"]
+    alone = []
+    with torch.no_grad():
+        model(input_ids=IDS)  # the first in eval mode packs the weights for this CPU
+        fastadapt.accelerate_peft(model.eval(), mixed_batches=True)
+        for name in names[:2]:
+            model.set_adapter(name)
+            alone.append(model(input_ids=IDS[:1]).logits)
+        with model.disable_adapter():
+            alone.append(model(input_ids=IDS[:1]).logits)
+        mixed = model(input_ids=IDS[:1].expand(3, -1), adapter_names=names).logits
+    for row, one in zip(mixed, alone, strict=True):
+        assert relative(row, one[0]) <= TOLERANCES[kind]
+    assert relative(alone[0], alone[1]) > 2 * TOLERANCES[kind]
