@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from copy import copy
@@ -53,6 +54,12 @@ def promised_weight(base: nn.Module) -> Tensor:
 
     like = torch.empty(0, dtype=_dtype(weight), device=weight.device)
     return promised(rows, columns, like, Promise(tuple(stored([weight])), make))
+
+
+def count_of_values(weight: Tensor) -> int:
+    """How many values a weight has, of which several may be packed into one element."""
+    state: Any = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else math.prod(state.shape)
 
 
 def would_round(base: nn.Module, dtype: torch.dtype) -> ValueError:
