@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from test_train import answers, tokenizer
 from tiny_models import llama
 from torch import Tensor, nn
 
+import fastadapt
 from fastadapt import (
     DoRAConfig,
     HiRAConfig,
@@ -22,8 +27,13 @@ from fastadapt import (
     load_adapter,
     merge,
     save_adapter,
+    trainable_parameters,
     unmerge,
 )
+from fastadapt.commands import base_model
+from fastadapt.commands.base_model import load_base
+from fastadapt.commands.train import command
+from fastadapt.commands.train.options import Options
 from fastadapt.layers.dequantize import dequantized, is_quantized
 from fastadapt.serving import MultiAdapterModel
 
@@ -80,6 +90,14 @@ KINDS: dict[str, tuple[Callable[[nn.Module, str], None], str, str]] = {
     "torchao int8": (by_torchao, "Int8WeightOnlyConfig", "torchao.quantization"),
     "torchao fp8": (by_torchao, "Float8WeightOnlyConfig", "torchao.quantization"),
 }
+# bitsandbytes' blocks want widths of multiples of 64.
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OTHERS: dict[str, Any] = {
     "lora": peft.LoraConfig(r=4, target_modules=TARGETS),
@@ -103,8 +121,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def quantized(kind: str) -> Any:
-    # bitsandbytes' blocks want widths of multiples of 64.
-    model = llama(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    model = llama(**SIZES)
     make, how, _ = KINDS[kind]
     make(model, how)
     return model.eval()
@@ -142,6 +159,79 @@ def losses(model: Any, config: Any) -> list[float]:
         optimizer.zero_grad()
         found.append(float(loss.detach()))
     return found
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny language model, its tokenizer, and rows to train on."""
+    directory = tmp_path_factory.mktemp("train")
+    llama(**SIZES, bos_token_id=None, eos_token_id=1).save_pretrained(directory / "model")
+    tokenizer().save_pretrained(directory / "model")
+    answers(directory / "rows.jsonl")
+    return directory
+
+
+def trained(model: Path, output: Path, **changes: Any) -> list[float]:
+    """The losses of a run of `fastadapt train`."""
+    rate = {"dora": 1e-2, "vera": 0.1, "lora+": 1e-2, "adalora": 0.1}.get(changes["method"], 2e-2)
+    options = Options(
+        model=str(model),
+        data=model.parent / "rows.jsonl",
+        output=output,
+        **{"r": 4, "lr": rate, "steps": 6, "eval_share": 0.0, "device": "cpu", **changes},
+    )
+    command.run(options, Console(quiet=True))
+    return list(json.loads((output / command.JSON_FILE).read_text())["curve"]["train"])
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_train_quantises_the_base(how: str, on_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every recipe learns on a quantised base what it learns on that base dequantised."""
+    pytest.importorskip("bitsandbytes", reason="not installed: pip install 'fastadapt[quantized]'")
+    monkeypatch.setattr(command, "draw", lambda losses, evaluations, unit, path: path.write_bytes(b""))
+    base = load_base(str(on_disk / "model"), "float32", (), how).model
+    assert base.is_gradient_checkpointing
+    twin = llama(**SIZES, bos_token_id=None, eos_token_id=1)
+    with torch.no_grad():
+        for path, layer in base.named_modules():
+            weight = dequantized(layer)
+            if weight is not None:
+                twin.get_submodule(path).weight.copy_(weight)
+    assert trainable_parameters(base).total == trainable_parameters(twin).total
+    plain_model = on_disk / f"plain-{how}"
+    twin.save_pretrained(plain_model)
+    tokenizer().save_pretrained(plain_model)
+    for method in ("lora", "rslora", "lora-fa", "lora+", "dora", "vera", "adalora", "eva"):
+        ours = trained(on_disk / "model", tmp_path / f"{method}-{how}", method=method, quantize=how)
+        theirs = trained(plain_model, tmp_path / method, method=method)
+        assert theirs[-1] < 0.99 * theirs[0], method
+        # EVA looks at the data in eval mode, where an 8-bit layer rounds x.
+        assert ours == pytest.approx(theirs, rel=1e-2 if method == "eva" else 1e-3), method
+
+
+def test_train_on_nf4_in_bf16_goes_on_bit_for_bit(
+    on_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation in between leaves base and adapter as they are."""
+    pytest.importorskip("bitsandbytes", reason="not installed: pip install 'fastadapt[quantized]'")
+    monkeypatch.setattr(command, "draw", lambda losses, evaluations, unit, path: path.write_bytes(b""))
+    found = []
+    for eval_every in (1, 6):
+        output = tmp_path / str(eval_every)
+        changes: dict[str, Any] = {"eval_share": 0.2, "eval_every": eval_every, "dtype": "bfloat16"}
+        trained(on_disk / "model", output, method="dora", quantize="nf4", **changes)
+        found.append(load_file(output / "adapter_model.safetensors"))
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+
+
+def test_what_train_cannot_quantise_is_named(on_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="--quantize must be one of nf4, int8, got 'int4'"):
+        trained(on_disk / "model", tmp_path, method="lora", quantize="int4")
+    with pytest.raises(ValueError, match=r"--quantize int8 multiplies in eight bits, .* got --dtype bfloat16"):
+        trained(on_disk / "model", tmp_path, method="lora", quantize="int8", dtype="bfloat16")
+    monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs bitsandbytes and accelerate, .* pip install 'fastadapt\[quantized\]'"):
+        trained(on_disk / "model", tmp_path, method="lora", quantize="nf4")
 
 
 def relative(one: Tensor, other: Tensor) -> float:
@@ -236,3 +326,73 @@ def test_serving(kind: str, tmp_path: Path) -> None:
         logits = served(input_ids=IDS[:1].expand(len(names), -1), adapter_ids=names).logits
     for row, name in zip(logits, names, strict=True):
         assert relative(row, alone[name][0]) <= TOLERANCES.get(kind, 1e-5), name
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "dora with dropout", "vera"])
+def test_accelerated_peft_is_peft(kind: str, method: str, tmp_path: Path) -> None:
+    if (method, kind) in REFUSED:
+        pytest.skip("PEFT does not run it")
+    config = copy.deepcopy(OTHERS[method.removesuffix(" with dropout")])
+    if method.endswith("dropout"):
+        config.lora_dropout = 0.5
+
+    def built() -> Any:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(quantized(kind), copy.deepcopy(config))
+        randomised(model)
+        return model.train()
+
+    def run(model: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        found = model(input_ids=IDS, labels=IDS)
+        found.loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {"logits": found.logits.detach(), **grads}
+
+    model = built()
+    before = model.state_dict().keys()
+    found = fastadapt.accelerate_peft(model)
+    if "torchao" in kind:  # PEFT's layer on it is a kind of its own
+        assert not found.taken
+        assert set(found.left.values()) == {"lora.TorchaoLoraLinear has a forward of its own"}
+        return
+    theirs = run(built())
+    assert set(found.taken.values()) == {"called"}, str(found)
+    assert len(found.taken) == 14
+    ours = run(model)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert relative(ours[name], value) <= 1e-5, name
+    assert model.state_dict().keys() == before
+    with model.disable_adapter(), torch.no_grad():
+        assert not torch.equal(model(input_ids=IDS).logits, ours["logits"])
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(quantized(kind), tmp_path).train()
+    torch.manual_seed(0)
+    assert relative(loaded(input_ids=IDS).logits, ours["logits"]) <= 1e-5
+    fastadapt.restore_peft(model)
+    restored = run(model)
+    assert all(torch.equal(restored[name], value) for name, value in theirs.items())
+
+
+def test_accelerated_peft_mixes_a_batch(kind: str) -> None:
+    if kind != "bitsandbytes nf4":
+        pytest.skip("one library's is enough")
+    model = peft.get_peft_model(quantized(kind), copy.deepcopy(OTHERS["dora"]), adapter_name="one")
+    model.add_adapter("other", copy.deepcopy(OTHERS["lora"]))
+    randomised(model)
+    names = ["one", "other", "__base__"]
+    alone = []
+    with torch.no_grad():
+        model(input_ids=IDS)  # the first in eval mode packs the weights for this CPU
+        fastadapt.accelerate_peft(model.eval(), mixed_batches=True)
+        for name in names[:2]:
+            model.set_adapter(name)
+            alone.append(model(input_ids=IDS[:1]).logits)
+        with model.disable_adapter():
+            alone.append(model(input_ids=IDS[:1]).logits)
+        mixed = model(input_ids=IDS[:1].expand(3, -1), adapter_names=names).logits
+    for row, one in zip(mixed, alone, strict=True):
+        assert relative(row, one[0]) <= TOLERANCES[kind]
+    assert relative(alone[0], alone[1]) > 2 * TOLERANCES[kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,9 +50,14 @@ class Base(NamedTuple):
         return wanted or min(limit, MAX_LENGTH)
 
 
-def load_base(name: str, dtype: str, labels: Sequence[str]) -> Base:
+def load_base(
+    name: str, dtype: str, labels: Sequence[str], quantize: str | None = None, device: torch.device | None = None
+) -> Base:
     """A causal language model, or with labels a classifier of these classes, and its tokenizer.
 
+    quantize: its linear layers but the head in "nf4", with their scales quantised as well and products in `dtype`, or
+    in "int8", by bitsandbytes and straight onto `device`. The rest (norms, embeddings, head) is then in fp32, and
+    training checkpoints: as QLoRA has it (Dettmers et al. 2023, arXiv:2305.14314).
     Raises ValueError where it cannot be loaded, or lacks weights that nothing would train.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -65,10 +71,11 @@ def load_base(name: str, dtype: str, labels: Sequence[str]) -> Base:
         "problem_type": "single_label_classification",
         "ignore_mismatched_sizes": True,  # a head for other classes gives way to a new one
     }
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], **(classes if labels else {})}
+    if quantize is not None:
+        options |= _quantized(quantize, dtype, device)
     try:
-        model, found = kind.from_pretrained(
-            name, dtype=DTYPES[dtype], output_loading_info=True, **(classes if labels else {})
-        )
+        model, found = kind.from_pretrained(name, output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {name}: {str(error).strip().splitlines()[0]}") from error
@@ -78,11 +85,51 @@ def load_base(name: str, dtype: str, labels: Sequence[str]) -> Base:
             f"{name} has no weights for {missing[0]} of {type(model).__name__}: choose a model for text generation, or "
             "give DATA the columns text and label to train a classifier"
         )
+    if quantize is not None:
+        _prepare_quantized(model)
     model.config.use_cache = False  # it would copy keys and values for tokens that are never generated
     base = Base(model, tokenizer, _new_modules(model, missing) if labels else [])
     if labels:
         model.config.pad_token_id = base.padding  # decoders read the class at the last token before the padding
     return base
+
+
+def _quantized(kind: str, dtype: str, device: torch.device | None) -> dict[str, Any]:
+    """What `from_pretrained` is told to quantise. Raises ValueError where a library for it is missing."""
+    missing = [library for library in ("bitsandbytes", "accelerate") if importlib.util.find_spec(library) is None]
+    if missing:
+        raise ValueError(
+            f"quantising to {kind} needs {' and '.join(missing)}, not installed: pip install 'fastadapt[quantized]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if kind == "nf4":
+        how = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+        )
+    else:
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    place = {"": device or torch.device("cpu")}
+    return {"quantization_config": how, "device_map": place, "dtype": torch.float32}
+
+
+def _prepare_quantized(model: Any) -> None:
+    """Training checkpoints, and evaluation on a CPU leaves the weights as they are.
+
+    On some CPUs bitsandbytes packs a 4-bit weight for bf16 products when it is first read in eval mode, its scales in
+    bf16 from then on, and a backward through it fails.
+    """
+    if model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if hasattr(module, _PACKS):
+            setattr(module, _PACKS, False)
+
+
+_PACKS = "support_avx512bf16_for_cpu"
 
 
 def _new_modules(model: Any, missing: list[str]) -> list[str]:
@@ -138,4 +185,6 @@ def _digest(name: str, patterns: Sequence[str]) -> str | None:
     return digest.hexdigest()
 
 
+# What --quantize takes.
+QUANTIZED = ("nf4", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

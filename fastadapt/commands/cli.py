@@ -284,6 +284,10 @@ def train(
     dtype: Annotated[
         str, typer.Option(help="Of the base model: float32 or bfloat16; adapters are float32.")
     ] = "float32",
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="The base's linear layers in nf4, products in --dtype, or int8, by bitsandbytes (QLoRA)."),
+    ] = None,
     max_length: Annotated[
         int | None,
         typer.Option(help="Greatest length of a row in tokens; by default the model's positions, 1024 at most."),
@@ -339,6 +343,7 @@ def train(
             seed=seed,
             device=device,
             dtype=dtype,
+            quantize=quantize,
             max_length=max_length,
             eval=evaluate,
             eval_share=eval_share,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,14 @@ _KNOWN = {
     "maybe_clone_base_result active_adapters vera_lambda_d keys vera_lambda_b vera_A vera_B in_features to device "
     "out_features vera_dropout _cast_input_dtype F linear",
 }
+# The same of the layers on bitsandbytes' weights, which are there only where that library is.
+_BITSANDBYTES = "peft.tuners.lora.bnb"
+_KNOWN_ON_BITSANDBYTES = dict.fromkeys(
+    ("lora.bnb:Linear8bitLt", "lora.bnb:Linear4bit"),
+    "_check_forward_args pop VARIANT_KWARG_KEYS disable_adapters merged unmerge base_layer _mixed_batch_forward clone "
+    "active_adapters lora_A keys lora_B lora_dropout scaling torch is_autocast_enabled dtype _cast_input_dtype weight "
+    "lora_variant to forward",
+)
 
 
 class PeftReport(NamedTuple):
@@ -53,9 +62,11 @@ def accelerate_peft(model: nn.Module, *, mixed_batches: bool = False) -> PeftRep
 
     Only the class of each layer changes, to a subclass with a forward of ours on PEFT's own parameters: saving and
     loading, merging, switching, disabling, mixed batches, optimizers, Trainer and TRL go on unchanged. Projections that
-    read the same input (q, k and v; gate and up) run as one. What a forward does not cover is PEFT's own, call by call:
-    merged and disabled layers, adapter_names without mixed_batches, aLoRA and the other variants, DoRA together with
-    other adapters, dropouts that differ, a base weight that trains, hooks on the base layer or the factors.
+    read the same input (q, k and v; gate and up) run as one. On quantised weights (bitsandbytes', quanto's) the form
+    goes onto what the base layer gives, DoRA's with the norm of the dequantised weight. What a forward does not cover
+    is PEFT's own, call by call: merged and disabled layers, adapter_names without mixed_batches, aLoRA and the other
+    variants, DoRA together with other adapters, dropouts that differ, a base weight that trains, hooks on the base
+    layer or the factors.
     Call it again after PEFT has made new layers (add_adapter, load_adapter), and after a write to a base weight that
     only `.data` or NumPy knows of: DoRA's norms of base weights are kept. Such a write to a parameter or to x between
     the calls of two siblings is not seen either: k and v are what they were when q was called. A sibling that nobody
@@ -91,6 +102,8 @@ def accelerate_peft(model: nn.Module, *, mixed_batches: bool = False) -> PeftRep
 
     from .peft_layers import ACCELERATED, Accelerated
 
+    if _BITSANDBYTES in sys.modules:
+        importlib.import_module(f"{__package__}.peft_bitsandbytes")
     for layer in layers.values():
         kind = ACCELERATED.get(type(layer))
         if kind is not None:
@@ -125,7 +138,8 @@ def restore_peft(model: nn.Module) -> None:
 def _unknown() -> set[str]:
     """What PEFT's forwards, as they are now, speak of that is not known here."""
     found = set()
-    for path, known in _KNOWN.items():
+    classes = _KNOWN | (_KNOWN_ON_BITSANDBYTES if _BITSANDBYTES in sys.modules else {})
+    for path, known in classes.items():
         module, name = path.split(":")
         try:
             kind = getattr(importlib.import_module(f"peft.tuners.{module}"), name)

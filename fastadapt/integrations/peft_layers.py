@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ..checks import FLOATING
 from ..forms import stacked
+from ..layers.dequantize import is_quantized, promised_weight
 from ..layers.linear import ProjectionGroup, kind_of_weight, plain_forward
 from ..layers.sharing import makers
 from ..layers.ways import is_hooked, is_plain
@@ -72,10 +73,15 @@ class Accelerated(nn.Module):
         """Gives the layer back to PEFT, as it was."""
         for name in ("norms", "writes_seen", "group", "mixed_batches"):
             self.__dict__.pop(name, None)
-        self.__class__ = next(kind for kind, own in ACCELERATED.items() if own is type(self))  # type: ignore[assignment]
+        self.__class__ = self._of_peft  # type: ignore[assignment]
+
+    @property
+    def _of_peft(self) -> type[nn.Module]:
+        """The class of PEFT's that this one stands for."""
+        return next(kind for kind, own in ACCELERATED.items() if own is type(self))
 
     def _get_name(self) -> str:
-        return "Linear"  # it prints as PEFT's own, which people and tests look for
+        return self._of_peft.__name__  # it prints as PEFT's own, which people and tests look for
 
     def forget(self) -> None:
         """Drops norms and the outputs that siblings wait for."""
@@ -128,6 +134,10 @@ class Accelerated(nn.Module):
     def _form(self, name: str, weight: Tensor | None, bias: Tensor | None) -> AdapterForm:
         """The adapter's form on a base weight [out, in] and bias; without a weight on what the base layer gives."""
         raise NotImplementedError
+
+    def _scales_base(self, name: str) -> bool:
+        """Whether the adapter's form asks for the base layer's weight and bias, also on what that gives."""
+        return False
 
     # A forward.
 
@@ -202,7 +212,7 @@ class Accelerated(nn.Module):
         if not is_plain(base, plain_forward(base)):
             y = base(x)
             for name in self._names:
-                y = adapter_update(y, self._dropout_module(name)(x), self._form(name, None, None))
+                y = self._on_output(base, name, x, y)
             return y
         found = None
         # What is compiled runs one by one, and x.grad_fn would break its graph.
@@ -245,16 +255,17 @@ class Accelerated(nn.Module):
             x, y = x.index_select(0, order), y.index_select(0, order)
         counts = [count for _, count in sizes]
         parts = zip(sizes, x.split(counts), y.split(counts), strict=True)
-        y = torch.cat([self._updated(base, name, *part) if name else part[1] for (name, _), *part in parts])
+        y = torch.cat([self._on_output(base, name, *part) if name else part[1] for (name, _), *part in parts])
         return y if order is None else y.index_select(0, order.argsort())
 
-    def _updated(self, base: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def _on_output(self, base: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
         """y = base(x) with what one adapter makes of it."""
         x_dropped = self._dropout_module(name)(x)
-        if not is_plain(base, plain_forward(base)):
+        plain = is_plain(base, plain_forward(base))
+        if not plain and not self._scales_base(name):
             return adapter_update(y, x_dropped, self._form(name, None, None))
         bias = base._parameters["bias"]
-        form = self._form(name, self.operand, bias)
+        form = self._form(name, self.operand if plain else promised_weight(base), bias)
         y_dropped = base(x_dropped) if form.dropout_on_base and x_dropped is not x else None
         return adapter_update(y, x_dropped, form, base_bias=bias, y_dropped=y_dropped)
 
@@ -332,8 +343,16 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or level >= 0 or torch._C._get_tracing_state() is not None
 
 
-class AcceleratedLora(Accelerated, lora.Linear):
-    """PEFT's LoRA, rsLoRA and DoRA: s = scaling, β = b0 + s·b_B; with a magnitude g = m / ‖W0 + s·B·A‖, h = s·g."""
+class LoraParts(Accelerated):
+    """What a LoRA layer of PEFT's has, whatever its base layer is.
+
+    PEFT's LoRA, rsLoRA and DoRA: s = scaling, β = b0 + s·b_B; with a magnitude g = m / ‖W0 + s·B·A‖, h = s·g.
+    """
+
+    # PEFT's.
+    scaling: Any
+    lora_variant: Any
+    ephemeral_gpu_offload: bool
 
     @property
     def _factors(self) -> Any:
@@ -367,13 +386,16 @@ class AcceleratedLora(Accelerated, lora.Linear):
             return ""
         if type(variant) is not variants.DoraLinearVariant:
             return f"{type(variant).__name__} is a variant that PEFT alone has"
-        if not plain:
+        if not plain and not is_quantized(self.base_layer):
             return "DoRA on a base layer that is more than its weight"
         if not alone:
             return "DoRA is active together with another adapter"
         magnitude, turned = self._part("lora_magnitude_vector", name), not isinstance(self.base_layer, nn.Linear)
         odd = B.bias is not None or magnitude.fan_in_fan_out != turned or self.ephemeral_gpu_offload
         return "DoRA of another kind" if odd or not is_plain(magnitude, _MAGNITUDE) else ""
+
+    def _scales_base(self, name: str) -> bool:
+        return name in self.lora_variant
 
     def _form(self, name: str, weight: Tensor | None, bias: Tensor | None) -> AdapterForm:
         B = self._part("lora_B", name)
@@ -394,6 +416,10 @@ class AcceleratedLora(Accelerated, lora.Linear):
         norm = row_norm(kept, weight, down, up, s, changing=True)
         g = self._part("lora_magnitude_vector", name).weight / norm
         return AdapterForm(down, up, out_scale=g, base_scale=g, bias=bias, dropout_on_base=True, scaling=s)
+
+
+class AcceleratedLora(LoraParts, lora.Linear):
+    """A LoRA layer of PEFT's on a layer in floating point, or on weights that are tensors of a kind of their own."""
 
 
 class AcceleratedVera(Accelerated, vera.Linear):
@@ -476,5 +502,5 @@ class _Named:
         return args, {**kwargs, "adapter_names": names}
 
 
-# Layers of just these classes: their subclasses, and the layers on quantised weights, have forwards of their own.
+# Layers of just these classes: their subclasses have forwards of their own. peft_bitsandbytes.py adds its own.
 ACCELERATED: dict[type[nn.Module], type[Accelerated]] = {lora.Linear: AcceleratedLora, vera.Linear: AcceleratedVera}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from copy import copy
@@ -9,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..checks import FLOATING
+from .promise import Promise, promised, stored
 
 
 def is_quantized(base: nn.Module) -> bool:
@@ -36,6 +40,28 @@ def dequantized(base: nn.Module) -> Tensor | None:
         return found
 
 
+def promised_weight(base: nn.Module) -> Tensor:
+    """The weight of a layer that `is_quantized`, by its shape: dequantised where somebody asks for its values."""
+    weight: Any = base._parameters["weight"]
+    rows, columns = getattr(base, "out_features", None), getattr(base, "in_features", None)
+    if not isinstance(rows, int) or not isinstance(columns, int):
+        rows, columns = weight.shape
+
+    def make() -> Tensor:
+        found = dequantized(base)
+        assert found is not None
+        return found
+
+    like = torch.empty(0, dtype=_dtype(weight), device=weight.device)
+    return promised(rows, columns, like, Promise(tuple(stored([weight])), make))
+
+
+def count_of_values(weight: Tensor) -> int:
+    """How many values a weight has, of which several may be packed into one element."""
+    state: Any = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else math.prod(state.shape)
+
+
 def would_round(base: nn.Module, dtype: torch.dtype) -> ValueError:
     """What to raise where something is to be written into a quantised weight; dtype: of a plain layer in its place."""
     return ValueError(
@@ -43,6 +69,13 @@ def would_round(base: nn.Module, dtype: torch.dtype) -> ValueError:
         f"bits: merge(model, dequantize=True) puts a plain layer in {str(dtype).removeprefix('torch.')} in its place, "
         "with the memory that this takes; or serve it unmerged"
     )
+
+
+def _dtype(weight: Any) -> torch.dtype:
+    """What the library dequantises to."""
+    state = getattr(weight, "quant_state", None)
+    dtype: torch.dtype = weight.dtype if state is None else state.dtype
+    return dtype if dtype in FLOATING else torch.float32
 
 
 def _of_bitsandbytes(weight: Tensor) -> Callable[[nn.Module, Any], Tensor | None] | None:

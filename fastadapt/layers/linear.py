@@ -15,8 +15,9 @@ from ..operators.adapter_update.function import adapter_update
 from ..operators.calls import without_autocast
 from ..operators.hadamard_linear.function import hadamard_linear
 from ..reference import AdapterForm
-from .dequantize import dequantized
+from .dequantize import dequantized, is_quantized, promised_weight
 from .layer import AdapterLayer, Reads
+from .promise import Promise, promised, stored
 from .sharing import MadeOf, circumstances, is_consumed, makers
 from .ways import agree, dropped, is_plain, sample, shape_alone, undisturbed, weight_of
 
@@ -58,8 +59,11 @@ class AdapterLinear(AdapterLayer):
         return shape_alone(base.out_features, base.in_features, like)
 
     def weight_for(self, reads: Reads) -> Tensor:
-        weight = None if reads == "shape" else dequantized(self.base_layer)
-        weight = weight_of(self.base_layer) if weight is None else weight
+        base: Any = self.base_layer
+        if reads == "norms" and is_quantized(base):
+            return promised_weight(base)
+        weight = None if reads == "shape" else dequantized(base)
+        weight = weight_of(base) if weight is None else weight
         if weight is not None:
             return weight.T if self.fan_in_fan_out else weight
         if reads == "values":
@@ -69,8 +73,19 @@ class AdapterLinear(AdapterLayer):
             )
         if reads == "shape":
             return self.weight_matrix
-        with torch.no_grad(), undisturbed(self.base_layer):
+        sources = tuple(stored([*base.parameters(), *base.buffers()]))
+        return promised(base.out_features, base.in_features, self.like, Promise(sources, self._whole, self._products))
+
+    def _whole(self) -> Tensor:
+        """The weight that the base layer's output tells."""
+        with torch.no_grad(), undisturbed(self.base_layer), without_autocast(self.like):
             return self._by_unit_vectors()[0]
+
+    def _products(self, A: Tensor) -> Tensor:
+        """W0 Aᵀ [out, r]: A in the place of x."""
+        A = A.to(self.like.dtype)
+        with torch.no_grad(), undisturbed(self.base_layer), without_autocast(A):
+            return (self.base_output(A) - self.base_output(torch.zeros_like(A[:1]))).T
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous() if self.fan_in_fan_out else matrix

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layers.promise import promise_of
 from ..operators.registry import sees_operators
-from ..operators.weight_norm.function import row_squares, weight_norm
+from ..operators.weight_norm.function import row_squares, weight_norm, weight_norm_squared
 from ..staleness import Kept, content
 
 # The least fp32 number above zero.
@@ -18,25 +19,32 @@ def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *
 
     changing: whether A or B may have been written untold. On a CPU their content is then looked at, so that gradient
     accumulation and recomputed forwards find n again; elsewhere, where that would wait for the device, n is made anew.
-    ‖W0‖² is made once of a W0 that stays as it is. A row of zeros, as a head has that is tied to an embedding with
-    padding, has the least norm there is in the place of none: of an m that is zero as well, m / n is then zero, and of
-    another one infinite.
+    ‖W0‖² is made once of a W0 that stays as it is; a weight that is promised, as a quantised layer's is, is made when
+    there is a norm to make, and no sooner. A row of zeros, as a head has that is tied to an embedding with padding, has
+    the least norm there is in the place of none: of an m that is zero as well, m / n is then zero, and of another one
+    infinite.
     Shapes: weight [N, K]; A [R, K]; B [N, R]; n [N].
     Source: Liu et al. 2024, arXiv:2402.09353, section 4.3 (the norm is a constant for the gradient).
     """
     if weight.is_meta:  # an adapter is being built without memory: its norms have a shape and no values
         return torch.empty(weight.shape[0], device="meta")
 
-    base, down, up = weight.detach(), A.detach(), B.detach()
+    promise, down, up = promise_of(weight), A.detach(), B.detach()
 
     def make() -> Tensor:
-        base_squared = kept("squares", (base,), lambda: row_squares(base), trained=False)
+        if promise.products is not None:
+            squares = kept("squares", promise.sources, lambda: row_squares(promise.make()), trained=False)
+            return (
+                weight_norm_squared(squares, promise.products, down, up, scaling).clamp(min=0).sqrt().clamp(min=_LEAST)
+            )
+        base = promise.make()
+        base_squared = kept("squares", promise.sources, lambda: row_squares(base), trained=False)
         norm = weight_norm(base, down, up, scaling, base_squared=base_squared)
         return norm.clamp(min=_LEAST)
 
     if not changing:
-        return kept("norm", (weight, A, B), make, scaling)
+        return kept("norm", (*promise.sources, A, B), make, scaling)
     if not weight.is_cpu or sees_operators(weight):
         return make()
 
-    return kept("norm in training", (base, down, up), make, scaling, content(down), content(up))
+    return kept("norm in training", (*promise.sources, down, up), make, scaling, content(down), content(up))

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..layers.dequantize import count_of_values
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear, ProjectionGroup
 from ..layers.saved import ModuleToSave
@@ -58,9 +59,13 @@ class ParameterCount(NamedTuple):
 
 
 def trainable_parameters(model: nn.Module) -> ParameterCount:
-    """How many parameters of `model` require grad, and how many there are; shared ones count once."""
+    """How many parameters of `model` require grad, and how many there are; shared ones count once.
+
+    Of a quantised weight the values count, not the bytes that they are packed in.
+    """
     parameters = list(model.parameters())
-    return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return ParameterCount(trainable, sum(map(count_of_values, parameters)))
 
 
 def check_new(model: nn.Module, name: str) -> None:

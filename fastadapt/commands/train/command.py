@@ -68,8 +68,9 @@ def _run(options: Options, console: Console, world: World) -> dict[str, Any]:
         labels = label_names(records) if form == "classification" else []
         with working(f"loading {options.model}", console):
             torch.manual_seed(options.seed)  # a new classifier starts at random
-            base = load_base(options.model, options.dtype, labels)
-            base.model.to(options.torch_device)
+            base = load_base(options.model, options.dtype, labels, options.quantize, options.torch_device)
+            if options.quantize is None:
+                base.model.to(options.torch_device)
         rows, heldout = _rows(options, records, form, base, labels, say)
         training = Training(base.model, options, settings, rows, heldout, base.padding, world)
         if state is None:

@@ -13,7 +13,7 @@ import torch
 from ...checks import check_probability
 from ...files import sha256_of
 from ...training.recipes import Recipe, recipes
-from ..base_model import DTYPES, tokenizer_digest, weights_digest
+from ..base_model import DTYPES, QUANTIZED, tokenizer_digest, weights_digest
 
 # The share of the learning rate that is left when a share of the steps behind the warmup is done.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -44,7 +44,8 @@ class Options:
 
     model: directory or hub name; data, eval: .jsonl or .csv files; output: directory; json: one more place for
     train.json. r, lr: the recipe's; alpha: 2r; steps: those of so many epochs; device: cuda where there is one;
-    max_length: the model's, 1024 at most; eval_every, save_every: a tenth of the steps.
+    quantize: nf4 or int8, the base's linear layers; dtype is then of nf4's products. max_length: the model's, 1024 at
+    most; eval_every, save_every: a tenth of the steps.
     Raises ValueError for a value outside its range, by its name on the command line.
     """
 
@@ -68,6 +69,7 @@ class Options:
     seed: int = 0
     device: str | None = None
     dtype: str = "float32"
+    quantize: str | None = None
     max_length: int | None = None
     eval: Path | None = None
     eval_share: float | None = None
@@ -81,6 +83,13 @@ class Options:
         for name, known in (("method", recipes()), ("schedule", SCHEDULES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{flag(name)} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.quantize is not None and self.quantize not in QUANTIZED:
+            raise ValueError(f"--quantize must be one of {', '.join(QUANTIZED)}, got {self.quantize!r}")
+        if self.quantize == "int8" and self.dtype != "float32":
+            raise ValueError(
+                f"--quantize int8 multiplies in eight bits, beside float32, got --dtype {self.dtype}: leave it out, or "
+                "take --quantize nf4"
+            )
         for name in ("r", "steps", "batch_size", "accumulate", "eval_every", "save_every", "keep"):
             _at_least(flag(name), getattr(self, name), 1)
         for name in ("alpha", "epochs", "lr"):
