@@ -56,7 +56,7 @@ def dispatch(experts: Tensor, count: int) -> Dispatch:
     ends = torch.arange(count, device=ids.device, dtype=ids.dtype)
     offsets = torch.searchsorted(ids, ends, right=True, out_int32=True)
     places = torch.arange(len(order), device=order.device)
-    back = torch.empty_like(order).index_copy_(0, order, places)
+    back = torch.zeros_like(order).index_copy_(0, order, places)
     return Dispatch(order, back, order // experts.shape[1], offsets)
 
 
