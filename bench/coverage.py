@@ -10,11 +10,11 @@ from fastadapt.operators import registry
 
 # What a bench leaves out on purpose, and why.
 _NO_KERNEL = "has no kernel: PyTorch's own products and passes"
-_UPDATE = ("adapter_update", "adapter_update_backward")
+_EAGER = ("adapter_update", "adapter_update_backward", "expert_linear", "expert_linear_backward")
 LEFT_OUT: dict[str, dict[str, str]] = {
-    "audit": dict.fromkeys(_UPDATE, _NO_KERNEL),
+    "audit": dict.fromkeys(_EAGER, _NO_KERNEL),
     "traffic": {
-        **dict.fromkeys(_UPDATE, _NO_KERNEL),
+        **dict.fromkeys(_EAGER, _NO_KERNEL),
         "row_squares": "reads W0 once when a layer is adapted, in no pass",
     },
     "gpu": {},

@@ -35,7 +35,8 @@ from .model.inject import (
     unmerge,
 )
 from .model.saving import save_adapter
-from .reference import AdapterForm
+from .operators.expert_linear.block import ExpertProjection
+from .reference import AdapterForm, ExpertForm
 from .training.chunked_loss import chunk_loss
 from .training.eva import initialize_eva
 from .training.search import evolve
@@ -50,6 +51,8 @@ __all__ = [
     "DeltaLoRAConfig",
     "DoRAConfig",
     "EVAConfig",
+    "ExpertForm",
+    "ExpertProjection",
     "GLoRAConfig",
     "GLoRASpace",
     "HiRAConfig",

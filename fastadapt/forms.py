@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .operators.calls import without_autocast
-from .reference import AdapterForm, merged_weight_reference
+from .reference import AdapterForm, ExpertForm, merged_weight_reference
 
 
 def merged_weight(weight: Tensor, form: AdapterForm) -> Tensor:
@@ -86,4 +86,35 @@ def stacked(forms: Sequence[AdapterForm], bias: Tensor | None) -> AdapterForm:
         dropout_on_base=any(form.dropout_on_base for form in scaling),
         U=torch.cat([U.to(dtype) for U, _ in factors], dim=1) if factors else None,
         V=torch.cat([V.to(dtype) for _, V in factors]) if factors else None,
+    )
+
+
+def stacked_experts(forms: Sequence[ExpertForm], bias: Tensor | None) -> ExpertForm:
+    """Adapters that are active together on experts as one form, by the rule of `stacked`, expert by expert.
+
+    bias: the layer's own [E, out]. Raises ValueError where more than one form makes a norm, which each would make of
+    the other's weight too.
+    """
+    if len(forms) == 1:
+        return forms[0]
+    if any(form.base_scale is not None for form in forms):
+        raise ValueError(
+            "adapters that scale the weights of experts (DoRA) cannot be active together with others there: activate "
+            "one, or merge it first"
+        )
+    ups, downs, beta = [], [], bias
+    for form in forms:
+        B = form.B * form.scaling if form.mid_scale is None else form.B * (form.mid_scale * form.scaling)[:, :, None]
+        B = B * (form.out_scale[:, None] if isinstance(form.out_scale, Tensor) else form.out_scale)
+        ups.append(B)
+        downs.append(form.A)
+        if form.bias is not None and form.bias is not bias:
+            added = form.bias if bias is None else form.bias - bias
+            beta = added if beta is None else beta + added
+    dtype = reduce(torch.promote_types, [up.dtype for up in ups])
+    count = max(len(factor) for factor in (*ups, *downs))
+    return ExpertForm(
+        torch.cat([A.to(dtype).expand(count, -1, -1) for A in downs], 1),
+        torch.cat([B.to(dtype).expand(count, -1, -1) for B in ups], 1),
+        bias=beta,
     )

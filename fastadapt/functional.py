@@ -5,6 +5,8 @@ from .operators.adapter_linear.function import adapter_linear, adapter_linear_gr
 from .operators.adapter_update.function import adapter_update
 from .operators.bottleneck.function import bottleneck
 from .operators.cross_entropy import linear_cross_entropy
+from .operators.expert_linear.block import expert_block
+from .operators.expert_linear.function import expert_linear
 from .operators.hadamard_linear.function import hadamard_linear
 from .operators.multi_adapter_linear.function import (
     multi_adapter_linear,
@@ -18,6 +20,8 @@ __all__ = [
     "adapter_linear_group",
     "adapter_update",
     "bottleneck",
+    "expert_block",
+    "expert_linear",
     "hadamard_linear",
     "linear_cross_entropy",
     "merged_weight",

@@ -6,7 +6,7 @@ of its arguments and with PyTorch's own autograd, and spends no thought on speed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -174,6 +174,98 @@ def multi_adapter_linear_reference(
         else:
             rows.append(adapter_linear_reference(row, weight, forms[adapter]))
     return torch.stack(rows) if rows else x.new_zeros(*x.shape[:-1], weight.shape[0])
+
+
+class ExpertForm(NamedTuple):
+    """What an adapter adds to the linear layers of experts, e being the expert of a row:
+
+        y = g[e] ⊙ (W0[e] x) + h[e] ⊙ (B[e] (d[e] ⊙ (A[e] x̃))) + β[e]        x̃ = dropout(x), on the low-rank path only
+
+    With base_squared (DoRA, whose norm is to be made of A and B as they are now) base_scale holds the magnitude m, and
+
+        g[e] = m[e] / n[e],  n[e] = ‖W0[e] + scaling · B[e] A[e]‖ by rows, a constant for the gradient
+
+    dropout_on_base and an out_scale that is the very tensor base_scale mean what they do in AdapterForm.
+    Shapes: A [E, r, in], B [E, r, out], the transpose of B[e] for each expert; or [1, r, in], [1, r, out] for one pair
+    that all experts share; mid_scale d [E, r], out_scale a number or [E, out], base_scale, bias β and base_squared
+    ‖W0[e]‖² by rows [E, out]. h = scaling · out_scale. An absent scale is 1.
+    """
+
+    A: Tensor
+    B: Tensor
+    mid_scale: Tensor | None = None
+    out_scale: Tensor | float = 1.0
+    base_scale: Tensor | None = None
+    bias: Tensor | None = None
+    dropout_on_base: bool = False
+    scaling: float = 1.0
+    base_squared: Tensor | None = None
+
+    def of(self, expert: int, weight: Tensor) -> AdapterForm:
+        """The adapter form of one expert, whose weight [out, in] DoRA's norm needs."""
+        A, B = (factor[expert if len(factor) > 1 else 0] for factor in (self.A, self.B))
+        mid_scale, base_scale, bias = (
+            None if value is None else value[expert] for value in (self.mid_scale, self.base_scale, self.bias)
+        )
+        if self.base_squared is not None and base_scale is not None:
+            base_scale = base_scale / weight_norm_reference(weight, A, B.T, self.scaling).detach()
+        out_scale = self.out_scale
+        if out_scale is self.base_scale and base_scale is not None:
+            out_scale = base_scale
+        elif isinstance(out_scale, Tensor):
+            out_scale = out_scale[expert]
+        on_base = self.dropout_on_base
+        return AdapterForm(A, B.T, mid_scale, out_scale, base_scale, bias, on_base, self.scaling)
+
+
+def expert_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    form: ExpertForm | None,
+    offsets: Sequence[int],
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    p: float = 0.0,
+) -> Tensor:
+    """The linear layers of experts with an adapter, as ExpertForm states it, on rows that are sorted by expert.
+
+    Expert e has the rows from offsets[e - 1] up to offsets[e]. Without a form y = W0[e] x + bias[e].
+    Shapes: x [S, K]; weight [E, N, K]; bias [E, N]; mask [S, K] bool, true where kept, drawn with drop probability p;
+    y [S, N].
+    """
+    parts, start = [], 0
+    for expert, end in enumerate(offsets):
+        rows = x[start:end]
+        if form is None:
+            y = rows @ weight[expert].T
+            parts.append(y if bias is None else y + bias[expert])
+        else:
+            kept = None if mask is None else mask[start:end]
+            one = form.of(expert, weight[expert])
+            parts.append(adapter_linear_reference(rows, weight[expert], one, mask=kept, p=p))
+        start = end
+    return torch.cat(parts)
+
+
+def expert_block_reference(
+    x: Tensor,
+    experts: Tensor,
+    routing: Tensor,
+    up: Callable[[Tensor, int], Tensor],
+    gate: Callable[[Tensor], Tensor],
+    down: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """A gated block of experts: y_t = Σ_j routing[t, j] · down_e(gate(up_e(x_t))),  e = experts[t, j].
+
+    up and down: the linear layer of an expert, with its adapter, of a row and the expert.
+    Shapes: x [T, K]; experts [T, top] of integers; routing [T, top]; y [T, K].
+    """
+    rows = []
+    for row, chosen, weights in zip(x, experts.tolist(), routing, strict=True):
+        parts = [w * down(gate(up(row[None], e)), e)[0] for e, w in zip(chosen, weights, strict=True)]
+        rows.append(torch.stack(parts).sum(0))
+    return torch.stack(rows) if rows else torch.zeros_like(x)
 
 
 ACTIVATIONS = {

@@ -13,6 +13,7 @@ from helpers import assert_follows
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import fastadapt
 from fastadapt import AdapterForm, functional, serving
 from fastadapt.functional import adapter_linear, adapter_linear_group, weight_norm
 from fastadapt.operators import backends, masks
@@ -687,7 +688,7 @@ def test_a_batch_of_many_dimensions_is_no_copy() -> None:
 @pytest.mark.parametrize("name", functional.__all__)
 def test_the_examples_of_the_public_operators_run(name: str) -> None:
     function = getattr(functional, name)
-    names = {**vars(functional), **vars(serving), "torch": torch, "AdapterForm": AdapterForm}
+    names = {**vars(functional), **vars(serving), **vars(fastadapt), "torch": torch}
     (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=names)
     assert example.examples or name in ("row_squares", "merged_weight")  # one line each, which the others show
     with torch.no_grad():

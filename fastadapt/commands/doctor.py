@@ -42,6 +42,7 @@ from ..reference import (
 from ..serving.loader import LoadedAdapter
 from ..serving.pool import AdapterPool
 from .case import Case, Normal, Sizes, Values
+from .expert_case import expert_cases
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -365,6 +366,7 @@ CASES: list[Case] = [
     MultiAdapterLinearCase("decoding", decodes=True),
     MultiAdapterUpdateCase("prefill"),
     MultiAdapterUpdateCase("decoding", decodes=True),
+    *expert_cases(DROPOUT),
 ]
 
 # Each operator that has a case, and what all of its cases have in common.

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from ..forms import merged_weight
 from ..operators.adapter_update.function import shift
 from ..reference import AdapterForm
 from .layer import AdapterLayer
@@ -201,3 +203,26 @@ class AdapterModule(AdapterLayer):
     def merge(self, *, dequantize: bool = False) -> None:
         if self.active:
             self.merged_form()  # says why it cannot
+
+
+class AdapterParameter(AdapterLayer):
+    """A low-rank adapter on the weight [out, in] of a module that is no linear layer, such as a router of experts.
+
+    Its own forward runs, with W' = diag(g) W0 + diag(h) B diag(d) A in the place of W0, which has to be small: W' is
+    made at each call. What the module does with W' is its own affair, so that no dropout acts on A's input.
+    """
+
+    parameter_names = ("weight",)
+
+    @property
+    def reason(self) -> str:
+        return ""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._unmerged is not None or not self.active:
+            return self.base_layer(*args, **kwargs)
+        form = self._low_rank_form()
+        tensors = {"weight": merged_weight(self.base_weight, form)}
+        if form.bias is not None and form.bias is not self.base_bias:
+            tensors["bias"] = form.bias.to(self.base_weight.dtype)
+        return functional_call(self.base_layer, tensors, args, kwargs)

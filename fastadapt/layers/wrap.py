@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
-from .kinds import AdapterConv2d, AdapterEmbedding, AdapterModule, AdapterNorm
+from .experts import AdapterExperts
+from .kinds import AdapterConv2d, AdapterEmbedding, AdapterModule, AdapterNorm, AdapterParameter
 from .layer import AdapterLayer
 from .linear import AdapterLinear
 
@@ -24,3 +27,18 @@ def adapter_layer(base_layer: nn.Module, backend: str = "auto", strategy: str = 
     if is_norm and getattr(base_layer.weight, "ndim", 0) == 1:
         return AdapterNorm(base_layer, backend, strategy)
     return AdapterModule(base_layer, backend, strategy)
+
+
+def parameter_layer(base_layer: nn.Module, names: Collection[str], backend: str = "auto") -> AdapterLayer:
+    """The adapter layer for parameters of a module by their names: weights of experts, or the weight of any module.
+
+    Raises ValueError for a module, or a parameter of it, that no adapter goes onto.
+    """
+    weights = {name: base_layer._parameters[name] for name in names}
+    if any(weight is not None and weight.dim() == 3 for weight in weights.values()):
+        return AdapterExperts(base_layer, backend)
+    if set(names) != {"weight"}:
+        others = ", ".join(sorted(set(names) - {"weight"}))
+        raise ValueError(f"{type(base_layer).__name__}.{others} takes no adapter: only a weight of two dimensions does")
+    layer = adapter_layer(base_layer, backend)
+    return AdapterParameter(base_layer) if isinstance(layer, AdapterModule) else layer

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import shown
-from ..layers.kinds import AdapterConv2d, AdapterEmbedding, AdapterModule, AdapterNorm
+from ..layers.experts import AdapterExperts
+from ..layers.kinds import AdapterConv2d, AdapterEmbedding, AdapterModule, AdapterNorm, AdapterParameter
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear
 from ..layers.wrap import adapter_layer
@@ -47,7 +48,13 @@ KINDS: dict[type[AdapterLayer], tuple[str, ...]] = {
     AdapterConv2d: ("Conv2d",),
     AdapterNorm: ("LayerNorm",),
     AdapterModule: ("modules of several layers",),
+    AdapterExperts: ("experts",),
+    AdapterParameter: ("routers",),
 }
+
+
+# The names of the parameters that target_parameters can be about.
+_PARAMETERS = ("weight", "gate_up_proj", "up_proj", "down_proj")
 
 
 def pattern_value(field: str, pattern: dict[str, T], path: str, default: T) -> T:
@@ -200,6 +207,8 @@ class AdapterConfig:
 
     target_modules: names or suffixes of modules, a regular expression that must match the whole path, "all-linear", or
         None for the usual attention projections of a known architecture.
+    target_parameters: names or suffixes of parameters, for weights that are no layer's: those of experts, three-
+        dimensional, and of routers ("mlp.experts.gate_up_proj", "gate.weight"). LoRA, DoRA and VeRA alone.
     exclude_modules: modules to leave out, by the same rules.
     layers_to_transform: indices of the layers to adapt; layers_pattern names the list they count in ("layers", "h").
     modules_to_save: modules that are trained whole, in a copy of each adapter's own: those whose path ends in a name.
@@ -239,6 +248,7 @@ class AdapterConfig:
 
     r: int = 8
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -273,7 +283,11 @@ class AdapterConfig:
                 f"bias must be one of {', '.join(self.bias_choices)}, got {self.bias!r}; to train other biases, name "
                 "their modules in modules_to_save"
             )
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        if self.target_parameters and AdapterExperts not in self.layer_kinds:
+            raise ValueError(
+                f"target_parameters goes with LoRA, DoRA and VeRA alone, and this is {type(self).__name__}"
+            )
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value))
@@ -288,6 +302,10 @@ class AdapterConfig:
     def named(cls, fields: dict[str, Any]) -> str:
         """What the adapter that the fields of an adapter_config.json describe is called."""
         return cls.title
+
+    def names_parameter(self, key: str) -> bool:
+        """Whether target_parameters names the parameter of this name, with the path of its module: PEFT's rule."""
+        return any(key == name or key.endswith(f".{name}") for name in self.target_parameters or ())
 
     @property
     def task_heads(self) -> tuple[str, ...]:
@@ -361,6 +379,10 @@ class AdapterConfig:
     def to_peft(self, paths: list[str]) -> dict[str, Any]:
         """The fields of adapter_config.json for an adapter of the modules at these paths."""
         fields = dataclasses.asdict(self)
+        if self.target_parameters:
+            paths = [path for path in paths if not any(self.names_parameter(f"{path}.{name}") for name in _PARAMETERS)]
+        else:
+            del fields["target_parameters"]
         if self.target_modules is None or str(self.target_modules).lower() == "all-linear":
             fields["target_modules"] = paths  # what they mean depends on the reader's tables
         return {**fields, "peft_type": self.peft_type, "inference_mode": True}

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_in_one_piece
+from ..layers.kinds import AdapterConv2d, AdapterEmbedding
 from ..layers.layer import Adapter, AdapterLayer
+from ..layers.linear import AdapterLinear
 from ..reference import AdapterForm
 from .config import Control
 from .lora import LoRAAdapter, LoRAConfig
@@ -98,6 +100,7 @@ class DeltaLoRAConfig(LoRAConfig):
         " | 1 | 1 | α/r | b0 | A, B; stacked with their anchor, rank 2r",
     )
     adapter_classes: ClassVar[tuple[type[LoRAAdapter]]] = (DeltaLoRAAdapter,)
+    layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear, AdapterEmbedding, AdapterConv2d)
 
     delta_lambda: float = 2.0
     start_step: int = 500

@@ -14,15 +14,20 @@ from torch import Tensor, nn
 
 from ..checks import check_probability, partition_error
 from ..forms import PlainLoRA
-from ..layers.kinds import AdapterConv2d, AdapterEmbedding
+from ..layers.experts import AdapterExperts, ExpertsAdapter
+from ..layers.kinds import AdapterConv2d, AdapterEmbedding, AdapterParameter
 from ..layers.layer import Adapter, AdapterLayer, Reads
 from ..layers.linear import AdapterLinear
 from ..reference import AdapterForm
 from .config import AdapterConfig, pattern_of, pattern_value
+from .experts import ExpertLoRA, chosen_parameters
 from .row_norm import row_norm
 
 INITS = (True, False, "gaussian", "eva")
 
+
+# The dropout of an adapter of parameters in a file of ours.
+_DROPOUT = "fastadapt_lora_dropout"
 
 _SMALL = ("bias", "lora_B_bias", "lora_magnitude_vector")
 
@@ -227,17 +232,23 @@ class LoRAConfig(AdapterConfig):
     )
     adapter_classes: ClassVar[tuple[type[LoRAAdapter]]] = (LoRAAdapter,)
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "lora_only")
+    layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (
+        AdapterLinear,
+        AdapterEmbedding,
+        AdapterConv2d,
+        AdapterExperts,
+        AdapterParameter,
+    )
     # freeze_A: an embedding's A starts at zero.
     narrowing_options: ClassVar[dict[str, tuple[type[AdapterLayer], ...]]] = {
-        "use_dora": (AdapterLinear,),
+        "use_dora": (AdapterLinear, AdapterExperts, AdapterParameter),
         "lora_bias": (AdapterLinear,),
-        "freeze_A": (AdapterLinear, AdapterConv2d),
+        "freeze_A": (AdapterLinear, AdapterConv2d, AdapterExperts, AdapterParameter),
     }
     neutral_fields: ClassVar[dict[str, tuple[Any, ...]]] = {
         name: (None, False, {}, [])
         for name in (
             "layer_replication",
-            "target_parameters",
             "trainable_token_indices",
             "use_qalora",
             "alora_invocation_tokens",
@@ -296,6 +307,7 @@ class LoRAConfig(AdapterConfig):
     @classmethod
     def from_peft(cls, fields: dict[str, Any]) -> LoRAConfig:
         eva = fields.get("eva_config")
+        fields = {**fields, "lora_dropout": fields.get(_DROPOUT, fields.get("lora_dropout"))}
         if fields.get("init_lora_weights") == "orthogonal":  # it leaves the base weight as it is
             fields = {**fields, "init_lora_weights": True}
         if isinstance(eva, dict):
@@ -308,6 +320,9 @@ class LoRAConfig(AdapterConfig):
     def to_peft(self, paths: list[str]) -> dict[str, Any]:
         fields = super().to_peft(paths)
         del fields["freeze_A"]
+        if self.target_parameters and self.lora_dropout:
+            # PEFT refuses a dropout beside parameters, though it means nothing once the adapter is trained.
+            fields |= {"lora_dropout": 0.0, _DROPOUT: self.lora_dropout}
         return fields
 
     def rank(self, path: str) -> int:
@@ -319,10 +334,20 @@ class LoRAConfig(AdapterConfig):
 
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
         (kind,) = self.adapter_classes
-        return {
-            path: kind(layer, self, self.rank(path), self.alpha(path), dtype_of(layer.like))
-            for path, layer in layers.items()
-        }
+        found: dict[str, Adapter] = {}
+        for path, layer in layers.items():
+            dtype = dtype_of(layer.like)
+            if isinstance(layer, AdapterExperts):
+                parts = {
+                    name: ExpertLoRA(layer.weight(name), self, self.rank(key), self.alpha(key), dtype)
+                    for name in chosen_parameters(self, path, layer)
+                    for key in [f"{path}.{name}"]
+                }
+                found[path] = ExpertsAdapter(parts, self.lora_dropout)
+            else:
+                key = f"{path}.weight" if isinstance(layer, AdapterParameter) else path
+                found[path] = kind(layer, self, self.rank(key), self.alpha(key), dtype)
+        return found
 
 
 @dataclass

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_probability
+from ..layers.experts import AdapterExperts, ExpertsAdapter
 from ..layers.layer import Adapter, AdapterLayer, Reads
 from ..layers.linear import AdapterLinear
 from ..reference import AdapterForm
 from .config import AdapterConfig, SharedTensors
+from .experts import ExpertVeRA, chosen_parameters
 from .row_norm import row_norm
 
 
@@ -105,13 +107,14 @@ class VeRAConfig(AdapterConfig):
     vera_dropout: drop probability of x̃. d_initial: λ_d at the start. init_weights: whether λ_b starts at zero.
     use_dora: DVoRA, a trained magnitude m over VeRA's direction, y = (m/n) ⊙ (W0 + diag(λ_b) B diag(λ_d) A) x + b0
     (Liu et al. 2024, arXiv:2402.09353, section 5.4); PEFT has no such type, so its files carry peft_type "DVORA".
-    Linear and Conv1D layers only.
+    Linear and Conv1D layers, and by target_parameters experts, each with vectors of its own; PEFT has no such adapters,
+    so their files carry peft_type "VERA_EXPERTS".
     Raises ValueError for a value outside its range, by name.
     Source: Kopiczko et al. 2023, arXiv:2310.11454, section 3.
     """
 
     peft_type: ClassVar[str] = "VERA"
-    aliases: ClassVar[tuple[str, ...]] = ("DVORA",)
+    aliases: ClassVar[tuple[str, ...]] = ("DVORA", "VERA_EXPERTS")
     in_peft: ClassVar[bool] = True
     title: ClassVar[str] = "VeRA"
     rows: ClassVar[tuple[str, ...]] = (
@@ -120,7 +123,8 @@ class VeRAConfig(AdapterConfig):
     )
     adapter_classes: ClassVar[tuple[type[Adapter], ...]] = (VeRAAdapter,)
     shared_names: ClassVar[tuple[str, ...]] = ("vera_A", "vera_B")
-    layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear,)
+    layer_kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (AdapterLinear, AdapterExperts)
+    narrowing_options: ClassVar[dict[str, tuple[type[AdapterLayer], ...]]] = {"use_dora": (AdapterLinear,)}
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "vera_only")
 
     r: int = 256
@@ -145,17 +149,41 @@ class VeRAConfig(AdapterConfig):
         return self.vera_dropout
 
     def build(self, layers: dict[str, AdapterLayer], dtype_of: Callable[[Tensor], torch.dtype]) -> dict[str, Adapter]:
-        shapes = [layer.weight_matrix.shape for layer in layers.values()]
+        chosen = {
+            path: chosen_parameters(self, path, layer)
+            for path, layer in layers.items()
+            if isinstance(layer, AdapterExperts)
+        }
+        shapes = [
+            weight.shape[-2:]
+            for path, layer in layers.items()
+            for weight in (
+                [layer.weight(name) for name in chosen[path]]
+                if isinstance(layer, AdapterExperts)
+                else [layer.weight_matrix]
+            )
+        ]
         k, n = max(shape[1] for shape in shapes), max(shape[0] for shape in shapes)
         first = next(iter(layers.values())).like
         projection = VeRAProjection(self.r, k, n, self.projection_prng_key, self.save_projection)
         projection.to(first.device, dtype_of(first))
-        return {path: VeRAAdapter(layer, self, projection, dtype_of(layer.like)) for path, layer in layers.items()}
+        found: dict[str, Adapter] = {}
+        for path, layer in layers.items():
+            dtype = dtype_of(layer.like)
+            if isinstance(layer, AdapterExperts):
+                weights = {name: layer.weight(name) for name in chosen[path]}
+                parts = {name: ExpertVeRA(weight, self, projection, dtype) for name, weight in weights.items()}
+                found[path] = ExpertsAdapter(parts, self.vera_dropout)
+            else:
+                found[path] = VeRAAdapter(layer, self, projection, dtype)
+        return found
 
     def shared_tensors(self, adapters: dict[str, Adapter]) -> dict[str, SharedTensors]:
         """{"": projection} where a file holds the projection: its tensors are named vera_A and vera_B."""
-        first = next(iter(adapters.values()), None)
-        return {"": first.projection} if isinstance(first, VeRAAdapter) else {}
+        first: Any = next(iter(adapters.values()), None)
+        if isinstance(first, ExpertsAdapter):
+            first = next(iter(first.parts.values()))
+        return {"": first.projection} if isinstance(first, (VeRAAdapter, ExpertVeRA)) else {}
 
     def shared_factors(self, adapters: dict[str, Adapter]) -> tuple[Tensor, Tensor] | None:
         projection = next(iter(self.shared_tensors(adapters).values()), None)
@@ -165,6 +193,8 @@ class VeRAConfig(AdapterConfig):
         fields = super().to_peft(paths)
         if fields.pop("exclude_modules"):  # PEFT's VeRA has no such field: the paths say the same
             fields["target_modules"] = paths
+        if self.target_parameters:
+            fields["peft_type"] = "VERA_EXPERTS"
         if self.use_dora:
             fields["peft_type"] = "DVORA"
         else:

@@ -19,6 +19,7 @@ from ..methods.lora import lora_of
 from ..methods.lora_drop import recognised
 from ..methods.patterns import time_limit
 from .adapted import PREFIX, Injection, adapter_configs, check_unmerged, present
+from .experts import stack_experts
 from .inject import ModelType, attach, prepare, replace_base
 from .layouts.reading import read_for_model
 from .layouts.source import foreign_file
@@ -157,6 +158,7 @@ def check_tensors(
     adapter was saved.
     """
     wanted = injection.named_tensors
+    stack_experts(tensors, wanted)
     for name in [name for name in tensors if name not in wanted]:
         # PEFT before 0.21 wrote the trained base bias under the layer's own path.
         layered = name.removesuffix(".bias") + ".base_layer.bias"

@@ -16,7 +16,7 @@ from ..layers.dequantize import count_of_values
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear, ProjectionGroup
 from ..layers.saved import ModuleToSave
-from ..layers.wrap import adapter_layer
+from ..layers.wrap import adapter_layer, parameter_layer
 from ..methods import AdapterConfig, Control, LoRAConfig
 from ..operators.adapter_linear.strategies import check_strategy
 from ..operators.backends import check_backend
@@ -33,9 +33,10 @@ from .adapted import (
     saved_modules,
 )
 from .bypassed import why_refused
+from .experts import with_experts
 from .places import shared_places
 from .saving import hook_saving, save_pretrained, unhook_saving
-from .targets import saved_paths, shared_inputs, target_paths, warn_of_rest
+from .targets import parameter_targets, saved_paths, shared_inputs, target_paths, warn_of_rest
 from .tying import tie_adapters, tie_copies, untied, with_ties
 from .uncontrolled import unwatch, watch
 from .wrappers import check_open, inside
@@ -110,8 +111,19 @@ def layers_at(
     Raises ValueError for a module of a kind that the method cannot adapt.
     """
     layers: dict[str, AdapterLayer] = {}
+    parameters = parameter_targets(modules, config, every_name=False) if config.target_parameters else {}
     for path in paths:
         module = modules[path]
+        if path in parameters:
+            try:
+                layers[path] = (
+                    module if isinstance(module, AdapterLayer) else parameter_layer(module, parameters[path], backend)
+                )
+            except ValueError as error:
+                raise ValueError(f"target_parameters: {path}: {error}") from None
+            layers[path].path = path
+            config.check_kind(path, layers[path], modules.values())
+            continue
         if why := why_refused(path, modules):
             raise ValueError(f"target_modules: {path} cannot take an adapter: {why}; name it in exclude_modules")
         if isinstance(module, AdapterLayer):
@@ -151,6 +163,7 @@ def prepare(
     ends: list[str] = []
     if isinstance(config, LoRAConfig) and config.ensure_weight_tying:
         config, ends = with_ties(model, config)
+    config = with_experts(model, config)
     paths = target_paths(model, config, every_name=not from_file)
     if str(config.target_modules).lower() == "all-linear" and not from_file:
         warn_of_rest(modules, config)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.experts import parameter_keys
 from ..layers.kinds import AdapterModule
 from ..layers.layer import AdapterLayer
 from ..layers.linear import AdapterLinear
@@ -178,7 +179,9 @@ def target_paths(
     """
     model = inside(model)
     modules = base_modules(model) if modules is None else modules
-    targets = config.target_modules
+    targets, parameters = config.target_modules, parameter_targets(modules, config, every_name=every_name)
+    if targets is None and parameters:
+        targets = []
     if targets is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         usual = config.usual_targets()
@@ -192,7 +195,7 @@ def target_paths(
     exclude = config.exclude_modules if isinstance(config.exclude_modules, str) else set(config.exclude_modules or [])
     whole = _saved_whole(modules, config)
     paths = [path for path in modules if path not in whole and not _excluded(path, exclude)]
-    if not targets:
+    if not targets and not parameters:
         raise ValueError("target_modules is empty: name the layers, or take 'all-linear'")
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
@@ -216,27 +219,53 @@ def target_paths(
             if path in wanted or (_suffix_match(path, wanted) and _in_layers(path, config, indices))
         ]
         if not chosen and not missing:
-            missing = list(targets)
-    if missing:
+            missing = [] if parameters else list(targets)
+    if missing and not (parameters and not every_name):
         kinds = sorted({path.rsplit(".", 1)[-1] for path in modules if is_linear(modules[path])})
         raise ValueError(
             f"target_modules: nothing in {type(model).__name__} matches {', '.join(map(repr, missing))}"
             " (after exclude_modules, layers_to_transform and modules_to_save); its linear layers are called "
             f"{', '.join(kinds)}"
         )
-    return chosen
+    return [path for path in modules if path in {*chosen, *parameters}] if parameters else chosen
+
+
+def parameter_targets(
+    modules: Mapping[str, nn.Module], config: AdapterConfig, *, every_name: bool = True
+) -> dict[str, list[str]]:
+    """The names of the parameters that config.target_parameters names, by the paths of their modules.
+
+    modules: the model's by path, as they were before any of them was wrapped. Raises ValueError where a name, or with
+    `every_name` False all of them, matches nothing of two or three dimensions.
+    """
+    found: dict[str, list[str]] = {}
+    names = config.target_parameters or ()
+    keys: list[str] = []
+    for path, module in modules.items():
+        if names and not is_excluded(path, config):
+            own = parameter_keys(path, _base(module))
+            keys += own
+            if chosen := [key.rpartition(".")[2] for key in own if config.names_parameter(key)]:
+                found[path] = chosen
+    missing = [name for name in names if not any(key == name or key.endswith(f".{name}") for key in keys)]
+    if missing and (every_name or not found):
+        raise ValueError(
+            f"target_parameters: no parameter of two or three dimensions is called {', '.join(map(repr, missing))}"
+        )
+    return found
 
 
 def warn_of_rest(modules: Mapping[str, nn.Module], config: AdapterConfig) -> None:
     """One warning that names what "all-linear" does not reach although it multiplies like a linear layer."""
     refused = {path: why_refused(path, modules) for path, module in modules.items() if is_linear(module)}
     rest = [*expert_weights(modules), *(path for path, why in refused.items() if why)]
-    rest = [path for path in rest if not is_excluded(path, config)]
+    rest = [path for path in rest if not is_excluded(path, config) and not config.names_parameter(path)]
     if rest:
         names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in rest)
         warnings.warn(
-            f'target_modules="all-linear" adapts no {", ".join(names)}: expert weights that are stacked in one tensor, '
-            "and layers whose forward does not run or gives a tuple, take no adapter",
+            f'target_modules="all-linear" adapts no {", ".join(names)}: expert weights that are stacked in one tensor '
+            "have to be named in target_parameters, and layers whose forward does not run or gives a tuple take no "
+            "adapter",
             stacklevel=4,
         )
 

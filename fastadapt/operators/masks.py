@@ -83,4 +83,4 @@ def zero_dropped(x: Tensor, drop: Tensor) -> Tensor:
 
 def dropped(x: Tensor, drop: Tensor, factor: float) -> Tensor:
     """mask ⊙ x · factor, in new memory."""
-    return zero_dropped(torch.mul(x, factor, out=torch.empty(x.shape, dtype=x.dtype, device=x.device)), drop)
+    return zero_dropped((x * factor).contiguous(), drop)

@@ -1,0 +1,204 @@
+"""Experts of transformers, whose weights are stacked in one parameter a product, with adapters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..forms import merged_weight, stacked_experts
+from ..operators.expert_linear.block import ExpertProjection, expert_block
+from ..reference import ExpertForm
+from .layer import Adapter, AdapterLayer
+from .ways import is_hooked
+
+# What transformers' decorator of experts says of a module, by the names of attributes.
+_TRAITS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module's forward is that of transformers' decorator of experts, whatever its class computes in it."""
+    forward = type(module).forward
+    return "experts_interface" in getattr(getattr(forward, "__code__", None), "co_freevars", ())
+
+
+def why_no_experts(module: nn.Module) -> str:
+    """Why AdapterExperts cannot go over a module with stacked weights, "" where it can."""
+    name = type(module).__name__
+    if not is_experts(module):
+        return f"{name} has a forward of its own, and is none of the experts that transformers decorates"
+    if missing := [trait for trait in _TRAITS if trait not in module.__dict__]:
+        return f"{name} does not say {', '.join(missing)}"
+    if getattr(module, "_is_expert_parallel", False):
+        return "its experts are shared out among processes"
+    if getattr(module, "has_post_expert_norm", False):
+        return f"{name} norms what each expert gives"
+    names = projections(module)
+    if any(not isinstance(weight := module._parameters.get(n), nn.Parameter) or weight.dim() != 3 for n in names):
+        return f"{name} has no {' and '.join(names)} of three dimensions"
+    return ""
+
+
+def projections(module: Any) -> tuple[str, str]:
+    """The names of the weights of the two products of experts, in the order in which they run."""
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+class ExpertsAdapter(Adapter):
+    """One adapter of experts: an adapter for each of their weights that it adapts, by the weight's name.
+
+    A part is an Adapter that has `expert_form` in the place of `form`. In a file the part of the weight that PEFT wraps
+    last has the module's own path, and the other one is inside of it.
+    """
+
+    def __init__(self, parts: Mapping[str, Adapter], dropout: float) -> None:
+        super().__init__(dropout)
+        self.parts = nn.ModuleDict(dict(parts))
+
+    def part(self, name: str) -> Any:
+        return self.parts._modules.get(name)
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """By PEFT's names: wrappers nest in the order of the module's parameters, the last of them outermost."""
+        found = {}
+        for depth, name in enumerate(reversed(list(self.parts))):
+            for suffix, tensor in self.part(name).checkpoint_tensors().items():
+                found["base_layer." * depth + suffix] = tensor
+        return found
+
+    def forget(self) -> None:
+        super().forget()
+        for part in self.parts.values():
+            part.forget()  # type: ignore[operator]
+
+
+class AdapterExperts(AdapterLayer):
+    """Adapters over experts whose weights are stacked: both products, the gate and the routing in one operator.
+
+    parameter_names: of the weights that adapters can be on, in the order in which they run.
+    Raises ValueError for a module that it cannot go over, with the reason.
+    """
+
+    def __init__(self, base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> None:
+        if why := why_no_experts(base_layer):
+            raise ValueError(f"{why}, which no adapter goes over")
+        super().__init__(base_layer, backend, strategy)
+        self.parameter_names = projections(base_layer)
+        self._signature = inspect.signature(type(base_layer).forward)
+
+    def stored(self, name: str) -> nn.Parameter:
+        found: nn.Parameter = self.base_layer._parameters[name]
+        return found
+
+    def weight(self, name: str) -> Tensor:
+        """A weight of the experts as a view [E, out, in]."""
+        stored = self.stored(name)
+        return stored.mT if self.base_layer.is_transposed else stored
+
+    def bias(self, name: str) -> Tensor | None:
+        """The bias [E, out] that goes with a weight."""
+        found: Tensor | None = self.base_layer._parameters[f"{name}_bias"] if self.base_layer.has_bias else None
+        return found
+
+    @property
+    def like(self) -> Tensor:
+        return self.stored(self.parameter_names[-1])
+
+    @property
+    def weight_matrix(self) -> Tensor:
+        raise ValueError(f"{self.name} has a weight for each expert, and no one matrix")
+
+    @property
+    def base_bias(self) -> None:
+        return None
+
+    @property
+    def reason(self) -> str:
+        return ""
+
+    def settled_form(self, adapter: Adapter) -> Any:
+        raise ValueError(f"{self.name} has a form for each expert, and not one")
+
+    def expert_form(self, name: str) -> ExpertForm | None:
+        """The form that the active adapters have on a weight, None where none of them is on it."""
+        adapters: list[Any] = self.active_adapters
+        parts = [part for adapter in adapters if (part := adapter.part(name)) is not None]
+        if not parts:
+            return None
+        weight, bias = self.weight(name), self.bias(name)
+        return stacked_experts([part.expert_form(weight, bias) for part in parts], bias)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base = self.base_layer
+        if self._unmerged is not None or not self.active:
+            return base(*args, **kwargs)
+        if base._is_expert_parallel or is_hooked(base):
+            why = "its experts are shared out among processes" if base._is_expert_parallel else "it has hooks"
+            raise ValueError(f"{self.name} cannot run with an adapter: {why}; name it in exclude_modules, or merge")
+        x, experts, routing = self._signature.bind(base, *args, **kwargs).args[1:]
+        sides = [self._side(name) for name in self.parameter_names]
+        gate: Callable[[Tensor], Tensor] = base._apply_gate if base.has_gate else base.act_fn
+        return expert_block(x, experts, routing, sides[0], gate, sides[1], training=self.training, backend=self.backend)
+
+    def _side(self, name: str) -> ExpertProjection:
+        form = self.expert_form(name)
+        return ExpertProjection(self.weight(name), form, self.bias(name) if form is None else None, self.dropout)
+
+    def merge(self, *, dequantize: bool = False) -> None:
+        """Writes the active adapters into the weights of the experts: W'[e] = diag(g) W0[e] + diag(h) B diag(d) A.
+
+        Raises ValueError where a merged weight would not be finite; the layer is then as it was.
+        """
+        if self.merged or not self.active:
+            return
+        modes = [adapter.training for adapter in self.active_adapters]
+        new: dict[str, nn.Parameter] = {}
+        try:
+            for adapter in self.active_adapters:
+                adapter.eval()
+            with torch.no_grad():
+                for name in self.parameter_names:
+                    if (form := self.expert_form(name)) is not None:
+                        new |= self._merged(name, form)
+        finally:
+            for adapter, mode in zip(self.active_adapters, modes, strict=True):
+                adapter.train(mode)
+        self._kept = {name: self.stored(name) for name in new}
+        self.base_layer._parameters.update(new)
+        self._unmerged = self.base_layer, None, None
+
+    def _merged(self, name: str, form: ExpertForm) -> dict[str, nn.Parameter]:
+        weight = self.weight(name)
+        stored = torch.empty_like(self.stored(name))
+        view = stored.mT if self.base_layer.is_transposed else stored
+        for e, matrix in enumerate(weight):
+            view[e] = merged_weight(matrix, form.of(e, matrix))
+        tensors = {name: stored}
+        if form.bias is not None and form.bias is not self.bias(name):
+            tensors[f"{name}_bias"] = form.bias.to(weight.dtype).clone()
+        if not all([torch.isfinite(tensor).all() for tensor in tensors.values()]):
+            names = ", ".join(map(repr, self.active))
+            raise ValueError(f"adapter {names} cannot be merged: the merged weight has NaN or infinite values")
+        return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in tensors.items()}
+
+    @property
+    def has_new_bias(self) -> bool:
+        return False
+
+    def unmerge(self) -> None:
+        """Puts back what `merge` set aside, bit for bit."""
+        if self._unmerged is None:
+            return
+        for name, parameter in self._kept.items():
+            now = self.stored(name)  # the model may have been moved meanwhile
+            parameter.data = parameter.data.to(now.device, now.dtype)
+            self.base_layer._parameters[name] = parameter
+        self._unmerged = None
+
+
+def parameter_keys(path: str, module: nn.Module) -> Sequence[str]:
+    """The names, behind the module's path, of its parameters of two or three dimensions: an adapter can be on them."""
+    return [f"{path}.{n}" for n, p in module._parameters.items() if p is not None and p.dim() in (2, 3)]

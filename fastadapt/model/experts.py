@@ -1,0 +1,168 @@
+"""Weights of experts by the names that their layers had: PEFT's rule for configs and files of older transformers.
+
+Up to transformers 4 every expert was a module of linear layers, and the router was one; from 5 on the weights of all
+experts are two stacked parameters, gate and up together in one of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.experts import AdapterExperts
+from ..methods import AdapterConfig, LoRAConfig
+from .targets import base_modules
+from .wrappers import inside
+
+# The parameter that each of the old names has become a part of, by the family of models, and the families' models by
+# transformers' model_type. Models that are in none of them have no rule in PEFT either.
+_NAMES: dict[str, dict[str, str]] = {
+    "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
+    "qwen2_moe": {
+        "gate": "gate.weight",
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+        "down_proj": "down_proj",
+    },
+}
+_FAMILIES: dict[str, str] = {
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), "mixtral"),
+    **dict.fromkeys(
+        (
+            *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
+            *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe"),
+            *("longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe"),
+            *("qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "solar_open"),
+        ),
+        "qwen2_moe",
+    ),
+}
+# The two that are one now, in the order in which they lie in it.
+_FUSED = "gate_up_proj"
+
+
+def with_experts(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """The config with target_parameters in the place of the old names of experts and routers: PEFT's rule.
+
+    "all-linear" stands for all of them, and a list for those that it names; of other linear layers that are called so
+    nothing changes. gate and up, which are one product now, have twice the rank and lora_alpha in it, so that each has
+    its own of both. Raises ValueError where one of these two is named without the other.
+    """
+    bare = inside(model)
+    names = _NAMES.get(_FAMILIES.get(getattr(getattr(bare, "config", None), "model_type", ""), ""), {})
+    if not names or not isinstance(config, LoRAConfig) or AdapterExperts not in config.layer_kinds:
+        return config
+    targets = config.target_modules
+    if isinstance(targets, str):
+        found = list(names) if targets.lower() == "all-linear" else []
+    else:
+        found = [old for old in names if any(t == old or t.endswith(f".{old}") for t in targets or ())]
+    modules = base_modules(bare)
+    keys = [f".{path}.{name}" for path, module in modules.items() for name in module._parameters]
+    found = [
+        old for old in found if any(key.endswith(f".{names[old]}") for key in keys) and _takes(names[old], modules)
+    ]
+    if not found:
+        return config
+    fused = [old for old in names if names[old] == _FUSED]
+    given = [old for old in fused if old in found]
+    if given and given != fused:
+        missing = ", ".join(old for old in fused if old not in given)
+        raise ValueError(
+            f"target_modules names {', '.join(given)} without {missing}, and both are one weight of the experts, "
+            f"{_FUSED}: name both, or none"
+        )
+    changes: dict[str, Any] = {"target_parameters": sorted({*(config.target_parameters or ()), *map(names.get, found)})}
+    if not isinstance(targets, str):
+        known = {end for path in modules for end in _ends(path)}
+        changes["target_modules"] = [t for t in targets or () if t in known or t.rpartition(".")[2] not in found]
+    if given:
+        key = rf".*\.{_FUSED}"
+        changes["rank_pattern"] = {**config.rank_pattern, key: len(fused) * config.r}
+        changes["alpha_pattern"] = {**config.alpha_pattern, key: len(fused) * config.lora_alpha}
+    return replace(config, **changes)
+
+
+def _ends(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[index:]) for index in range(len(parts))]
+
+
+def _takes(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a parameter of that name is a router's weight, which is no linear layer's, or experts'."""
+    path, _, leaf = f".{name}".rpartition(".")
+    return any(
+        f".{where}".endswith(path) and not isinstance(module, nn.Linear)
+        for where, module in modules.items()
+        if module._parameters.get(leaf) is not None
+    )
+
+
+_OF_ONE = re.compile(r"(?P<outer>.*)\.experts\.(?P<expert>\d+)\.(?P<name>\w+)\.lora_(?P<side>[AB])\.weight")
+
+
+def stack_experts(tensors: dict[str, Tensor], wanted: Collection[str]) -> None:
+    """Puts the factors of single experts, as older files have them, into the stacks that the adapter has, in place.
+
+    gate and up become one product: A of both above each other, B's in blocks. What does not make whole stacks stays as
+    it is, for the check of names to tell. wanted: the names of the adapter's own tensors.
+    """
+    found: dict[tuple[str, str, str], dict[int, str]] = {}
+    for name in tensors:
+        if (match := _OF_ONE.fullmatch(name)) and name not in wanted:
+            key = match["outer"], match["name"], match["side"]
+            found.setdefault(key, {})[int(match["expert"])] = name
+    for names in _NAMES.values():
+        fused = [old for old, new in names.items() if new == _FUSED]
+        (down,) = [old for old, new in names.items() if new == "down_proj"]
+        for outer in {key[0] for key in found}:
+            # The last of the wrappers is down_proj's, where both are adapted.
+            place = f"{_spelled(outer, wanted)}.experts."
+            inner = "base_layer." if (outer, down, "A") in found else ""
+            for parts, prefix in ((fused, inner), ([down], "")):
+                _stack(tensors, found, outer, parts, f"{place}{prefix}lora_", wanted)
+    for name in [name for name in tensors if name not in wanted and name.endswith(("lora_A.weight", "lora_B.weight"))]:
+        place, _, rest = name.rpartition(".gate.")
+        spelled = f"{_spelled(place, wanted)}.gate.{rest}"
+        if place and spelled in wanted:
+            tensors[spelled] = tensors.pop(name)
+
+
+def _spelled(outer: str, wanted: Collection[str]) -> str:
+    """The path of a block of experts as the model has it: Mixtral's was called block_sparse_moe."""
+    renamed = outer.replace("block_sparse_moe", "mlp")
+    return outer if any(name.startswith(f"{outer}.") for name in wanted) else renamed
+
+
+def _stack(
+    tensors: dict[str, Tensor],
+    found: Mapping[tuple[str, str, str], Mapping[int, str]],
+    outer: str,
+    parts: list[str],
+    place: str,
+    wanted: Collection[str],
+) -> None:
+    sides = {side: [found.get((outer, part, side), {}) for part in parts] for side in "AB"}
+    counts = {tuple(sorted(each)) for side in sides.values() for each in side}
+    if len(counts) != 1 or not {f"{place}{side}.weight" for side in "AB"} <= set(wanted):
+        return
+    (experts,) = counts
+    if not experts or experts != tuple(range(len(experts))):
+        return
+    stacks = {side: [[tensors[each[e]] for e in experts] for each in sides[side]] for side in "AB"}
+    try:
+        A = torch.cat([torch.cat([each[e] for each in stacks["A"]]) for e in experts])
+        B = torch.stack([torch.block_diag(*[each[e] for each in stacks["B"]]) for e in experts])
+    except RuntimeError:  # experts of several shapes are no stack
+        return
+    for each in (*sides["A"], *sides["B"]):
+        for name in each.values():
+            del tensors[name]
+    tensors[f"{place}A.weight"] = A
+    # [E, out, r] as [out, r·E], the rank first.
+    tensors[f"{place}B.weight"] = B.permute(1, 2, 0).flatten(1)
