@@ -133,6 +133,28 @@ def test_a_text_encoders_names_with_and_without_what_is_around_it(start: str, pr
 
 ATTENTION = f"{TEXT}.self_attn"
 
+
+def test_what_only_holds_others_is_no_second_meaning(tmp_path: Path) -> None:
+    model = Tree({"a_b.c": nn.Linear(3, 3), "a.b.c.d": nn.Linear(3, 3), "a.b_c": nn.Identity()})
+    A, B = factors(nn.Linear(3, 3), 2, 0)
+    save_file(kohya("a_b.c", A, B), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"can be a_b\.c or a\.b_c of Tree"):
+        load_adapter(model, tmp_path / "x.safetensors")
+    del model.a.b_c
+    load_adapter(model, tmp_path / "x.safetensors")
+
+
+def test_a_loaded_file_is_an_adapter_like_any_other(tmp_path: Path) -> None:
+    save_file(one_pair(), tmp_path / "x.safetensors")
+    first = LoRAConfig(r=3, target_modules=["to_q", "conv1"], init_lora_weights=False)
+    model = load_adapter(inject(unet(), first, "own"), tmp_path / "x.safetensors", "style", trainable=True)
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 2
+    save_adapter(model, tmp_path / "saved", "style")
+    want = load_adapter(unet(), tmp_path / "x.safetensors")(3)
+    assert torch.equal(load_adapter(unet(), tmp_path / "saved")(3), want)
+    assert torch.equal(model(3), want)
+
+
 # Module, and what its factors are called in the spellings of diffusers' versions.
 SPELLINGS = {
     "PEFT's": (unet, f"{BLOCK}.to_q", f"unet.{BLOCK}.to_q.lora_{{A,B}}.weight"),

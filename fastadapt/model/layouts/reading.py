@@ -33,15 +33,17 @@ def read_for_model(model: nn.Module, file: Path, component: str | None, limits: 
     for this model.
     """
     source = read_source(file, limits)
-    modules = base_modules(model)
-    names = Names(modules, type(inside(model)).__name__)
+    modules = {path: getattr(module, "base_layer", module) for path, module in base_modules(model).items()}
+    # What only holds others takes no adapter, and its flat name could be a layer's.
+    layers = [path for path, module in modules.items() if next(module.children(), None) is None]
+    names = Names(layers, type(inside(model)).__name__)
     chosen = _component(source, component, names, modules)
     found = spelled(
         source,
         chosen,
         names,
         lambda paths: selection_of(model, paths),
-        lambda path: isinstance(getattr(modules[path], "base_layer", modules[path]), nn.Embedding),
+        lambda path: isinstance(modules[path], nn.Embedding),
     )
     config = known_config(found.fields, file, limits)
     return Read(config, found.tensors, [name for name in source.components if name != chosen])
@@ -82,7 +84,6 @@ def _is_for(source: Source, layers: Component, names: Names, modules: dict[str, 
 
 
 def _fits(layer: Layer, module: nn.Module) -> bool:
-    module = getattr(module, "base_layer", module)
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
     weight = getattr(module, "weight", None)
     if "A" not in layer or (inputs is None and not isinstance(weight, Tensor)):
