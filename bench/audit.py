@@ -635,27 +635,33 @@ def compile_all(pairs: Sequence[str], *, quick: bool) -> list[report.Row]:
     return rows
 
 
-def summary(rows: Sequence[report.Row]) -> list[report.Row]:
-    """The worst of every kernel and target."""
-    groups: dict[tuple[str, str], list[report.Row]] = {}
+def worst(rows: Sequence[report.Row], *by: str) -> list[report.Row]:
+    """Of each group that has the same values of `by` how many there are, and the largest of every number."""
+    groups: dict[tuple[str, ...], list[report.Row]] = {}
     for row in rows:
         if "error" not in row:
-            groups.setdefault((row["kernel"], row["target"]), []).append(row)
+            groups.setdefault(tuple(str(row[key]) for key in by), []).append(row)
     return [
-        {
-            "kernel": kernel,
-            "target": target,
-            "compiled": len(group),
-            "registers": max(row["registers"] for row in group),
-            "spill_bytes": max(row["spill_bytes"] for row in group),
-            "shared": f"{max(row['shared_bytes'] for row in group)} / {group[0]['shared_limit']}",
-            "matrix_ops": min((row["matrix_ops"] for row in group if row["dots_wanted"]), default=None),
-            "widest_load": f"{min(row['widest_load'] for row in group)}-{max(row['widest_load'] for row in group)}",
-            "widest_store": f"{min(row['widest_store'] for row in group)}-{max(row['widest_store'] for row in group)}",
-            "code_bytes": max(row["code_bytes"] for row in group),
-        }
-        for (kernel, target), group in sorted(groups.items())
+        dict(zip(by, values, strict=True))
+        | {"compiled": len(group), "shared_limit": group[0]["shared_limit"]}
+        | {key: max(_of(group, key)) for key in ("registers", "spill_bytes", "shared_bytes", "code_bytes")}
+        | {"serialised": sum(row.get("waits", 0) > row.get("groups", 0) for row in group)}
+        for values, group in sorted(groups.items())
     ]
+
+
+def summary(rows: Sequence[report.Row]) -> list[report.Row]:
+    """The worst of every kernel and target, as a table has it."""
+    found = []
+    for row in worst(rows, "kernel", "target"):
+        group = [own for own in rows if all(own.get(key) == row[key] for key in ("kernel", "target"))]
+        group = [own for own in group if "error" not in own]
+        row["shared"] = f"{row['shared_bytes']} / {row['shared_limit']}"
+        row["matrix_ops"] = min((own["matrix_ops"] for own in group if own["dots_wanted"]), default=None)
+        for key in ("widest_load", "widest_store"):
+            row[key] = f"{min(_of(group, key))}-{max(_of(group, key))}"
+        found.append(row)
+    return found
 
 
 def names(known: Iterable[str], wanted: str) -> list[str]:
@@ -664,7 +670,12 @@ def names(known: Iterable[str], wanted: str) -> list[str]:
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write to this file: the worst of each kernel, target and dtype, and what is wrong; with --quick all."
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option(help="A few shapes, on a few targets and dtypes unless both are named.")
     ] = False,
@@ -691,35 +702,37 @@ def main(
     print(f"{len(wrong)} of {len(rows)} kernels with something wrong")
     missing = coverage.not_covered("audit", [name for suite in SUITES for name in suite.covers])
     if json is not None:
-        write_json(json, "audit", rows, seconds=seconds, not_covered=missing)
+        stored = rows if quick else worst(rows, "kernel", "target", "dtype")
+        write_json(json, "audit", stored, wrong=[row for row, _ in wrong], seconds=seconds, not_covered=missing)
     if wrong:
         raise typer.Exit(1)
 
 
-@page.section("audit-bf16", "The same of all operators, in bf16", "python -m bench audit --dtypes bf16 --json FILE")
 @page.section("audit", "The kernels, compiled offline for real GPUs")
 def section(document: Document) -> str:
     kernels = document["rows"]
     wrong = [
-        f"`{row['kernel']}` {row['target']} {row['dtype']} {' and '.join(found)}"
-        for row in kernels
-        if (found := violations(row))
+        f"`{row['kernel']}` {row['target']} {row['dtype']} [{row['config']}] {' and '.join(violations(row))}"
+        for row in document["wrong"]
     ]
     targets = {target: [row for row in kernels if row["target"] == target] for target in TARGETS}
     rows = [
-        f"{target} | {len(group):,} | {len({row['kernel'] for row in group})} | {max(_of(group, 'registers'))} | "
-        f"{max(_of(group, 'spill_bytes'))} | {max(_of(group, 'shared_bytes')):,} of {group[0]['shared_limit']:,}"
+        f"{target} | {sum(_of(group, 'compiled')):,} | {len({row['kernel'] for row in group})} | "
+        f"{max(_of(group, 'registers'))} | {max(_of(group, 'spill_bytes'))} | "
+        f"{max(_of(group, 'shared_bytes')):,} of {group[0]['shared_limit']:,} | {sum(_of(group, 'serialised')) or '–'}"
         for target, group in targets.items()
         if group
     ]
     dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in kernels))
+    columns = "target | compiled | kernels | registers | spilled bytes | shared memory | wait after every instruction"
     return "\n\n".join(
         [
-            f"{len(kernels):,} kernels: every configuration that `configs.py` could pick at that commit, in {dtypes}; "
-            "registers, spilled bytes and shared memory, the worst of each target. A spill, a tile that does not fit, "
-            "a 16-bit product off the matrix unit or, on the main path, one that waits after every instruction is "
-            f"wrong, and so are {len(wrong) or 'none'}" + ("." if not wrong else ":\n\n* " + "\n* ".join(wrong)),
-            page.table("target | compiled | kernels | registers | spilled bytes | shared memory", rows),
+            f"{sum(_of(kernels, 'compiled')):,} kernels: every configuration that `configs.py` could pick at that "
+            f"commit, in {dtypes}; registers, spilled bytes and shared memory, the worst of each target. A spill, a "
+            "tile that does not fit, a 16-bit product off the matrix unit or, on the main path, one that waits after "
+            f"every instruction is wrong, and so are {len(wrong) or 'none'}"
+            + ("." if not wrong else ":\n\n* " + "\n* ".join(wrong)),
+            page.table(columns, rows),
         ]
     )
 

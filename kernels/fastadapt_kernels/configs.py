@@ -364,9 +364,11 @@ def input_grads(x: Tensor, R: int) -> tuple[Config, int, int]:
     fewer = block_k == 16 and rank == 32 and _LARGE <= _shared_memory(x.device) < _HOPPER
     block_m, stages = (32, 2) if x.dtype == torch.float32 else (64 if crowded else 128, 2 if fewer else 3)
     tiles = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": rank, "BLOCK": 512}
+    # Every element of an x that is not aligned has an address of its own: more threads share them.
+    warps = 8 if block_m == 128 and rank == 64 and not _aligned([x]) else 4
     programs = triton.cdiv(K, block_k) * triton.cdiv(R, rank)
     splits = _splits(programs, triton.cdiv(M, block_m), 1024 // block_m, wanted=_WANTED_PROGRAMS // 4)
-    return {**tiles, "num_warps": 4, "num_stages": stages}, *splits
+    return {**tiles, "num_warps": warps, "num_stages": stages}, *splits
 
 
 def hadamard_linear(x: Tensor, operands: Sequence[Tensor], N: int, Q: int) -> Config:
@@ -387,11 +389,12 @@ def hadamard_linear(x: Tensor, operands: Sequence[Tensor], N: int, Q: int) -> Co
         # The rebuilt tile is in registers: only Hopper's matrix unit, whose right operand is not, leaves them for 64.
         block_k = 64 if shared_memory >= _HOPPER else 32
         tiles = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
-    # More ranks of U V are taken in steps: fp32 and AMD's smaller shared memory leave room for few.
-    most = 16 if x.dtype == torch.float32 else 32 if shared_memory < _MEDIUM else 64
+    # More ranks of U V are taken in steps: fp32 and the smaller shared memories leave room for few.
+    small = shared_memory < _LARGE
+    most = 16 if x.dtype == torch.float32 else 32 if small else 64
     block_q = _block(Q, 16, most)
-    room = 32 * 32 if shared_memory < _MEDIUM else 64 * 32 if _LARGE <= shared_memory < _HOPPER else 64 * 64
-    if tiles["BLOCK_M"] == 128 and block_q * tiles["BLOCK_K"] >= room:
+    room = 32 * 32 if small else 64 * 32 if shared_memory < _HOPPER else 64 * 64
+    if tiles["BLOCK_M"] >= (64 if small else 128) and block_q * tiles["BLOCK_K"] >= room:
         tiles["num_stages"] = 2  # a third does not fit beside U and V, or leaves them too few registers
     return {"BLOCK_Q": block_q, "BLOCK_R": 16, **tiles, "GROUP_M": 16}
 
