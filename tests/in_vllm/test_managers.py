@@ -47,7 +47,7 @@ def settings(alone: VllmConfig, **fields: Any) -> Any:
     parts = {
         "lora_config": alone.lora_config,
         "scheduler_config": SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=64),
-        "parallel_config": SimpleNamespace(enable_expert_parallel=False),
+        "parallel_config": SimpleNamespace(pipeline_parallel_size=1, enable_expert_parallel=False),
         "model_config": model,
     }
     return SimpleNamespace(**parts | fields)
@@ -94,10 +94,16 @@ def test_a_form_that_is_not_finite_is_refused(worker: Any, directories: dict[str
     assert worker.list_adapters() == set()
 
 
-def test_what_is_refused_at_the_start(alone: VllmConfig) -> None:
-    sharded = settings(alone, lora_config=SimpleNamespace(fully_sharded_loras=True))
-    with pytest.raises(ValueError, match="fully_sharded_loras must be false"):
-        FastWorkerManager(sharded, torch.device("cpu"), {})
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_config": SimpleNamespace(fully_sharded_loras=True)}, "fully_sharded_loras must be false"),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "pipeline_parallel_size must be 1"),
+    ],
+)
+def test_what_is_refused_at_the_start(alone: VllmConfig, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FastWorkerManager(settings(alone, **fields), torch.device("cpu"), {})
 
 
 def test_the_adapters_of_the_warm_up_are_taken(worker: Any, directories: dict[str, Path]) -> None:

@@ -30,6 +30,13 @@ class FastWorkerManager(LRUCacheWorkerLoRAManager):
                 "fully_sharded_loras must be false with fastadapt, whose adapters are not cut along their ranks: "
                 "start without it, or without the plugin (VLLM_PLUGINS without fastadapt)"
             )
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            # Asserted at the first request in 0.31 to 0.33: what a later stage receives into is made in a warm-up that
+            # is left out where nothing is compiled, and with LoRA nothing is.
+            raise ValueError(
+                "pipeline_parallel_size must be 1 with adapters on a CPU, where vLLM's runner has no room for what one "
+                "stage sends to the next: take tensor_parallel_size"
+            )
         super().__init__(vllm_config, *args, **kwargs)
         # Not where the plugin is registered: an engine without a server sets its log up after that.
         logger.info_once("fastadapt is on: adapters may be LoRA, DoRA, VeRA and their kin, of any rank", scope="global")

@@ -1,4 +1,4 @@
-"""Engines of several worker processes: each has a part of every layer, or some of the layers."""
+"""An engine of three worker processes: each has a part of every layer."""
 
 from __future__ import annotations
 
@@ -26,12 +26,9 @@ def _shared() -> list[Path]:
     return list(Path("/dev/shm").glob("vllm_dist_*"))
 
 
-@pytest.mark.parametrize("share", [{"tensor_parallel_size": 3}, {"pipeline_parallel_size": 2}], ids=["parts", "stages"])
-def test_adapters_of_all_kinds_and_base_rows_in_one_batch(
-    share: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapters_of_all_kinds_and_base_rows_in_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     served = save(tmp_path, "llama", ADAPTERS)
-    llm = engine(served.model, distributed_executor_backend="mp", **share)
+    llm = engine(served.model, tensor_parallel_size=3, distributed_executor_backend="mp")
     assert wrong(llm, served, ["", "lora", "rslora", "dora", "vera", "vera of the same key"]) == []
     assert wrong(llm, served, [*served.directories, ""]) == []
