@@ -21,7 +21,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -196,7 +196,7 @@ class Engine:
         return Parts({"prefill": steps[0], "decode": _sum(steps[1:])})
 
     def close(self) -> None:
-        if self.process.is_alive():
+        with suppress(OSError):  # of one that has ended
             self.connection.send(None)
         self.process.join()
 

@@ -334,6 +334,15 @@ def test_an_engine_that_takes_other_steps_is_not_measured() -> None:
         engine.run("8_lora", vllm.works(vocabulary=50, steps=4)["8_lora"])
 
 
+def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
+    """Where vLLM is not installed, or does not know that model."""
+    with (
+        pytest.raises(RuntimeError, match=r"(?s)the engine 'base' ended: .*(vllm|gone)"),
+        vllm.engines(["base"], {"model": str(tmp_path / "gone")}, {}, tmp_path),
+    ):
+        pass
+
+
 def test_a_wide_table_becomes_several_of_80_characters(capsys: pytest.CaptureFixture[str]) -> None:
     columns = {"case": "case", **{f"column {index}": f"heading {index}" for index in range(12)}}
     rows = [{"case": name, **{f"column {index}": index / 3 for index in range(12)}} for name in ("lora", "vera")]

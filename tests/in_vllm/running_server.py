@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,11 @@ class Server:
 
     def kill(self) -> None:
         """At once, with all of its processes, as a machine that runs out of memory would."""
+        shared = _shared(self.process.pid)
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        for left in shared:  # nobody is there to give it back
+            left.unlink(missing_ok=True)
 
     def close(self) -> None:
         self.process.terminate()
@@ -98,3 +102,14 @@ class Server:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.kill()
+
+
+def _shared(group: int) -> set[Path]:
+    """The shared memory that processes of a group have."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # of one that has just ended
+            if os.getpgid(int(process.name)) == group:
+                lines = (process / "maps").read_text().splitlines()
+                found |= {Path("/dev/shm", line.partition("/dev/shm/")[2]) for line in lines if "/dev/shm/" in line}
+    return found

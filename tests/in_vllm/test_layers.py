@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tests/in_vllm/environment.py")
 
-from packed_model import METHODS, WIDTH, check, load, manager_of
+from packed_model import METHODS, WIDTH, Plain, Stage, check, load, manager_of
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.lora.layers import LoRAMapping
@@ -106,6 +106,34 @@ def test_a_form_without_a_bias_of_its_own_goes_into_the_stacks(manager: Any, dir
         form for layer in manager.fast.values() for part in layer.slices for form in part.stacks.layer.forms.values()
     ]
     assert all(form.added_bias is None and form.stack is not None for form in forms)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "VeRA", "a bias of its own"])
+def test_a_stage_of_a_pipeline_takes_its_own_part(name: str, alone: VllmConfig, tmp_path: Path) -> None:
+    """Of an adapter for all blocks: what an engine of one process has for these blocks."""
+    plains = nn.ModuleDict({"layers": nn.ModuleList([Plain(), Plain(), Plain()])})
+    model = inject(plains, METHODS[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    save_adapter(model, tmp_path)
+    whole, first, last = (manager_of(alone, model=Stage(plains["layers"], here)) for here in ({0, 1, 2}, {0}, {1, 2}))
+    expected = whole.read(1, str(tmp_path)).loras
+    for stage, blocks in ((first, "0"), (last, "12")):
+        found = stage.read(1, str(tmp_path)).loras
+        assert found.keys() == {path for path in expected if path.split(".")[1] in blocks}
+        for path, forms in found.items():
+            for form, same in zip(forms.lora_a, expected[path].lora_a, strict=True):
+                torch.testing.assert_close(form._asdict(), same._asdict(), rtol=0, atol=0)
+
+
+def test_a_stage_of_a_pipeline_refuses_what_no_stage_has(alone: VllmConfig, tmp_path: Path) -> None:
+    plains = nn.ModuleList([Plain(), Plain()])
+    more = nn.ModuleDict({"layers": nn.ModuleList([*plains, Plain()])})
+    save_adapter(inject(more, METHODS["LoRA"]), tmp_path)
+    with pytest.raises(AdapterError, match=r"layers\.2"):
+        manager_of(alone, model=Stage(plains, {0})).read(1, str(tmp_path))
 
 
 def test_a_second_registration_changes_nothing() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...functional import weight_norm_squared
 from ...operators.multi_adapter_linear.batch import added_bias
 from ...reference import AdapterForm
-from ...serving import AdapterError, PartForm, ShapedAdapter, read_adapter_by_shapes
+from ...serving import AdapterError, LayerShape, PartForm, ShapedAdapter, read_adapter_by_shapes
 from ...serving.entries import pair_key
 from ...serving.loader import check_finite
 from .layers import FastLinear, Slice
@@ -54,12 +54,12 @@ class Pairs:
         return pair
 
 
-def read(directory: str, layers: Iterable[FastLinear], namings: Iterable[Naming]) -> tuple[ShapedAdapter, Naming]:
+def read(directory: str, shapes: Mapping[str, LayerShape], namings: Iterable[Naming]) -> tuple[ShapedAdapter, Naming]:
     """The adapter in a directory and, of the ways to name the layers, the one that it uses.
 
-    Raises AdapterError for whatever is wrong with it, as the first way has it.
+    shapes: of all layers of the model by their paths, those of other processes too. Raises AdapterError for whatever is
+    wrong with the adapter, as the first way has it.
     """
-    shapes = {part.path: part.shape for layer in layers for part in layer.slices}
     first: AdapterError | None = None
     for naming in namings:
         try:

@@ -9,11 +9,12 @@ from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from ...model.untrusted import refused
 from .adapters import Pairs, SharedPair, SliceForms, local_forms, read
 from .layers import FastLinear, outside_inference
-from .names import naming_of
+from .names import elsewhere, naming_of
 
 
 class FastLoRA(LoRAModel):
@@ -38,8 +39,11 @@ class FastModelManager(LRUCacheLoRAModelManager):
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         if mapper is not None and hasattr(mapper, "get_rename_mapper"):
             mapper = mapper.get_rename_mapper()
-        paths = [part.path for layer in self.fast.values() for part in layer.slices]
-        self._namings = list(naming_of(paths, mapper))
+        # What other stages of a pipeline have.
+        self.missing = [name for name, module in model.named_modules() if isinstance(module, PPMissingLayer)]
+        shapes = {part.path: part.shape for layer in self.fast.values() for part in layer.slices}
+        self._shapes = elsewhere(shapes, self.missing) | shapes
+        self._namings = list(naming_of(self._shapes, mapper))
 
     def _unpacked(self, name: str) -> str:
         """The path in an adapter's model of a layer that is not packed, or under another name."""
@@ -50,7 +54,7 @@ class FastModelManager(LRUCacheLoRAModelManager):
     @outside_inference
     def read(self, lora_id: int, directory: str) -> FastLoRA:
         """Raises AdapterError for whatever is wrong with the adapter."""
-        adapter, naming = read(directory, self.fast.values(), self._namings)
+        adapter, naming = read(directory, self._shapes, self._namings)
         with refused(directory):
             forms, pair = local_forms(adapter, naming, self.fast, self._pairs, _add_up)
         return FastLoRA(lora_id, forms, pair)

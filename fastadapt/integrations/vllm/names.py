@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+Shape = TypeVar("Shape")
 
 
 def naming_of(paths: Iterable[str], mapper: Any) -> Iterator[dict[str, str]]:
@@ -21,3 +23,19 @@ def naming_of(paths: Iterable[str], mapper: Any) -> Iterator[dict[str, str]]:
         names.append(found or [path])
     for way in range(max(map(len, names), default=0)):
         yield {found[min(way, len(found) - 1)]: path for found, path in zip(names, paths, strict=True)}
+
+
+def elsewhere(shapes: Mapping[str, Shape], missing: Iterable[str]) -> dict[str, Shape]:
+    """The layers that other stages of a pipeline have, with the shapes of their namesakes among those that are here.
+
+    missing: paths of the blocks that are not here, such as "model.layers.3", beside others. Blocks are taken to be
+    alike: an adapter that fits no such block is refused.
+    """
+    found: dict[str, Shape] = {}
+    for block in missing:
+        parent, _, number = block.rpartition(".")
+        for path, shape in shapes.items():
+            here, _, name = path.removeprefix(f"{parent}.").partition(".")
+            if number.isdecimal() and here.isdecimal() and path.startswith(f"{parent}."):
+                found.setdefault(f"{block}.{name}", shape)
+    return found

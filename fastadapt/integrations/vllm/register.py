@@ -33,6 +33,5 @@ def register() -> None:
     from .resolver import register_resolver
     from .seams import replace
 
-    if replace():
-        logger.info("fastadapt is on: --enable-lora takes LoRA, DoRA, VeRA and their kin, of any rank")
+    replace()
     register_resolver()

@@ -14,10 +14,10 @@ from .worker_manager import FastWorkerManager
 _PUNICA = "fastadapt.integrations.vllm.punica.FastPunica"
 
 
-def replace() -> bool:
-    """Replaces them, once a process; whether this call did."""
+def replace() -> None:
+    """Replaces them, once a process."""
     if lora_model_runner_mixin.LRUCacheWorkerLoRAManager is FastWorkerManager:
-        return False
+        return
     classes: list[Any] = []
     for kind in utils._all_lora_classes:
         # Before the class itself: what that takes and ours does not, such as a subclass of a layer, stays its own.
@@ -25,4 +25,3 @@ def replace() -> bool:
     utils._all_lora_classes = tuple(classes)
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = FastWorkerManager
     type(current_platform).get_punica_wrapper = classmethod(lambda cls: _PUNICA)
-    return True

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
@@ -14,6 +15,8 @@ from ...model.peft_files import TENSOR_FILE, parse_header
 from ...model.untrusted import DEFAULT_LIMITS, tensor_content
 from ...serving import AdapterError
 from .model_manager import FastModelManager
+
+logger = init_logger("vllm.fastadapt")
 
 
 class FastWorkerManager(LRUCacheWorkerLoRAManager):
@@ -28,11 +31,15 @@ class FastWorkerManager(LRUCacheWorkerLoRAManager):
                 "start without it, or without the plugin (VLLM_PLUGINS without fastadapt)"
             )
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            # Asserted at the first request in 0.31 to 0.33: what a later stage receives into is made in a warm-up that
+            # is left out where nothing is compiled, and with LoRA nothing is.
             raise ValueError(
-                "pipeline_parallel_size must be 1 with fastadapt, which checks an adapter against all layers: take "
-                "tensor_parallel_size, or start without the plugin (VLLM_PLUGINS without fastadapt)"
+                "pipeline_parallel_size must be 1 with adapters on a CPU, where vLLM's runner has no room for what one "
+                "stage sends to the next: take tensor_parallel_size"
             )
         super().__init__(vllm_config, *args, **kwargs)
+        # Not where the plugin is registered: an engine without a server sets its log up after that.
+        logger.info_once("fastadapt is on: adapters may be LoRA, DoRA, VeRA and their kin, of any rank", scope="global")
 
     def _load_adapter(self, lora_request: Any) -> Any:
         manager: Any = self._adapter_manager
@@ -49,10 +56,14 @@ class FastWorkerManager(LRUCacheWorkerLoRAManager):
     def _goes_to_others(self, directory: str) -> bool:
         """Whether the adapter has weights for layers that stay vLLM's own."""
         manager: Any = self._adapter_manager
-        others = {name.rpartition(".")[2] for name in manager.modules if name not in manager.fast}
+        others = {name.rpartition(".")[2] for name in (*manager.modules, *manager.missing) if name not in manager.fast}
         path = Path(directory, TENSOR_FILE)
         try:
             names = parse_header(tensor_content(path, DEFAULT_LIMITS), path, DEFAULT_LIMITS.max_tensors)
         except (ValueError, OSError):
             return False
-        return any(others.intersection(name.split(".")) for name in names)
+        return any(
+            part in others and not part.isdecimal()  # the number of a block
+            for name in names
+            for part in name.split(".")
+        )
