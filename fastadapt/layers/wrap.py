@@ -7,11 +7,12 @@ from torch import nn
 from .kinds import AdapterConv2d, AdapterEmbedding, AdapterModule, AdapterNorm
 from .layer import AdapterLayer
 from .linear import AdapterLinear
+from .ways import is_packed_linear
 
 
 def adapter_layer(base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> AdapterLayer:
     """The adapter layer for a base layer. Raises ValueError for a Conv2d of several groups."""
-    if isinstance(base_layer, nn.Linear) or type(base_layer).__name__ == "Conv1D":
+    if isinstance(base_layer, nn.Linear) or type(base_layer).__name__ == "Conv1D" or is_packed_linear(base_layer):
         return AdapterLinear(base_layer, backend, strategy)
     if isinstance(base_layer, nn.Embedding):
         return AdapterEmbedding(base_layer, backend, strategy)
