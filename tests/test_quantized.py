@@ -20,6 +20,9 @@ from tiny_models import llama
 from torch import Tensor, nn
 
 import fastadapt
+from bench import page, train
+from bench import quantized as bench_quantized
+from bench.__main__ import main
 from fastadapt import (
     DoRAConfig,
     HiRAConfig,
@@ -43,31 +46,6 @@ from fastadapt.serving import MultiAdapterModel
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, at import and in 8-bit products
 
 
-def of_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
-    import bitsandbytes as bnb
-
-    sizes = layer.in_features, layer.out_features, layer.bias is not None
-    new: nn.Module
-    if kind == "nf4":
-        new = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, compress_statistics=True, quant_type="nf4")
-        new.weight = bnb.nn.Params4bit(
-            layer.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
-        )
-    else:
-        new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-        new.weight = bnb.nn.Int8Params(layer.weight.detach().clone(), requires_grad=False, has_fp16_weights=False)
-    new.bias = layer.bias
-    return new.to("cpu")
-
-
-def by_bitsandbytes(model: nn.Module, kind: str) -> None:
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and path != "lm_head":
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, of_bitsandbytes(layer, kind))
-    setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)  # as from_pretrained does
-
-
 def by_quanto(model: nn.Module, kind: str) -> None:
     from optimum import quanto
 
@@ -85,9 +63,9 @@ def by_torchao(model: nn.Module, kind: str) -> None:
     )
 
 
-KINDS: dict[str, tuple[Callable[[nn.Module, str], None], str, str]] = {
-    "bitsandbytes nf4": (by_bitsandbytes, "nf4", "bitsandbytes"),
-    "bitsandbytes int8": (by_bitsandbytes, "int8", "bitsandbytes"),
+KINDS: dict[str, tuple[Callable[[Any, str], Any], str, str]] = {
+    "bitsandbytes nf4": (bench_quantized.quantize, "nf4", "bitsandbytes"),
+    "bitsandbytes int8": (bench_quantized.quantize, "int8", "bitsandbytes"),
     "quanto int8": (by_quanto, "qint8", "optimum.quanto"),
     "quanto int4": (by_quanto, "qint4", "optimum.quanto"),
     "torchao int8": (by_torchao, "Int8WeightOnlyConfig", "torchao.quantization"),
@@ -135,17 +113,6 @@ def randomised(model: nn.Module, seed: int = 5) -> None:
     for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-
-
-def plain(model: Any) -> None:
-    """Puts plain layers of the dequantised weights into the places of the quantised ones."""
-    for path, layer in list(model.named_modules()):
-        weight = dequantized(layer)
-        if weight is not None:
-            parent, _, name = path.rpartition(".")
-            new = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            new.weight = nn.Parameter(weight.float())
-            setattr(model.get_submodule(parent), name, new)
 
 
 def losses(model: Any, config: Any) -> list[float]:
@@ -271,8 +238,7 @@ def test_outputs_and_gradients_are_pefts(kind: str, method: str, tmp_path: Path)
 )
 def test_methods_train(kind: str, config: Any) -> None:
     config = type(config)(r=4, target_modules="all-linear")
-    model, twin = quantized(kind), quantized(kind)
-    plain(twin)
+    model, twin = quantized(kind), bench_quantized.plain(quantized(kind))
     falls = [losses(of, copy.deepcopy(config)) for of in (model, twin)]
     assert falls[1][-1] < 0.995 * falls[1][0]
     assert falls[0] == pytest.approx(falls[1], rel=TOLERANCES.get(kind, 1e-4))
@@ -604,3 +570,26 @@ def test_a_norm_asks_a_layer_for_rows_alone(monkeypatch: pytest.MonkeyPatch) -> 
         rows.clear()
         model(x)
     assert rows == [5]
+
+
+def test_the_bench_compares_every_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes", reason="not installed: pip install 'fastadapt[quantized]'")
+
+    def load(name: str, size: Any) -> tuple[Any, list[dict[str, Tensor]]]:
+        return llama(**SIZES).requires_grad_(False), [{"input_ids": IDS, "labels": IDS}]
+
+    monkeypatch.setattr(train, "load", load)
+    threads = torch.get_num_threads()
+    options = ["--rounds", "2", "--threads", "1", "--layers", "2", "--no-peaks"]
+    main(["quantized", "--json", str(tmp_path / "quantized.json"), *options])
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "quantized.json").read_text())["rows"]
+    assert [(row["case"], row["side"]) for row in rows] == [
+        (name, side) for name, case in bench_quantized.CASES.items() for side in case.sides
+    ]
+    for row in rows:
+        assert 0 < row["x_low"] <= row["x_peft"] <= row["x_high"]
+        assert row["kept_mb"] > 0
+        assert max(row["max_difference"], row["from_dequantised"]) <= 1e-4
+    assert "Training on quantised bases" in page.results(tmp_path)
+    assert (tmp_path / "quantized.png").read_bytes().startswith(b"\x89PNG")

@@ -64,8 +64,7 @@ def lends(base: nn.Module, x: Tensor | None = None) -> bool:
     Of bitsandbytes' 4-bit layers, for an x in the dtype of their products, and of 8-bit ones on a CPU, which elsewhere
     round x. A GPU's products in four bits are ahead where x has few rows.
     """
-    kind = type(base)
-    if kind.__module__ != "bitsandbytes.nn.modules" or not base.training or not torch.is_grad_enabled():
+    if type(base).__module__ != "bitsandbytes.nn.modules" or not base.training or not torch.is_grad_enabled():
         return False
     weight: Any = base._parameters["weight"]
     if is_hooked(base) or not is_quantized(base) or not can_be_made_again():

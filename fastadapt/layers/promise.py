@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..operators.calls import AS_IT_IS
 from .ways import shape_alone
 
 _NAME = "_fastadapt_promise"
@@ -33,13 +34,18 @@ def lent(weight: Tensor, promise: Promise) -> Tensor:
     return weight
 
 
-@contextmanager
-def made_again(*weights: Tensor) -> Iterator[None]:
+def made_again(*weights: Tensor) -> AbstractContextManager[Any]:
     """Inside, what autograd saves of the weights that are lent is how to make them, in the place of their memory."""
-    makes = {w.untyped_storage().data_ptr(): p.make for w in weights if (p := promise_of(w)).lent}
-    if not makes:
-        yield
-        return
+    if torch.compiler.is_compiling():  # where none is
+        return AS_IT_IS
+    promises = [(weight, getattr(weight, _NAME, None)) for weight in weights]
+    makes = {w.untyped_storage().data_ptr(): p.make for w, p in promises if p is not None and p.lent}
+    return _made_again(makes) if makes else AS_IT_IS
+
+
+@contextmanager
+def _made_again(makes: Mapping[int, Callable[[], Tensor]]) -> Iterator[None]:
+    """makes: what makes the memory at an address again."""
     # Of the hooks only the last ones are asked: a checkpoint's have to see all else that is saved.
     outer_pack, outer_unpack = _top_hooks(True) or (_as_it_is, _as_it_is)
 
