@@ -69,10 +69,7 @@ def quantized_layer(layer: nn.Linear, kind: str) -> nn.Module:
         new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
         new.weight = bnb.nn.Int8Params(weight, has_fp16_weights=False, **options)
     new.bias = layer.bias
-    new.to("cpu")
-    if kind == "int8":
-        new.init_8bit_state()  # which the first forward would do, to a weight that several models share
-    made: nn.Module = new
+    made: nn.Module = new.to("cpu")
     return made
 
 
@@ -82,6 +79,15 @@ def quantize(model: Any, kind: str) -> Any:
         if isinstance(layer, nn.Linear) and path != "lm_head":
             model.set_submodule(path, quantized_layer(layer, kind))
     setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
+    return model
+
+
+def base_of(model: Any, kind: str) -> Any:
+    """The model quantised, so that several may share its weights."""
+    model = quantize(model, kind)
+    for part in model.modules():
+        if type(part).__name__ == "Linear8bitLt":
+            part.init_8bit_state()  # else the first forward of one of them would take the scales of all
     return model
 
 
@@ -133,7 +139,7 @@ def run_case(
     case: QuantizedCase, base: Any, batches: list[Batch], size: Size, rounds: int, *, peaks: bool
 ) -> tuple[list[report.Row], dict[str, list[float]]]:
     """(One row a side, the losses by side)."""
-    base = quantize(skeleton(base), case.kind)
+    base = base_of(skeleton(base), case.kind)
     sides = {side: training(case, side, base, batches, size) for side in case.sides}
     rows, curves = train.compared(case, sides, rounds)
     for row in rows:
@@ -235,7 +241,7 @@ def report_peak(arguments: dict[str, Any]) -> None:
     case, size = CASES[arguments["case"]], Size(**arguments["size"])
     torch.set_num_threads(size.threads)
     base, batches = train.load("smollm2", size)
-    step = training(case, arguments["side"], quantize(base, case.kind), batches, size)
+    step = training(case, arguments["side"], base_of(base, case.kind), batches, size)
     del base
     measure.forget_peak()
     for _ in range(3):
