@@ -126,7 +126,7 @@ def training(case: QuantizedCase, side: str, base: Any, batches: Sequence[Batch]
     return Step(model, case, batches, size.threads)
 
 
-def kept_mb(step: Training, batch: Batch) -> float:
+def kept_mb(step: Step, batch: Batch) -> float:
     """What a forward with its graph keeps, in MB."""
     step.mend()
     with allocations() as allocated:
