@@ -11,6 +11,7 @@ Case = TypeVar("Case")
 BENCHES = {
     "step": "bench.step",
     "train": "bench.train",
+    "quantized": "bench.quantized",
     "saved": "bench.saved",
     "audit": "bench.audit",
     "traffic": "bench.traffic",

@@ -39,6 +39,7 @@ COLORS = {
     "chunked": "#7b4fa3",
     "peft_again": "#eebb99",
     "vllm": "#c9a227",
+    "dequantised": "#9a9a9a",
 }
 MARKERS = ("o", "s", "^", "D", "v")
 LABELS = {
@@ -55,6 +56,7 @@ LABELS = {
     "accelerated": "PEFT, accelerated",
     "injected": "ours: injected",
     "chunked": "ours: injected, loss in chunks",
+    "dequantised": "ours: injected, dequantised base",
     "peft_again": "PEFT on other threads",
     "vllm": "vLLM's own LoRA",
 }
@@ -413,7 +415,11 @@ def draw_train(document: Document, path: Path) -> None:
     """Step time over PEFT's and losses over the steps, of each case; below, how far the losses are from PEFT's."""
     rows, curves = document["rows"], document["curves"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    sides = [side for side in ("accelerated", "injected", "chunked") if any(row["side"] == side for row in rows)]
+    sides = [
+        side
+        for side in ("accelerated", "injected", "chunked", "dequantised")
+        if any(row["side"] == side for row in rows)
+    ]
     figure = new_figure(14, 8)
     above, *below = figure.subplot_mosaic([["bars", "bars"], ["losses", "differences"]]).values()
     found = {(row["case"], row["side"]): row["x_peft"] for row in rows}

@@ -15,7 +15,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -204,21 +204,31 @@ def run_case(
     sides = {side: Training(adapted(own, case, side), case, batches, size.threads) for side in case.sides}
     if spread:
         sides["peft_again"] = Training(adapted(own, case, "peft"), case, batches, 1 if size.threads > 1 else 2)
+    rows, curves = compared(case, sides, rounds)
+    asked = difference(curves["peft"], curves["peft_again"]) if spread else ASKED if case.mode == "fp32" else None
+    for row in rows:
+        row["asked"] = asked
+        row["kept"] = None if asked is None else row["max_difference"] <= asked
+        row["peak_mb"] = peak(case, row["side"], size) if peaks else None
+    return [row | asdict(size) for row in rows if row["side"] != "peft_again"], curves
+
+
+def compared(
+    case: TrainCase, sides: Mapping[str, Training], rounds: int
+) -> tuple[list[report.Row], dict[str, list[float]]]:
+    """(One row a side, the losses by side) of trainings that take a step each in every round, beside PEFT's."""
     results = measure.interleave(sides, rounds)
     curves = {side: training.losses for side, training in sides.items()}
-    asked = difference(curves["peft"], curves["peft_again"]) if spread else ASKED if case.mode == "fp32" else None
     rows: list[report.Row] = []
-    for side in case.sides:
+    for side, losses in curves.items():
         wall, cpu = measure.compare(results, side, ["peft"])
-        losses, last = curves[side], max(1, rounds // 10)
+        last = max(1, rounds // 10)
         row: report.Row = {"variant": f"{case.name} {side}", "case": case.name, "side": side}
         row |= {"x_peft": wall.median, "x_low": wall.low, "x_high": wall.high, "x_cpu": cpu.median}
         row["step_s"] = sorted(round_[side].wall for round_ in results)[rounds // 2]
         row |= {"loss_first": losses[0], "loss_last": sum(losses[-last:]) / last}
-        row |= {"max_difference": difference(losses, curves["peft"]), "asked": asked}
-        row["kept"] = None if asked is None else row["max_difference"] <= asked
-        row["peak_mb"] = peak(case, side, size) if peaks else None
-        rows.append(row | {"steps": rounds + 1, "rate": RATE} | asdict(size))
+        row |= {"max_difference": difference(losses, curves["peft"]), "steps": rounds + 1, "rate": RATE}
+        rows.append(row)
     return rows, curves
 
 

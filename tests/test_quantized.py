@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from test_accelerate_peft import masks as masks
 from test_train import answers, tokenizer
 from tiny_models import llama
 from torch import Tensor, nn
 
 import fastadapt
+from bench import page, train
+from bench import quantized as bench_quantized
+from bench.__main__ import main
 from fastadapt import (
     DoRAConfig,
     HiRAConfig,
@@ -34,35 +39,11 @@ from fastadapt.commands import base_model
 from fastadapt.commands.base_model import load_base
 from fastadapt.commands.train import command
 from fastadapt.commands.train.options import Options
+from fastadapt.layers import dequantize as layers_dequantize
 from fastadapt.layers.dequantize import dequantized, is_quantized
 from fastadapt.serving import MultiAdapterModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, at import and in 8-bit products
-
-
-def of_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
-    import bitsandbytes as bnb
-
-    sizes = layer.in_features, layer.out_features, layer.bias is not None
-    new: nn.Module
-    if kind == "nf4":
-        new = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, compress_statistics=True, quant_type="nf4")
-        new.weight = bnb.nn.Params4bit(
-            layer.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
-        )
-    else:
-        new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-        new.weight = bnb.nn.Int8Params(layer.weight.detach().clone(), requires_grad=False, has_fp16_weights=False)
-    new.bias = layer.bias
-    return new.to("cpu")
-
-
-def by_bitsandbytes(model: nn.Module, kind: str) -> None:
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and path != "lm_head":
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, of_bitsandbytes(layer, kind))
-    setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)  # as from_pretrained does
 
 
 def by_quanto(model: nn.Module, kind: str) -> None:
@@ -82,9 +63,9 @@ def by_torchao(model: nn.Module, kind: str) -> None:
     )
 
 
-KINDS: dict[str, tuple[Callable[[nn.Module, str], None], str, str]] = {
-    "bitsandbytes nf4": (by_bitsandbytes, "nf4", "bitsandbytes"),
-    "bitsandbytes int8": (by_bitsandbytes, "int8", "bitsandbytes"),
+KINDS: dict[str, tuple[Callable[[Any, str], Any], str, str]] = {
+    "bitsandbytes nf4": (bench_quantized.quantize, "nf4", "bitsandbytes"),
+    "bitsandbytes int8": (bench_quantized.quantize, "int8", "bitsandbytes"),
     "quanto int8": (by_quanto, "qint8", "optimum.quanto"),
     "quanto int4": (by_quanto, "qint4", "optimum.quanto"),
     "torchao int8": (by_torchao, "Int8WeightOnlyConfig", "torchao.quantization"),
@@ -132,17 +113,6 @@ def randomised(model: nn.Module, seed: int = 5) -> None:
     for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-
-
-def plain(model: Any) -> None:
-    """Puts plain layers of the dequantised weights into the places of the quantised ones."""
-    for path, layer in list(model.named_modules()):
-        weight = dequantized(layer)
-        if weight is not None:
-            parent, _, name = path.rpartition(".")
-            new = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            new.weight = nn.Parameter(weight.float())
-            setattr(model.get_submodule(parent), name, new)
 
 
 def losses(model: Any, config: Any) -> list[float]:
@@ -268,8 +238,7 @@ def test_outputs_and_gradients_are_pefts(kind: str, method: str, tmp_path: Path)
 )
 def test_methods_train(kind: str, config: Any) -> None:
     config = type(config)(r=4, target_modules="all-linear")
-    model, twin = quantized(kind), quantized(kind)
-    plain(twin)
+    model, twin = quantized(kind), bench_quantized.plain(quantized(kind))
     falls = [losses(of, copy.deepcopy(config)) for of in (model, twin)]
     assert falls[1][-1] < 0.995 * falls[1][0]
     assert falls[0] == pytest.approx(falls[1], rel=TOLERANCES.get(kind, 1e-4))
@@ -298,7 +267,9 @@ def test_merging(kind: str, config: Any) -> None:
     randomised(model)
     with torch.no_grad():
         before = model(input_ids=IDS).logits
-        with pytest.raises(ValueError, match=r"its weight is quantised .* merge\(model, dequantize=True\)"):
+        with pytest.raises(
+            ValueError, match=r"its weight is quantised .* merge\(model, dequantize=True\).* requantize=True"
+        ):
             merge(model)
         assert torch.equal(model(input_ids=IDS).logits, before)
         merge(model, dequantize=True)
@@ -307,6 +278,69 @@ def test_merging(kind: str, config: Any) -> None:
         assert relative(model(input_ids=IDS).logits, before) <= TOLERANCES.get(kind, 1e-5)
         unmerge(model)
         assert torch.equal(model(input_ids=IDS).logits, before)
+
+
+def test_a_weight_is_made_for_a_call_and_its_backward_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training once for each of the two, norm included; in eval mode not at all; nothing of it is kept between."""
+    if "bitsandbytes" not in kind:
+        pytest.skip("other libraries' layers are called")
+    model = quantized(kind)
+    inject(model, DoRAConfig(r=4, target_modules="all-linear"))
+    randomised(model)
+    made: list[weakref.ref[Tensor]] = []
+    make = layers_dequantize.dequantized
+
+    def counted(base: nn.Module) -> Tensor | None:
+        found = make(base)
+        if found is not None:
+            made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(layers_dequantize, "dequantized", counted)
+    model.train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        made.clear()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        assert len(made) == 14
+        assert not any(weight() is not None for weight in made)
+        loss.backward()
+        # The first projections read an embedding that does not train: their dx, and weight, is nobody's.
+        assert 14 + 11 <= len(made) - 14 * checkpointing <= 28
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=IDS)
+        made.clear()
+        model(input_ids=IDS)
+    assert not made
+
+
+def test_merging_into_as_few_bits(kind: str) -> None:
+    model = quantized(kind)
+    inject(model, DoRAConfig(r=4, target_modules="all-linear"))
+    randomised(model)
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        if "torchao" in kind:
+            with pytest.raises(ValueError, match=r"does not tell how it was quantised.* dequantize=True"):
+                merge(model, requantize=True)
+            return
+        with pytest.raises(ValueError, match="dequantize=True or requantize=True, got both"):
+            merge(model, dequantize=True, requantize=True)
+        rounded = merge(model, requantize=True)
+        layer = model.model.layers[0].mlp.up_proj
+        assert len(rounded) == 14
+        assert type(layer.base_layer) is type(layer._unmerged[0])
+        assert is_quantized(layer.base_layer)
+        bits = 4 if "4" in kind else 8
+        assert all(2.0**-bits / 4 < share < 3 * 2.0**-bits for share in rounded.values())
+        after = model(input_ids=IDS).logits
+        unmerge(model)
+        assert relative(model(input_ids=IDS).logits, before) <= 1e-6
+        merge(model, dequantize=True)
+        exact = model(input_ids=IDS).logits
+    assert 0 < relative(after, exact) <= 0.5
 
 
 def test_serving(kind: str, tmp_path: Path) -> None:
@@ -328,6 +362,7 @@ def test_serving(kind: str, tmp_path: Path) -> None:
         assert relative(row, alone[name][0]) <= TOLERANCES.get(kind, 1e-5), name
 
 
+@pytest.mark.usefixtures("masks")
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora", "dora with dropout", "vera"])
 def test_accelerated_peft_is_peft(kind: str, method: str, tmp_path: Path) -> None:
     if (method, kind) in REFUSED:
@@ -358,7 +393,8 @@ def test_accelerated_peft_is_peft(kind: str, method: str, tmp_path: Path) -> Non
         assert set(found.left.values()) == {"lora.TorchaoLoraLinear has a forward of its own"}
         return
     theirs = run(built())
-    assert set(found.taken.values()) == {"called"}, str(found)
+    ways = {"grouped", "fused"} if "bitsandbytes" in kind else {"called"}
+    assert set(found.taken.values()) == ways, str(found)
     assert len(found.taken) == 14
     ours = run(model)
     assert ours.keys() == theirs.keys()
@@ -396,3 +432,164 @@ def test_accelerated_peft_mixes_a_batch(kind: str) -> None:
     for row, one in zip(mixed, alone, strict=True):
         assert relative(row, one[0]) <= TOLERANCES[kind]
     assert relative(alone[0], alone[1]) > 2 * TOLERANCES[kind]
+
+
+class Packed(nn.Module):
+    """The shape of a GPTQ layer: integers in 32-bit words, scales and zeros by groups of columns, and no weight."""
+
+    def __init__(self, layer: nn.Linear, group: int = 16) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group = layer.in_features, layer.out_features, group
+        groups = layer.weight.detach().reshape(layer.out_features, -1, group)
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scales = (high - low) / 15
+        words = ((groups - low) / scales).round().int().reshape(layer.out_features, -1, 8)
+        self.register_buffer("qweight", (words << torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32))
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", low)
+        self.bias = layer.bias
+
+    def unpacked(self) -> Tensor:
+        words = (self.qweight[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
+        groups = words.reshape(self.out_features, -1, self.group) * self.scales + self.zeros
+        return groups.reshape(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.unpacked().to(x.dtype), self.bias)
+
+
+class Awq(Packed):
+    """The shape of an AWQ layer: an autograd Function of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Product.apply(x, self.unpacked())
+        return y if self.bias is None else y + self.bias
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.saved_tensors[0], None
+
+
+class Hqq(Packed):
+    """The shape of an HQQ layer: its integers are a parameter without a gradient."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
+        packed = self.qweight
+        del self.qweight
+        self.W_q = nn.Parameter(packed, requires_grad=False)
+
+    @property
+    def qweight(self) -> Tensor:
+        return self.W_q
+
+    @qweight.deleter
+    def qweight(self) -> None:
+        del self._buffers["qweight"]
+
+
+@pytest.mark.parametrize("packing", [Packed, Awq, Hqq])
+@pytest.mark.parametrize("config", [LoRAConfig, DoRAConfig, VeRAConfig])
+def test_layers_that_alone_can_read_their_weight(packing: Any, config: Any, tmp_path: Path) -> None:
+    """They are adapted, trained, saved, loaded and merged as the layers of the weight that they multiply with."""
+
+    def models() -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        packed = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16, bias=False))
+        packed[0], packed[2] = packing(packed[0]), packing(packed[2])
+        twin = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16, bias=False))
+        for place in (0, 2):
+            twin[place].weight = nn.Parameter(packed[place].unpacked())
+        twin[0].bias = packed[0].bias
+        return packed, twin
+
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+
+    def steps(model: Any) -> list[float]:
+        torch.manual_seed(0)
+        inject(model, config(r=4, target_modules="all-linear"))
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        found = []
+        for _ in range(4):
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(float(loss.detach()))
+        return found
+
+    packed, twin = models()
+    ours = steps(packed)
+    assert ours == pytest.approx(steps(twin), rel=1e-5)
+    assert ours[-1] < ours[0]
+    assert packed[0].way == "called"
+    packed.eval()
+    y = packed(x).detach()
+    save_adapter(packed, tmp_path)
+    again = models()[0]
+    load_adapter(again, tmp_path)
+    assert relative(again.eval()(x), y) <= 1e-6
+    with pytest.raises(ValueError, match=rf"its weight is quantised \({packing.__name__}\)"):
+        merge(packed)
+    with pytest.raises(ValueError, match=rf"its weight \({packing.__name__}\) does not tell how it was quantised"):
+        merge(packed, requantize=True)
+    merge(packed, dequantize=True)
+    assert type(packed[0].base_layer) is nn.Linear
+    assert relative(packed(x), y) <= 1e-5
+    unmerge(packed)
+    assert torch.equal(packed(x), y)
+
+
+def test_a_norm_asks_a_layer_for_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoRA's norm takes as many rows as A has in training, and nothing in eval mode once it is there."""
+    model = nn.Sequential(Packed(nn.Linear(64, 48)))
+    inject(model, DoRAConfig(r=4, target_modules="all-linear"))
+    rows: list[int] = []
+    forward = Packed.forward
+    monkeypatch.setattr(Packed, "forward", lambda self, x: rows.append(len(x)) or forward(self, x))
+    model.train()
+    x = torch.randn(5, 64)
+    model(x).sum().backward()
+    assert sum(rows) == 5 + 64 + 1 + 4 + 1  # ‖W0‖ once, by unit vectors and zero; then A, and zero
+    rows.clear()
+    model(x).sum().backward()
+    model[0].adapters["default"].lora_A.data += 0.1
+    model(x)
+    assert rows == [5, 5, 4, 1]
+    model.eval()
+    with torch.no_grad():
+        model(x)
+        rows.clear()
+        model(x)
+    assert rows == [5]
+
+
+def test_the_bench_compares_every_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes", reason="not installed: pip install 'fastadapt[quantized]'")
+
+    def load(name: str, size: Any) -> tuple[Any, list[dict[str, Tensor]]]:
+        return llama(**SIZES).requires_grad_(False), [{"input_ids": IDS, "labels": IDS}]
+
+    monkeypatch.setattr(train, "load", load)
+    threads = torch.get_num_threads()
+    options = ["--rounds", "2", "--threads", "1", "--layers", "2", "--no-peaks"]
+    main(["quantized", "--json", str(tmp_path / "quantized.json"), *options])
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "quantized.json").read_text())["rows"]
+    assert [(row["case"], row["side"]) for row in rows] == [
+        (name, side) for name, case in bench_quantized.CASES.items() for side in case.sides
+    ]
+    for row in rows:
+        assert 0 < row["x_low"] <= row["x_peft"] <= row["x_high"]
+        assert row["kept_mb"] > 0
+        assert max(row["max_difference"], row["from_dequantised"]) <= 1e-4
+    assert "Training on quantised bases" in page.results(tmp_path)
+    assert (tmp_path / "quantized.png").read_bytes().startswith(b"\x89PNG")

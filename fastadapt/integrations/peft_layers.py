@@ -24,8 +24,9 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ..checks import FLOATING
 from ..forms import stacked
-from ..layers.dequantize import is_quantized, promised_weight
-from ..layers.linear import ProjectionGroup, kind_of_weight, plain_forward
+from ..layers.dequantize import is_quantized, lends, lent_weight, promised_weight
+from ..layers.linear import ProjectionGroup, kind_of_lent, kind_of_weight, plain_forward
+from ..layers.promise import made_again
 from ..layers.sharing import makers
 from ..layers.ways import is_hooked, is_plain
 from ..methods.row_norm import row_norm
@@ -179,7 +180,7 @@ class Accelerated(nn.Module):
     @property
     def way(self) -> str:
         """How a forward runs that is ours: "grouped", "fused" or "called"."""
-        if not is_plain(self.base_layer, plain_forward(self.base_layer)):
+        if not is_plain(self.base_layer, plain_forward(self.base_layer)) and not self._borrows(None):
             return "called"
         return "fused" if self.group is None else "grouped"
 
@@ -209,7 +210,7 @@ class Accelerated(nn.Module):
         if args or kwargs or self.why_left() or not self._fits(x, self._names):
             return super().forward(x, *args, **kwargs)
         base: Any = self._modules["base_layer"]
-        if not is_plain(base, plain_forward(base)):
+        if not is_plain(base, plain_forward(base)) and not self._borrows(x):
             y = base(x)
             for name in self._names:
                 y = self._on_output(base, name, x, y)
@@ -220,16 +221,17 @@ class Accelerated(nn.Module):
             found = self.group.output(self, x)
         if found is not None:
             return found
-        weight, form = self.operands()
-        return adapter_linear(
-            x,
-            weight,
-            form,
-            dropout=self.dropout,
-            training=self.training,
-            backend=self.backend,
-            strategy=self.strategy,
-        )
+        weight, form = self.operands(x.dtype)
+        with made_again(weight):
+            return adapter_linear(
+                x,
+                weight,
+                form,
+                dropout=self.dropout,
+                training=self.training,
+                backend=self.backend,
+                strategy=self.strategy,
+            )
 
     def _mixed(self, x: Any, adapter_names: Sequence[str]) -> Any:
         """Each row of x through the adapter that it names; "__base__", or one that the layer has not, for none.
@@ -296,10 +298,12 @@ class Accelerated(nn.Module):
 
     def kind(self) -> tuple[Any, ...] | None:
         base: Any = self._modules["base_layer"]
-        if self.why_left() or not is_plain(base, plain_forward(base)):
+        plain = is_plain(base, plain_forward(base))
+        if self.why_left() or not (plain or self._borrows(None)):
             return None
+        kind = kind_of_weight(self.operand) if plain else kind_of_lent(base)
         # A member that does not train must not get a graph from one that does.
-        return *kind_of_weight(self.operand), type(self), self.dropout, self.training, self._trains
+        return *kind, type(self), self.dropout, self.training, self._trains
 
     def makers(self) -> list[Any]:
         names = self._names
@@ -319,8 +323,13 @@ class Accelerated(nn.Module):
         weight: Tensor = base._parameters["weight"]
         return weight if isinstance(base, nn.Linear) else weight.T
 
-    def operands(self) -> tuple[Tensor, AdapterForm]:
-        weight, bias = self.operand, self.base_layer._parameters["bias"]
+    def _borrows(self, x: Tensor | None) -> bool:
+        """Whether a forward runs on the dequantised weight, which its base layer lends; x: what it is given."""
+        return lends(self.base_layer, x) and len({_active(self._dropout_module(name)) for name in self._names}) == 1
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, AdapterForm]:
+        base: Any = self._modules["base_layer"]
+        weight, bias = lent_weight(base, dtype) if lends(base) else self.operand, base._parameters["bias"]
         return weight, stacked([self._form(name, weight, bias) for name in self._names], bias)
 
     def _scaling(self, name: str) -> Any:

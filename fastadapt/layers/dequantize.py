@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FLOATING
-from .promise import Promise, promised, stored
+from ..operators.calls import autocast_dtype
+from .promise import Promise, can_be_made_again, lent, promised, stored
+from .ways import is_hooked
 
 
 def is_quantized(base: nn.Module) -> bool:
@@ -56,18 +58,94 @@ def promised_weight(base: nn.Module) -> Tensor:
     return promised(rows, columns, like, Promise(tuple(stored([weight])), make))
 
 
+def lends(base: nn.Module, x: Tensor | None = None) -> bool:
+    """Whether a training forward of the layer is its dequantised weight's and no more, so that this may be lent to it.
+
+    Of bitsandbytes' 4-bit layers, for an x in the dtype of their products, and of 8-bit ones on a CPU, which elsewhere
+    round x. A GPU's products in four bits are ahead where x has few rows.
+    """
+    if type(base).__module__ != "bitsandbytes.nn.modules" or not base.training or not torch.is_grad_enabled():
+        return False
+    weight: Any = base._parameters["weight"]
+    if is_hooked(base) or not is_quantized(base) or not can_be_made_again():
+        return False
+    if type(weight).__name__ == "Int8Params":
+        state: Any = base.state
+        return weight.is_cpu and not state.has_fp16_weights and (weight.SCB is not None or state.SCB is not None)
+    if weight.quant_state is None or x is None:
+        return weight.quant_state is not None
+    fits = base.compute_dtype in (None, x.dtype) and autocast_dtype(x) is None
+    return fits and (weight.is_cpu or x.numel() >= _FEWEST_ROWS * x.shape[-1])
+
+
+# Products with packed weights are ahead below this on a GPU, as its peers measured.
+_FEWEST_ROWS = 256
+
+
+def lent_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The dequantised weight [out, in] of a layer that `lends`, for the time of a call: see `promise.made_again`."""
+
+    def make() -> Tensor:
+        found = dequantized(base)
+        assert found is not None
+        return found.to(dtype)
+
+    return lent(make(), Promise(tuple(stored([base._parameters["weight"]])), make))  # type: ignore[list-item]
+
+
 def count_of_values(weight: Tensor) -> int:
     """How many values a weight has, of which several may be packed into one element."""
     state: Any = getattr(weight, "quant_state", None)
     return weight.numel() if state is None else math.prod(state.shape)
 
 
+def requantized(base: nn.Module, weight: Tensor, bias: nn.Parameter | None) -> tuple[nn.Module, float]:
+    """(A layer like the quantised one that holds this weight, ‖W_q − W‖ / ‖W‖). bitsandbytes' and quanto's.
+
+    Raises ValueError for a layer that does not tell how it was quantised.
+    """
+    layer, old = copy(base), base._parameters.get("weight")
+    layer._parameters = {**base._parameters, "bias": bias}
+    ours = type(old).__module__.partition(".")[0] == "bitsandbytes"
+    requantize = _REQUANTIZED.get(type(old).__name__) if ours else _by_quanto if hasattr(base, "freeze") else None
+    if requantize is None:
+        raise ValueError(
+            f"its weight ({type(base if old is None else old).__name__}) does not tell how it was quantised: "
+            "merge(model, dequantize=True) puts a plain layer in its place"
+        )
+    with torch.no_grad():
+        requantize(layer, old, weight)
+        found = dequantized(layer)
+        assert found is not None
+        return layer, float((found - weight).norm() / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny))
+
+
+def _to_4_bits(layer: Any, old: Any, weight: Tensor) -> None:
+    options = {name: getattr(old, name) for name in ("quant_type", "blocksize", "compress_statistics", "quant_storage")}
+    like = weight.to("cpu", old.quant_state.dtype)
+    layer.weight = type(old)(like, requires_grad=False, module=layer, **options).to(old.device)
+
+
+def _to_8_bits(layer: Any, old: Any, weight: Tensor) -> None:
+    layer.state = copy(layer.state)
+    layer.state.reset_grads()
+    layer.weight = type(old)(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(old.device)
+
+
+def _by_quanto(layer: Any, old: Any, weight: Tensor) -> None:
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.freeze()
+
+
 def would_round(base: nn.Module, dtype: torch.dtype) -> ValueError:
     """What to raise where something is to be written into a quantised weight; dtype: of a plain layer in its place."""
+    weight = base._parameters.get("weight")
+    name = type(base if weight is None else weight).__name__
     return ValueError(
-        f"its weight is quantised ({type(base.weight).__name__}), and would round what is merged into it to its few "
-        f"bits: merge(model, dequantize=True) puts a plain layer in {str(dtype).removeprefix('torch.')} in its place, "
-        "with the memory that this takes; or serve it unmerged"
+        f"its weight is quantised ({name}), and would round what is merged into it to its few bits: "
+        f"merge(model, dequantize=True) puts a plain layer in {str(dtype).removeprefix('torch.')} in its place, "
+        "with the memory that this takes; merge(model, requantize=True) rounds and tells by how much; or serve it "
+        "unmerged"
     )
 
 
@@ -107,10 +185,11 @@ def _of_8_bits(base: nn.Module, weight: Any) -> Tensor | None:
     state: Any = base.__dict__.get("state")
     scales = weight.SCB if weight.SCB is not None else getattr(state, "SCB", None)
     rows = weight.data if getattr(state, "CB", None) is None else state.CB
-    return None if scales is None or rows is None else rows.float() * (scales.float() / 127)[:, None]
+    return None if scales is None or rows is None else rows.float().mul_((scales.float() / 127)[:, None])
 
 
 _BITSANDBYTES: dict[str, Callable[[nn.Module, Any], Tensor | None]] = {
     "Params4bit": _of_4_bits,
     "Int8Params": _of_8_bits,
 }
+_REQUANTIZED: dict[str, Callable[[Any, Any, Tensor], None]] = {"Params4bit": _to_4_bits, "Int8Params": _to_8_bits}

@@ -46,13 +46,13 @@ class AdapterEmbedding(AdapterLayer):
     def base_bias(self) -> nn.Parameter | None:
         return None
 
-    def merge(self, *, dequantize: bool = False) -> None:
+    def merge(self, *, dequantize: bool = False, requantize: bool = False) -> float:
         if self.active and getattr(self.base_layer, "max_norm", None) is not None:
             raise ValueError(
                 "its rows are brought down to max_norm where they are looked up, merged ones too, and without a merge "
                 "the adapter's part is not: keep the adapter beside it, or set max_norm to None"
             )
-        super().merge(dequantize=dequantize)
+        return super().merge(dequantize=dequantize, requantize=requantize)
 
     def adapted(self, x: Tensor) -> Tensor:
         form = self._low_rank_form()
@@ -200,9 +200,10 @@ class AdapterModule(AdapterLayer):
             )
         return first
 
-    def merge(self, *, dequantize: bool = False) -> None:
+    def merge(self, *, dequantize: bool = False, requantize: bool = False) -> float:
         if self.active:
             self.merged_form()  # says why it cannot
+        return 0.0
 
 
 class AdapterParameter(AdapterLayer):

@@ -23,13 +23,14 @@ from ..operators.adapter_linear.strategies import STRATEGIES
 from ..operators.calls import without_autocast
 from ..reference import AdapterForm
 from ..staleness import Kept
-from .dequantize import dequantized, is_quantized, would_round
+from .dequantize import dequantized, is_quantized, requantized, would_round
 from .ways import (
     agree,
     at_hand,
     bias_of,
     device_of,
     is_offloaded,
+    is_packed_linear,
     is_plain,
     plain_kind,
     sample,
@@ -330,21 +331,21 @@ class AdapterLayer(BaseLayerWrapper):
         """A weight matrix [out, in] in the base layer's own layout: the inverse of `weight_matrix`."""
         return matrix
 
-    def merge(self, *, dequantize: bool = False) -> None:
+    def merge(self, *, dequantize: bool = False, requantize: bool = False) -> float:
         """Writes the active adapters into the base layer: W' = diag(g) W0 + W0 ⊙ (U V) + diag(h) B diag(d) A, b' = β.
 
         The base layer gets new parameters; the old ones are set aside untouched for `unmerge`, so that whoever shares
         them (a tied head) is not changed. In the place of a layer that could not give back what is written into it
-        stands a plain one, of the weight that it was found to compute with.
-        dequantize: of a quantised layer too, whose weight is then in floating point and takes as much memory.
+        stands a plain one, of the weight that it was found to compute with. dequantize: of a quantised layer too, with
+        the memory that it takes; requantize: rounded to its bits again. Returns by what share of W' that moved it.
         Raises ValueError where there is no such weight; the layer is then as it was.
         """
         if self.merged or not self.active:
-            return
+            return 0.0
         form = self.merged_form()
         if not self.reason:
             self._write(form)
-            return
+            return 0.0
         if is_offloaded(self.base_layer):
             raise ValueError("its weight is offloaded between calls: merge the adapter into a model that is in memory")
         if "weight" in self.base_layer.__dict__:
@@ -352,11 +353,10 @@ class AdapterLayer(BaseLayerWrapper):
                 "its weight is made by a hook before each call: make it a parameter first "
                 "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove)"
             )
-        if is_quantized(self.base_layer):
-            if not dequantize:
+        if is_quantized(self.base_layer) or is_packed_linear(self.base_layer):
+            if not dequantize and not requantize:
                 raise would_round(self.base_layer, self.like.dtype)
-            self._replace(form)
-            return
+            return self._replace(form, requantize)
         x = self.trial()
         with torch.no_grad(), without_autocast(x):
             with undisturbed(self):
@@ -370,6 +370,7 @@ class AdapterLayer(BaseLayerWrapper):
         if not same:
             self.unmerge()
             raise self._unmergeable()
+        return 0.0
 
     @property
     def has_new_bias(self) -> bool:
@@ -390,18 +391,21 @@ class AdapterLayer(BaseLayerWrapper):
             base.bias = nn.Parameter(bias, requires_grad=False)
         self._unmerged = old
 
-    def _replace(self, form: AdapterForm) -> None:
-        """Merges by a plain layer in the place of the base layer."""
+    def _replace(self, form: AdapterForm, requantize: bool = False) -> float:
+        """Merges by another layer in the base layer's place, plain or quantised as that; returns what that rounded."""
         base = self.base_layer
         weight, shift = self._effective(form)
         if shift is not None:
             form = form._replace(bias=shift if form.bias is None else form.bias + shift)
         weight, bias = self.merged_tensors(weight, form)
-        kind = plain_kind(base, self.plain_forward)
-        plain = nn.Parameter(self.from_matrix(weight), requires_grad=False)
         beta = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.base_layer = with_tensors(base, plain, beta, kind)
+        if requantize:
+            self.base_layer, rounded = requantized(base, weight, beta)
+        else:
+            plain, rounded = nn.Parameter(self.from_matrix(weight), requires_grad=False), 0.0
+            self.base_layer = with_tensors(base, plain, beta, plain_kind(base, self.plain_forward))
         self._unmerged = base, None, None
+        return rounded
 
     def _unmergeable(self) -> ValueError:
         return ValueError(

@@ -15,19 +15,19 @@ from ..operators.adapter_update.function import adapter_update
 from ..operators.calls import without_autocast
 from ..operators.hadamard_linear.function import hadamard_linear
 from ..reference import AdapterForm
-from .dequantize import dequantized, is_quantized, promised_weight
+from .dequantize import dequantized, is_quantized, lends, lent_weight, promised_weight
 from .layer import AdapterLayer, Reads
-from .promise import Promise, promised, stored
+from .promise import Promise, made_again, promised, stored
 from .sharing import MadeOf, circumstances, is_consumed, makers
-from .ways import agree, dropped, is_plain, sample, shape_alone, undisturbed, weight_of
+from .ways import agree, dropped, is_packed_linear, is_plain, sample, shape_alone, undisturbed, weight_of
 
 # As torch has it, before anybody replaces it.
 _LINEAR = nn.Linear.forward
 
 
 def plain_forward(base: nn.Module) -> Any:
-    """The forward of torch's Linear, or transformers' Conv1D, which the layer is a kind of."""
-    if isinstance(base, nn.Linear):
+    """The forward of torch's Linear, or transformers' Conv1D, which the layer is a kind of or stands for."""
+    if isinstance(base, nn.Linear) or is_packed_linear(base):
         return _LINEAR
     kinds = [kind for kind in type(base).__mro__ if kind.__module__ == "transformers.pytorch_utils"]
     return kinds[0].__dict__.get("forward") if kinds else None
@@ -43,8 +43,8 @@ class AdapterLinear(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> None:
         super().__init__(base_layer, backend, strategy)
-        self.fan_in_fan_out = not isinstance(base_layer, nn.Linear)
         self.plain_forward = plain_forward(base_layer)
+        self.fan_in_fan_out = self.plain_forward is not _LINEAR
         self.group: ProjectionGroup | None = None
 
     @property
@@ -54,13 +54,15 @@ class AdapterLinear(AdapterLayer):
 
     def no_weight(self) -> Tensor:
         base = self.base_layer
-        floating = [tensor for tensor in (*base.parameters(), *base.buffers()) if tensor.dtype in FLOATING]
-        like = floating[0] if floating else next(base.parameters()).new_empty(0, dtype=torch.get_default_dtype())
+        tensors = [*base.parameters(), *base.buffers()]
+        floating = [tensor for tensor in tensors if tensor.dtype in FLOATING]
+        like = floating[0] if floating else tensors[0].new_empty(0, dtype=torch.get_default_dtype())
         return shape_alone(base.out_features, base.in_features, like)
 
     def weight_for(self, reads: Reads) -> Tensor:
         base: Any = self.base_layer
-        if reads == "norms" and is_quantized(base):
+        compiling = torch.compiler.is_compiling()  # which follows what is made, not what is promised
+        if reads == "norms" and is_quantized(base) and not compiling:
             return promised_weight(base)
         weight = None if reads == "shape" else dequantized(base)
         weight = weight_of(base) if weight is None else weight
@@ -73,6 +75,8 @@ class AdapterLinear(AdapterLayer):
             )
         if reads == "shape":
             return self.weight_matrix
+        if compiling:
+            return self._whole()
         sources = tuple(stored([*base.parameters(), *base.buffers()]))
         return promised(base.out_features, base.in_features, self.like, Promise(sources, self._whole, self._products))
 
@@ -100,17 +104,23 @@ class AdapterLinear(AdapterLayer):
         y = None if self.group is None else self.group.output(self, x)
         return self.adapted(x) if y is None else y
 
+    def with_form(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not kwargs and lends(self._modules["base_layer"], x):  # type: ignore[arg-type]
+            return self.grouped(x)
+        return super().with_form(x, *args, **kwargs)
+
     def adapted(self, x: Tensor) -> Tensor:
-        weight = self.weight_matrix
-        return adapter_linear(
-            x,
-            weight,
-            self._form(weight, self.base_bias),
-            dropout=self.dropout,
-            training=self.training,
-            backend=self.backend,
-            strategy=self.strategy,
-        )
+        weight, form = self.operands(x.dtype)
+        with made_again(weight):
+            return adapter_linear(
+                x,
+                weight,
+                form,
+                dropout=self.dropout,
+                training=self.training,
+                backend=self.backend,
+                strategy=self.strategy,
+            )
 
     def called(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_output(x, *args, **kwargs)
@@ -163,10 +173,11 @@ class AdapterLinear(AdapterLayer):
     def kind(self) -> tuple[Any, ...] | None:
         adapters = self.active_adapters
         base: Any = self._modules["base_layer"]
-        if self.merged or not adapters or self.on_stream or not is_plain(base, self.plain_forward):
+        plain = is_plain(base, self.plain_forward)
+        if self.merged or not adapters or self.on_stream or not (plain or lends(base)):
             return None
         return (
-            *kind_of_weight(self.weight_matrix),
+            *(kind_of_weight(self.weight_matrix) if plain else kind_of_lent(base)),
             adapters[0].dropout if len(adapters) == 1 else self.dropout,
             self.training,
             self.backend,
@@ -180,8 +191,9 @@ class AdapterLinear(AdapterLayer):
         tensors = own.values() if "weight" in own else (base.weight, base.bias)
         return [self.training, *makers(self.active_adapters, *tensors)]
 
-    def operands(self) -> tuple[Tensor, AdapterForm]:
-        weight = self.weight_matrix
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, AdapterForm]:
+        base: Any = self._modules["base_layer"]
+        weight = lent_weight(base, dtype) if lends(base) else self.weight_matrix
         return weight, self._form(weight, self.base_bias)
 
     def apart(self, x: Tensor) -> Tensor:
@@ -220,14 +232,20 @@ class Member(Protocol):
     def makers(self) -> list[Any]:
         """Equal as long as the output would come out the same: see sharing.makers."""
 
-    def operands(self) -> tuple[Tensor, AdapterForm]:
-        """The base weight [out, in] and the form on it."""
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, AdapterForm]:
+        """The base weight [out, in], in that dtype where it is made for the call, and the form on it."""
 
 
 def kind_of_weight(weight: Tensor) -> tuple[Any, ...]:
     """What x has to go with, (in, device, trained), and what else of their weights layers have in common."""
     # A sharded or offloaded weight is not what it seems to be until its own layer is called.
     return weight.shape[-1], weight.device, weight.requires_grad, weight.dim(), weight.dtype, type(weight)
+
+
+def kind_of_lent(base: Any) -> tuple[Any, ...]:
+    """The same of a layer that lends a weight: in what it multiplies, and how many bits it has."""
+    weight = base._parameters["weight"]
+    return base.in_features, weight.device, weight.requires_grad, getattr(base, "compute_dtype", None), type(weight)
 
 
 class ProjectionGroup:
@@ -290,20 +308,21 @@ class ProjectionGroup:
         members = [layer, *others]
         weights, forms = [], []
         for member in members:
-            weight, form = member.operands()
+            weight, form = member.operands(x.dtype)
             if form.U is not None:  # it would run by itself, in what looks like a group
                 return None
             weights.append(weight)
             forms.append(form)
-        y, *ys = adapter_linear_group(
-            x,
-            weights,
-            forms,
-            dropout=layer.dropout,
-            training=layer.training,
-            backend=layer.backend,
-            strategy=layer.strategy,
-        )
+        with made_again(*weights):
+            y, *ys = adapter_linear_group(
+                x,
+                weights,
+                forms,
+                dropout=layer.dropout,
+                training=layer.training,
+                backend=layer.backend,
+                strategy=layer.strategy,
+            )
         waiting = {id(member): (other, member.makers()) for member, other in zip(others, ys, strict=True)}
         self._round = MadeOf(x, (circumstances(x), waiting), self.drop)
         return y

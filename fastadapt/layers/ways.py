@@ -20,6 +20,7 @@ from ..checks import FLOATING
 from ..operators.calls import rows_of
 from ..operators.dropout import draw_dropout, keep_probability
 from ..operators.masks import dropout_mask
+from ..staleness import version
 
 # The hooks on every module: they see the base layer where it is called.
 _FORWARD_HOOKS, _PRE_HOOKS = hooks_of_all._global_forward_hooks, hooks_of_all._global_forward_pre_hooks
@@ -41,6 +42,16 @@ def is_plain(base: nn.Module, forward: Callable[..., Any] | None) -> bool:
         and not _FORWARD_HOOKS
         and not _PRE_HOOKS
     )
+
+
+def is_packed_linear(base: nn.Module) -> bool:
+    """Whether it is a linear layer by what it says of itself, with a weight that it alone can read: GPTQ, AWQ, HQQ."""
+    sizes = [getattr(base, name, None) for name in ("in_features", "out_features")]
+    if isinstance(base, nn.Linear) or not all([type(size) is int for size in sizes]) or base._modules:
+        return False
+    tensors = [t for t in (*base._parameters.values(), *base._buffers.values()) if t is not None]
+    weight = base._parameters.get("weight")
+    return bool(tensors) and (weight is None or weight.dtype not in FLOATING)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -107,6 +118,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     modes = [part.training for part in parts]
     # Observers replace theirs, and write into them.
     buffers = [{name: None if b is None else b.clone() for name, b in part._buffers.items()} for part in parts]
+    unwritten = {id(b): version(b) for part in parts for b in part._buffers.values() if b is not None}
     module.eval()
     try:
         yield
@@ -115,6 +127,8 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             part.training = mode
             for name, buffer in kept.items():
                 now = part._buffers[name]
+                if now is not None and unwritten.get(id(now)) == version(now):  # a write would pass for a change
+                    continue
                 if buffer is None or now is None or now.shape != buffer.shape:
                     part._buffers[name] = buffer
                 else:
@@ -154,6 +168,8 @@ def shape_alone(rows: int, columns: int, like: Tensor) -> Tensor:
 def plain_kind(base: nn.Module, forward: Callable[..., Any] | None) -> type[nn.Module]:
     """The class of torch's that the layer is a kind of: the one whose forward that is; its own where there is none."""
     own: type[nn.Module] = type_before_parametrizations(base)
+    if forward is not None and is_packed_linear(base):
+        return nn.Linear
     return next((kind for kind in own.__mro__ if forward is not None and kind.__dict__.get("forward") is forward), own)
 
 

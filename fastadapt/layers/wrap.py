@@ -10,11 +10,12 @@ from .experts import AdapterExperts
 from .kinds import AdapterConv2d, AdapterEmbedding, AdapterModule, AdapterNorm, AdapterParameter
 from .layer import AdapterLayer
 from .linear import AdapterLinear
+from .ways import is_packed_linear
 
 
 def adapter_layer(base_layer: nn.Module, backend: str = "auto", strategy: str = "auto") -> AdapterLayer:
     """The adapter layer for a base layer. Raises ValueError for a Conv2d of several groups."""
-    if isinstance(base_layer, nn.Linear) or type(base_layer).__name__ == "Conv1D":
+    if isinstance(base_layer, nn.Linear) or type(base_layer).__name__ == "Conv1D" or is_packed_linear(base_layer):
         return AdapterLinear(base_layer, backend, strategy)
     if isinstance(base_layer, nn.Embedding):
         return AdapterEmbedding(base_layer, backend, strategy)

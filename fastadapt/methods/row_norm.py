@@ -37,7 +37,7 @@ def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *
             return (
                 weight_norm_squared(squares, promise.products, down, up, scaling).clamp(min=0).sqrt().clamp(min=_LEAST)
             )
-        base = promise.make()
+        base = weight.detach() if promise.lent else promise.make()
         base_squared = kept("squares", promise.sources, lambda: row_squares(base), trained=False)
         norm = weight_norm(base, down, up, scaling, base_squared=base_squared)
         return norm.clamp(min=_LEAST)

@@ -405,33 +405,41 @@ def forget(model: nn.Module) -> None:
             layer.group.forget()
 
 
-def merge(model: nn.Module, *, dequantize: bool = False) -> None:
+def merge(model: nn.Module, *, dequantize: bool = False, requantize: bool = False) -> dict[str, float]:
     """Writes the active adapters into the base weights: W' = diag(g) W0 + diag(h) B diag(d) A, b' = β.
 
     Exact up to the rounding of the base dtype. The base weights are set aside for `unmerge`. dequantize: whether plain
     layers in floating point may stand in the places of quantised ones (bitsandbytes', torchao's, quanto's), which are
     refused otherwise: what is merged would be rounded to their few bits. They compute with the dequantised weight; what
-    an 8-bit layer of bitsandbytes rounds of x, they do not.
-    Raises ValueError when no adapter is active, or when a merged weight would have NaN or infinite values; the model is
-    then as it was.
+    an 8-bit layer of bitsandbytes rounds of x, they do not. requantize: whether bitsandbytes' and quanto's layers are
+    quantised anew with what is merged, at the cost of that rounding: a small adapter may drown in it.
+    Returns ‖W_q − W'‖ / ‖W'‖ of each layer that was rounded so, by its path.
+    Raises ValueError when no adapter is active, for both of them, or when a merged weight would have NaN or infinite
+    values; the model is then as it was.
     """
+    if dequantize and requantize:
+        raise ValueError("merge takes dequantize=True or requantize=True, got both: leave one out")
     layers = adapter_layers(model)
+    rounded: dict[str, float] = {}
     if any(layer.merged for layer in layers.values()):
-        return
+        return rounded
     if not any(part.active for part in (*layers.values(), *saved_modules(model).values())):
         raise ValueError("no adapter is active, so there is nothing to merge: call set_adapter(model, name) first")
     done: list[AdapterLayer] = []
     try:
         for path, layer in layers.items():
             try:
-                layer.merge(dequantize=dequantize)
+                rounding = layer.merge(dequantize=dequantize, requantize=requantize)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
             done.append(layer)
+            if rounding:
+                rounded[path] = rounding
     except BaseException:
         for layer in done:
             layer.unmerge()
         raise
+    return rounded
 
 
 def unmerge(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from ..layers.layer import AdapterLayer
 from ..layers.linear import AdapterLinear
 from ..layers.saved import ModuleToSave
 from ..layers.siblings import groups
+from ..layers.ways import is_packed_linear
 from ..methods import AdapterConfig, patterns
 from ..methods.config import path_suffixes
 from .bypassed import expert_weights, why_refused
@@ -86,7 +87,7 @@ def _base(module: nn.Module) -> nn.Module:
 
 def is_linear(module: nn.Module) -> bool:
     base = _base(module)
-    return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
+    return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D" or is_packed_linear(base)
 
 
 def _ends(path: str) -> list[str]:

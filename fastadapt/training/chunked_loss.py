@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layers.dequantize import lends
 from ..layers.linear import AdapterLinear, plain_forward
 from ..layers.saved import ModuleToSave
 from ..layers.ways import is_hooked, is_plain
@@ -131,8 +132,8 @@ def _head_of(model: nn.Module) -> _Found | str:
     if is_hooked(around) or is_hooked(module):
         return f"its head ({name}) has hooks or a patched forward"
     options: dict[str, Any] = {}
-    if _adapts(module) and module.kind() is not None:
-        weight, form = module.operands()
+    if _adapts(module) and module.kind() is not None and not lends(module.base_layer):
+        weight, form = module.operands(module.base_layer.weight.dtype)
         options = {"form": form, "dropout": module.dropout, "training": module.training}
         options |= {"backend": module.backend, "strategy": module.strategy}
         return _Found(module, Head(weight, options))
