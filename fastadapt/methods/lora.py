@@ -27,7 +27,7 @@ INITS = (True, False, "gaussian", "eva")
 
 
 # The dropout of an adapter of parameters in a file of ours.
-_DROPOUT = "fastadapt_lora_dropout"
+DROPOUT = "fastadapt_lora_dropout"
 
 _SMALL = ("bias", "lora_B_bias", "lora_magnitude_vector")
 
@@ -305,7 +305,8 @@ class LoRAConfig(AdapterConfig):
     @classmethod
     def from_peft(cls, fields: dict[str, Any]) -> LoRAConfig:
         eva = fields.get("eva_config")
-        fields = {**fields, "lora_dropout": fields.get(_DROPOUT, fields.get("lora_dropout"))}
+        if DROPOUT in fields:
+            fields = {**fields, "lora_dropout": fields[DROPOUT]}
         if fields.get("init_lora_weights") == "orthogonal":  # it leaves the base weight as it is
             fields = {**fields, "init_lora_weights": True}
         if isinstance(eva, dict):
@@ -320,7 +321,7 @@ class LoRAConfig(AdapterConfig):
         del fields["freeze_A"]
         if self.target_parameters and self.lora_dropout:
             # PEFT refuses a dropout beside parameters, though it means nothing once the adapter is trained.
-            fields |= {"lora_dropout": 0.0, _DROPOUT: self.lora_dropout}
+            fields |= {"lora_dropout": 0.0, DROPOUT: self.lora_dropout}
         return fields
 
     def rank(self, path: str) -> int:
