@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..arithmetic import product
 
-# Up to so many rows, the factors of each row's expert are gathered, and one product serves all.
-_FEW_ROWS = 64
-_THIN = 64
+# Where the factors of every row's expert have at most so many elements together they are gathered, and one product
+# serves all rows: a step of decoding would spend its time on calls.
+_GATHERED = 1 << 20
 
 # What grouped_mm wants every row of its operands to begin at a multiple of.
 _ALIGNMENT = 16
@@ -77,11 +77,14 @@ class Segments:
         """What a table [E, ...] has for the expert of each row: [S, ...]."""
         return table.index_select(0, self.ids)
 
-    def product(self, x: Tensor, matrices: Tensor) -> Tensor:
-        """x[s] matrices[e]. Shapes: x [S, K]; matrices [E, K, N] or [1, K, N]; result [S, N]."""
+    def product(self, x: Tensor, matrices: Tensor, *, low_rank: bool = False) -> Tensor:
+        """x[s] matrices[e]; low_rank: of factors, and no weights of the base.
+
+        Shapes: x [S, K]; matrices [E, K, N] or [1, K, N]; result [S, N].
+        """
         if len(matrices) != self.count:
             return x @ matrices[0]
-        if self._gathers(matrices):
+        if low_rank and self._gathers(matrices):
             return torch.bmm(x[:, None], self.spread(matrices))[:, 0]
         if takes_grouped_mm(x, matrices):
             return F.grouped_mm(x, matrices, offs=self.offsets).contiguous()
@@ -169,8 +172,8 @@ class Segments:
         return torch.cat(parts[::2]), torch.stack(parts[1::2])
 
     def _gathers(self, matrices: Tensor) -> bool:
-        """Whether the matrices of each row's expert are few and small enough to be copied for one product of all."""
-        return self.rows <= _FEW_ROWS and min(matrices.shape[1:]) <= _THIN
+        """Whether the factors of each row's expert are few and small enough to be copied for one product of all."""
+        return self.rows * matrices.shape[1] * matrices.shape[2] <= _GATHERED
 
     def _parts(self, x: Tensor, matrices: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The rows, matrix or table's row, and result of each expert that has rows."""
