@@ -25,6 +25,7 @@ BENCHES = {
     "pool": "bench.pool",
     "fuzz": "bench.fuzz",
     "calls": "bench.calls",
+    "experts": "bench.experts",
     "launches": "bench.launches",
     "soak": "bench.soak",
     "road": "bench.road",

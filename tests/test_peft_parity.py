@@ -559,7 +559,6 @@ def test_the_old_name_of_a_trained_bias_is_accepted(tmp_path: Path) -> None:
     "fields",
     [
         {"layer_replication": [[0, 2], [1, 2]]},
-        {"target_parameters": ["weight"]},
         {"trainable_token_indices": [1]},
         {"use_qalora": True},
         {"alora_invocation_tokens": [3]},

@@ -59,7 +59,8 @@ class ExpertsAdapter(Adapter):
         self.parts = nn.ModuleDict(dict(parts))
 
     def part(self, name: str) -> Any:
-        return self.parts._modules.get(name)
+        """The adapter of the weight of that name."""
+        return self.parts[name]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """By PEFT's names: wrappers nest in the order of the module's parameters, the last of them outermost."""
@@ -125,7 +126,7 @@ class AdapterExperts(AdapterLayer):
     def expert_form(self, name: str) -> ExpertForm | None:
         """The form that the active adapters have on a weight, None where none of them is on it."""
         adapters: list[Any] = self.active_adapters
-        parts = [part for adapter in adapters if (part := adapter.part(name)) is not None]
+        parts = [adapter.part(name) for adapter in adapters if name in adapter.parts]
         if not parts:
             return None
         weight, bias = self.weight(name), self.bias(name)
@@ -138,7 +139,9 @@ class AdapterExperts(AdapterLayer):
         if base._is_expert_parallel or is_hooked(base):
             why = "its experts are shared out among processes" if base._is_expert_parallel else "it has hooks"
             raise ValueError(f"{self.name} cannot run with an adapter: {why}; name it in exclude_modules, or merge")
-        x, experts, routing = self._signature.bind(base, *args, **kwargs).args[1:]
+        if kwargs:
+            args = self._signature.bind(base, *args, **kwargs).args[1:]
+        x, experts, routing = args
         sides = [self._side(name) for name in self.parameter_names]
         gate: Callable[[Tensor], Tensor] = base._apply_gate if base.has_gate else base.act_fn
         return expert_block(x, experts, routing, sides[0], gate, sides[1], training=self.training, backend=self.backend)

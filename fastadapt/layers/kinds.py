@@ -213,8 +213,6 @@ class AdapterParameter(AdapterLayer):
     made at each call. What the module does with W' is its own affair, so that no dropout acts on A's input.
     """
 
-    parameter_names = ("weight",)
-
     @property
     def reason(self) -> str:
         return ""

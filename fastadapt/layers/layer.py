@@ -151,6 +151,8 @@ class AdapterLayer(BaseLayerWrapper):
 
     # The forward of torch's that `adapted` stands for; None where there is none.
     plain_forward: Any = None
+    # The parameters of the base layer that an adapter can be on, by name.
+    parameter_names: tuple[str, ...] = ("weight",)
     # Where the layer is in the model that it was injected into, for errors.
     path: str = ""
 

@@ -53,10 +53,6 @@ KINDS: dict[type[AdapterLayer], tuple[str, ...]] = {
 }
 
 
-# The names of the parameters that target_parameters can be about.
-_PARAMETERS = ("weight", "gate_up_proj", "up_proj", "down_proj")
-
-
 def pattern_value(field: str, pattern: dict[str, T], path: str, default: T) -> T:
     """The value of the first key that matches the module path as PEFT matches it: `(.*\\.)?(key)$` from the start.
 
@@ -379,9 +375,7 @@ class AdapterConfig:
     def to_peft(self, paths: list[str]) -> dict[str, Any]:
         """The fields of adapter_config.json for an adapter of the modules at these paths."""
         fields = dataclasses.asdict(self)
-        if self.target_parameters:
-            paths = [path for path in paths if not any(self.names_parameter(f"{path}.{name}") for name in _PARAMETERS)]
-        else:
+        if not self.target_parameters:
             del fields["target_parameters"]
         if self.target_modules is None or str(self.target_modules).lower() == "all-linear":
             fields["target_modules"] = paths  # what they mean depends on the reader's tables

@@ -27,7 +27,7 @@ INITS = (True, False, "gaussian", "eva")
 
 
 # The dropout of an adapter of parameters in a file of ours.
-_DROPOUT = "fastadapt_lora_dropout"
+DROPOUT = "fastadapt_lora_dropout"
 
 _SMALL = ("bias", "lora_B_bias", "lora_magnitude_vector")
 
@@ -204,7 +204,11 @@ class LoRAConfig(AdapterConfig):
         arXiv:2308.03303); its optimizer is optim.LoRAFAAdamW. An adapter file does not say it: it is an ordinary LoRA.
     ensure_weight_tying: what target_modules or modules_to_save name of tied embeddings and heads stands for all of
         them: they are adapted by the same parameters, a head by those of the embedding turned round.
-    Linear and Conv1D layers; Embedding and Conv2d without use_dora and lora_bias, Embedding without freeze_A too.
+    Linear and Conv1D layers; Embedding and Conv2d without use_dora and lora_bias, Embedding without freeze_A too. By
+    target_parameters the stacked weights of experts, each expert with an A, a B and, with use_dora, a norm of its own,
+    without lora_bias and freeze_A; and the weights of routers, on whose input no dropout acts. lora_dropout draws one
+    mask a token before the experts and one a row between their products. In models whose experts PEFT has a rule for,
+    "all-linear" and the names that the layers of one expert had stand for them.
     Raises ValueError for a value outside its range, by name.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
@@ -243,7 +247,7 @@ class LoRAConfig(AdapterConfig):
     narrowing_options: ClassVar[dict[str, tuple[type[AdapterLayer], ...]]] = {
         "use_dora": (AdapterLinear, AdapterExperts, AdapterParameter),
         "lora_bias": (AdapterLinear,),
-        "freeze_A": (AdapterLinear, AdapterConv2d, AdapterExperts, AdapterParameter),
+        "freeze_A": (AdapterLinear, AdapterConv2d, AdapterParameter),
     }
     neutral_fields: ClassVar[dict[str, tuple[Any, ...]]] = {
         name: (None, False, {}, [])
@@ -307,7 +311,8 @@ class LoRAConfig(AdapterConfig):
     @classmethod
     def from_peft(cls, fields: dict[str, Any]) -> LoRAConfig:
         eva = fields.get("eva_config")
-        fields = {**fields, "lora_dropout": fields.get(_DROPOUT, fields.get("lora_dropout"))}
+        if DROPOUT in fields:
+            fields = {**fields, "lora_dropout": fields[DROPOUT]}
         if fields.get("init_lora_weights") == "orthogonal":  # it leaves the base weight as it is
             fields = {**fields, "init_lora_weights": True}
         if isinstance(eva, dict):
@@ -322,7 +327,7 @@ class LoRAConfig(AdapterConfig):
         del fields["freeze_A"]
         if self.target_parameters and self.lora_dropout:
             # PEFT refuses a dropout beside parameters, though it means nothing once the adapter is trained.
-            fields |= {"lora_dropout": 0.0, _DROPOUT: self.lora_dropout}
+            fields |= {"lora_dropout": 0.0, DROPOUT: self.lora_dropout}
         return fields
 
     def rank(self, path: str) -> int:

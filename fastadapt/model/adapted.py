@@ -116,6 +116,14 @@ class Injection(NamedTuple):
     copies: dict[str, nn.Module]
 
     @property
+    def module_paths(self) -> list[str]:
+        """The paths of the layers that target_modules stands for: not those that target_parameters names."""
+        named = self.config.names_parameter
+        return [
+            path for path, layer in self.layers.items() if not any(named(f"{path}.{n}") for n in layer.parameter_names)
+        ]
+
+    @property
     def named_tensors(self) -> dict[str, Tensor]:
         """The adapter's tensors by their name in a PEFT file."""
         return {**dict(_adapter_tensors(self.adapters, self.config)), **dict(_copy_tensors(self.copies))}

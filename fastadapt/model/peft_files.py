@@ -21,6 +21,7 @@ from torch import Tensor
 from ..checks import printable, shown
 from ..files import DRAFTS
 from ..methods import METHODS, AdapterConfig
+from ..methods.lora import DROPOUT
 from .untrusted import DEFAULT_LIMITS, HEADER_BYTES, Limits, check_fields, content, tensor_content
 
 CONFIG_FILE = "adapter_config.json"
@@ -223,7 +224,7 @@ def parse_config(fields: dict[str, Any], path: Path) -> tuple[AdapterConfig, lis
         config = method_of(fields).from_peft(fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    known = {*vars(config), *type(config).neutral_fields, *_SILENT_FIELDS}
+    known = {*vars(config), *type(config).neutral_fields, *_SILENT_FIELDS, DROPOUT}
     unknown = [name for name, value in fields.items() if name not in known and value not in (None, False, {}, [], "")]
     return config, sorted(unknown)
 

@@ -49,7 +49,7 @@ def _save(model: nn.Module, target: Path, injection: Injection) -> None:
             "export_glora saves the subnet",
             stacklevel=3,
         )
-    write_adapter(model, target, injection.config.to_peft(list(injection.layers)), injection.named_tensors)
+    write_adapter(model, target, injection.config.to_peft(injection.module_paths), injection.named_tensors)
 
 
 def write_adapter(model: nn.Module, target: Path, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -157,7 +157,7 @@ def save_pretrained(
     state: Mapping[str, Any] | None = given.get("state_dict")
     try:
         injection = _alone(module, configs, active)
-        fields = injection.config.to_peft(list(injection.layers))
+        fields = injection.config.to_peft(injection.module_paths)
     except ValueError as error:
         _check_free(target, CONFIG_FILE, "an adapter, which this one cannot replace")
         if "state_dict" not in given:

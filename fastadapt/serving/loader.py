@@ -107,6 +107,12 @@ def _refuse_unserved(config: AdapterConfig, modules: Mapping[str, nn.Module]) ->
             "for example, and rows of other adapters cannot share it; merge the adapter into its base (fastadapt "
             "merge), or load it alone with load_adapter"
         )
+    if config.target_parameters:
+        raise ValueError(
+            f"target_parameters must name no parameter, got {', '.join(config.target_parameters)}: weights of experts "
+            "have a form for each expert, which no batch of many adapters computes; merge the adapter into its base "
+            "(fastadapt merge), or load it alone with load_adapter"
+        )
     if not config.has_forms:
         raise ValueError(
             f"peft_type {config.peft_type} works on the stream of tokens, which adapters of other rows cannot share: "

@@ -33,7 +33,7 @@ def expert_linear(x: Tensor, x_dropped: Tensor | None, offsets: Tensor, experts:
         y = y - z  # W0 x − W0 x̃, to which g ⊙ z comes
     u = None
     if A is not None:
-        u = segments.product(low, cast(A, x.dtype).mT)
+        u = segments.product(low, cast(A, x.dtype).mT, low_rank=True)
         t = u if experts.mid_scale is None else segments.scaled(u, experts.mid_scale)
         if g is None or experts.tied:
             z = _add_up(z, t, experts, segments)
@@ -53,7 +53,7 @@ def _add_up(y: Tensor, t: Tensor, experts: Experts, segments: Segments) -> Tenso
     up = cast(experts.B, t.dtype)
     if experts.out_scale is None:
         return segments.add_product(y, t, up, experts.scaling)
-    return y.add_(segments.scaled(segments.product(t, up), experts.out_scale), alpha=experts.scaling)
+    return y.add_(segments.scaled(segments.product(t, up, low_rank=True), experts.out_scale), alpha=experts.scaling)
 
 
 def expert_norm(experts: Experts, base_squared: Tensor, products: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def expert_linear_backward(dy: Tensor, offsets: Tensor, experts: Experts, saved:
     if experts.A is not None and experts.B is not None:
         down, up = cast(experts.A, dtype), cast(experts.B, dtype)
         if wants.x or wants.A or wants.mid_scale:
-            q = segments.product(through, up.mT)
+            q = segments.product(through, up.mT, low_rank=True)
             if s != 1.0:
                 q *= s
             du = q if experts.mid_scale is None else segments.scaled(q, experts.mid_scale)
@@ -110,7 +110,7 @@ def expert_linear_backward(dy: Tensor, offsets: Tensor, experts: Experts, saved:
                 assert dx is not None
                 segments.add_product(dx, du, down)
             elif wants.x:
-                d_low = segments.product(du, down)
+                d_low = segments.product(du, down, low_rank=True)
             if wants.A and saved.x is not None:
                 dA = cast(segments.outer(_weighted(du, saved), saved.x, 1.0, len(down)), sums)
         if saved.u is not None:
@@ -121,7 +121,7 @@ def expert_linear_backward(dy: Tensor, offsets: Tensor, experts: Experts, saved:
             if wants.mid_scale and q is not None:
                 d_mid = segments.sums(q, u, None, sums)
             if wants.out_scale:
-                d_out = segments.sums(segments.product(t, up), dy, None, sums).mul_(s)
+                d_out = segments.sums(segments.product(t, up, low_rank=True), dy, None, sums).mul_(s)
     if on_base and wants.x and scaled is not None:
         on_dropped = segments.product(scaled - dy, experts.weight)
         d_low = on_dropped if d_low is None else d_low.add_(on_dropped)

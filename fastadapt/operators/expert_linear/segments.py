@@ -13,6 +13,10 @@ from torch import Tensor
 
 from ..arithmetic import product
 
+# Where the factors of every row's expert have at most so many elements together they are gathered, and one product
+# serves all rows: a step of decoding would spend its time on calls.
+_GATHERED = 1 << 20
+
 # What grouped_mm wants every row of its operands to begin at a multiple of.
 _ALIGNMENT = 16
 
@@ -70,13 +74,18 @@ class Segments:
         return torch.searchsorted(self.offsets, positions, right=True, out_int32=True)
 
     def spread(self, table: Tensor) -> Tensor:
-        """The row of a table [E, N] that belongs to the expert of each row: [S, N]."""
+        """What a table [E, ...] has for the expert of each row: [S, ...]."""
         return table.index_select(0, self.ids)
 
-    def product(self, x: Tensor, matrices: Tensor) -> Tensor:
-        """x[s] matrices[e]. Shapes: x [S, K]; matrices [E, K, N] or [1, K, N]; result [S, N]."""
+    def product(self, x: Tensor, matrices: Tensor, *, low_rank: bool = False) -> Tensor:
+        """x[s] matrices[e]; low_rank: of factors, and no weights of the base.
+
+        Shapes: x [S, K]; matrices [E, K, N] or [1, K, N]; result [S, N].
+        """
         if len(matrices) != self.count:
             return x @ matrices[0]
+        if low_rank and self._gathers(matrices):
+            return torch.bmm(x[:, None], self.spread(matrices))[:, 0]
         if takes_grouped_mm(x, matrices):
             return F.grouped_mm(x, matrices, offs=self.offsets).contiguous()
         y = x.new_empty(self.rows, matrices.shape[2])
@@ -88,6 +97,9 @@ class Segments:
         """y + scaling · x[s] matrices[e], in place. Shapes: as for `product`."""
         if len(matrices) != self.count:
             return y.addmm_(x, matrices[0], alpha=scaling)
+        if self._gathers(matrices):
+            torch.baddbmm(y[:, None], x[:, None], self.spread(matrices), alpha=scaling, out=y[:, None])
+            return y
         if y.is_cuda and takes_grouped_mm(x, matrices):
             return y.add_(F.grouped_mm(x, matrices, offs=self.offsets), alpha=scaling)
         for part, matrix, out in self._parts(x, matrices, y):
@@ -158,6 +170,10 @@ class Segments:
         together = Segments(self.offsets + r * steps, len(x) + r * self.count).product(torch.cat(rows), matrices)
         parts = together.split_with_sizes([part for size in self.sizes for part in (size, r)])
         return torch.cat(parts[::2]), torch.stack(parts[1::2])
+
+    def _gathers(self, matrices: Tensor) -> bool:
+        """Whether the factors of each row's expert are few and small enough to be copied for one product of all."""
+        return self.rows * matrices.shape[1] * matrices.shape[2] <= _GATHERED
 
     def _parts(self, x: Tensor, matrices: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The rows, matrix or table's row, and result of each expert that has rows."""

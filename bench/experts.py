@@ -1,0 +1,233 @@
+"""Adapters on experts: forward and backward, what is kept between them, and decoding, in multiples of the frozen model.
+
+A Qwen3-MoE of four layers (hidden 512, experts of 256, 64 of them, top 4, random fp32 weights): A and B on both stacked
+weights of every layer's experts and on q_proj. Forward and backward without an optimizer, to the embeddings; a decoding
+step is a forward of one token a row in eval mode, without gradients. PEFT refuses DoRA and dropout there.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from bench import measure, page, report
+from bench.plots import Document
+from fastadapt.commands.report import write_json
+
+VOCAB = 1024
+TARGETS: dict[str, list[str]] = {
+    "target_modules": ["q_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
+# The frozen pass runs three times a round, since every ratio has its noise.
+FROZEN = ("frozen", "frozen, second", "frozen, third")
+
+
+@dataclass(frozen=True)
+class ExpertCase:
+    """One adapter on experts."""
+
+    name: str
+    title: str
+    r: int = 8
+    dropout: float = 0.0
+    dora: bool = False
+
+    @property
+    def in_peft(self) -> bool:
+        return not self.dora and not self.dropout
+
+    def adapted(self, base: nn.Module, side: str) -> nn.Module:
+        """A model of its own with the adapter, whose frozen weights are the base's own tensors."""
+        shared = {id(tensor): tensor for tensor in itertools.chain(base.parameters(), base.buffers())}
+        model = copy.deepcopy(base, shared)
+        torch.manual_seed(0)
+        given: dict[str, Any] = {"r": self.r, "lora_alpha": 2 * self.r, **TARGETS}
+        if side == "ours":
+            import fastadapt
+
+            config = fastadapt.LoRAConfig(**given, lora_dropout=self.dropout, use_dora=self.dora)
+            return fastadapt.inject(model, config)
+        from peft import LoraConfig, get_peft_model
+
+        with warnings.catch_warnings():
+            # PEFT asks transformers for a property that the newest transformers renames.
+            warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing`")
+            found: nn.Module = get_peft_model(model, LoraConfig(**given))
+            return found
+
+
+CASES = {
+    case.name: case
+    for case in (
+        ExpertCase("lora", "LoRA"),
+        ExpertCase("dora", "DoRA", dora=True),
+        ExpertCase("lora_dropout", "LoRA, dropout 0.1", dropout=0.1),
+        ExpertCase("lora_r64", "LoRA r64", r=64),
+        ExpertCase("dora_r64", "DoRA r64", r=64, dora=True),
+    )
+}
+
+
+def base_model(layers: int) -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"head_dim": 64}
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=512,
+        intermediate_size=1024,
+        moe_intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_experts=64,
+        num_experts_per_tok=4,
+        mlp_only_layers=[],
+        **sizes,
+    )
+    return Qwen3MoeForCausalLM(config).requires_grad_(False)
+
+
+def inputs(model: Any, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Fixed random tokens, and a leaf that has their embeddings."""
+    tokens = torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
+    return tokens, model.get_input_embeddings()(tokens).detach()
+
+
+def make_step(model: Any, rows: int, length: int) -> Callable[[], None]:
+    """A forward and a backward, after which no gradient is left."""
+    tokens, embeddings = inputs(model, rows, length)
+    embeddings.requires_grad_()
+    leaves = [embeddings, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+    model.train()
+
+    def step() -> None:
+        model(inputs_embeds=embeddings, labels=tokens, use_cache=False).loss.backward()
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
+
+
+def make_decoding(model: Any, rows: int) -> Callable[[], None]:
+    """A forward of one token a row."""
+    _, embeddings = inputs(model, rows, 1)
+    model.eval()
+
+    def decode() -> None:
+        with torch.no_grad():
+            model(inputs_embeds=embeddings, use_cache=False)
+
+    return decode
+
+
+def kept_bytes(model: Any, rows: int, length: int) -> int:
+    """What autograd holds between the forward and the backward, without parameters and buffers."""
+    tokens, embeddings = inputs(model, rows, length)
+    known = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+    handed: dict[StorageWeakRef, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            handed[StorageWeakRef(storage)] = storage.nbytes()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(inputs_embeds=embeddings.requires_grad_(), labels=tokens, use_cache=False).loss
+    held = sum(size for storage, size in handed.items() if not storage.expired())
+    del loss
+    return held
+
+
+def run(chosen: list[ExpertCase], lengths: list[int], rows: int, rounds: int, layers: int, *, peft: bool) -> Any:
+    """Measure; one row a case and length, of which 1 stands for decoding."""
+    base = base_model(layers)
+    found: list[report.Row] = []
+    for length in lengths:
+        decodes = length == 1
+        make: Callable[[Any], Callable[[], None]] = (
+            (lambda model: make_decoding(model, rows))
+            if decodes
+            else (lambda model, length=length: make_step(model, rows, length))  # type: ignore[misc]
+        )
+        for case in chosen:
+            sides = ["ours", "peft"] if peft and case.in_peft else ["ours"]
+            models = {side: case.adapted(base, side) for side in sides}
+            variants = {name: make(base) for name in FROZEN} | {side: make(model) for side, model in models.items()}
+            results = measure.interleave(variants, rounds)
+            row: report.Row = {"case": case.name, "rows": rows, "length": length, "r": case.r, "rounds": rounds}
+            if not decodes:
+                row["frozen_kept_mb"] = kept_bytes(base, rows, length) / 1e6
+            for side, model in models.items():
+                prefix = "" if side == "ours" else "peft_"
+                wall, cpu = measure.compare(results, side, FROZEN)
+                row |= {f"{prefix}x_frozen": wall.median, f"{prefix}x_low": wall.low, f"{prefix}x_high": wall.high}
+                row |= {f"{prefix}x_cpu": cpu.median, f"{prefix}x_best": measure.best_ratio(results, side, FROZEN)}
+                if not decodes:
+                    row[f"{prefix}kept_mb"] = kept_bytes(model, rows, length) / 1e6
+            found.append(row)
+    return found
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+    rounds: Annotated[int, typer.Option(help="Counted rounds; under 10, 0.04 is not resolved.")] = 15,
+    cases: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(CASES)}; all by default.")] = "",
+    lengths: Annotated[str, typer.Option(help="Tokens a row; 1 is decoding.")] = "128,16,512,1",
+    batch: int = 4,
+    layers: int = 4,
+    threads: int = 1,
+    peft: Annotated[bool, typer.Option(help="Measure PEFT beside.")] = True,
+) -> None:
+    """Adapters on experts, in multiples of the frozen model: LoRA, DoRA, dropout; ours and PEFT's."""
+    torch.set_num_threads(threads)
+    wanted = [CASES[name.strip()] for name in cases.split(",") if name.strip()] or list(CASES.values())
+    rows = run(wanted, [int(length) for length in lengths.split(",")], batch, rounds, layers, peft=peft)
+    columns = {
+        "case": "case",
+        "length": "tokens a row",
+        "x_frozen": "x frozen",
+        "x_low": "95% from",
+        "x_high": "to",
+        "x_cpu": "CPU time",
+        "x_best": "fastest",
+        "peft_x_frozen": "PEFT",
+        "frozen_kept_mb": "kept, frozen, MB",
+        "kept_mb": "ours",
+        "peft_kept_mb": "PEFT",
+    }
+    report.print_table(f"Adapters on experts, {batch} rows, {layers} layers, {rounds} rounds", rows, columns)
+    if json_file is not None:
+        write_json(json_file, "experts", rows)
+
+
+@page.section("experts", "Adapters on experts")
+def section(document: Document) -> str:
+    first = document["rows"][0]
+    rows = []
+    for row in document["rows"]:
+        what = "decoding" if row["length"] == 1 else f"{row['rows']} × {row['length']} tokens"
+        kept = " | ".join(page.number(row.get(name), 0) for name in ("kept_mb", "peft_kept_mb", "frozen_kept_mb"))
+        rows.append(
+            f"{CASES[row['case']].title}, {what} | {page.span(row, 'x_frozen', 'x_low', 'x_high')} | "
+            f"{page.span(row, 'peft_x_frozen', 'peft_x_low', 'peft_x_high')} | {kept}"
+        )
+    return (
+        "A Qwen3-MoE of four layers, 64 experts, top 4, fp32: an adapter on both weights of the experts and on q_proj, "
+        "forward and backward without an optimizer as a multiple of the frozen model's, or a forward of one token a "
+        f"row; medians of {first['rounds']} rounds. PEFT takes neither DoRA nor dropout there.\n\n"
+    ) + page.table("| ours | PEFT | kept, MB | PEFT's | the frozen model's", rows)
