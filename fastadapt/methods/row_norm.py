@@ -13,14 +13,19 @@ from ..staleness import Kept, content
 _LEAST = 2.0**-149
 
 
+def divisor(norm: Tensor) -> Tensor:
+    """Norms by rows [N] as m is divided by them: a row of zeros, as a head has that is tied to an embedding with
+    padding, has the least norm there is in the place of none. Of an m that is zero as well, m / n is then zero, and of
+    another one infinite."""
+    return norm.clamp(min=_LEAST)
+
+
 def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *, changing: bool) -> Tensor:
     """n_j = ‖(W0 + s·B·A)_j‖ in fp32, detached, with ‖W0‖² and, outside training, n itself in `kept`.
 
     changing: whether A or B may have been written untold. On a CPU their content is then looked at, so that gradient
     accumulation and recomputed forwards find n again; elsewhere, where that would wait for the device, n is made anew.
-    ‖W0‖² is made once of a W0 that stays as it is. A row of zeros, as a head has that is tied to an embedding with
-    padding, has the least norm there is in the place of none: of an m that is zero as well, m / n is then zero, and of
-    another one infinite.
+    ‖W0‖² is made once of a W0 that stays as it is. n is a divisor: never zero.
     Shapes: weight [N, K]; A [R, K]; B [N, R]; n [N].
     Source: Liu et al. 2024, arXiv:2402.09353, section 4.3 (the norm is a constant for the gradient).
     """
@@ -32,7 +37,7 @@ def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *
     def make() -> Tensor:
         base_squared = kept("squares", (base,), lambda: row_squares(base), trained=False)
         norm = weight_norm(base, down, up, scaling, base_squared=base_squared)
-        return norm.clamp(min=_LEAST)
+        return divisor(norm)
 
     if not changing:
         return kept("norm", (weight, A, B), make, scaling)
