@@ -14,7 +14,7 @@ from test_serving import alone, close, inputs, save_all
 from tiny_models import llama
 from torch import Tensor, nn
 
-from fastadapt import load_adapter
+from fastadapt import LoRAConfig, inject, load_adapter, save_adapter
 from fastadapt.serving import MultiAdapterModel, linear
 from fastadapt.serving.linear import MultiAdapterLinear, Readers
 
@@ -70,7 +70,26 @@ def test_a_decoder_layer_takes_eight_launches(directories: dict[str, Path]) -> N
     served = serve(base, directories)
     with configs.recorded_launches(LARGE) as launches:
         served(**inputs(3), adapter_ids=["lora", "dora", None])
-    assert len(launches) == 8 * len(base.model.layers) + 2  # of the head
+    assert len(launches) == 8 * len(base.model.layers)  # and none for the head, which nobody in the batch adapts
+
+
+def test_layers_that_nobody_in_the_batch_adapts_launch_nothing(tmp_path: Path, rounds: list[int]) -> None:
+    """Nor do they wait in their siblings' group for somebody to fetch what it made of them."""
+    torch.manual_seed(0)
+    base = Pair(lambda x: (x, x)).eval()
+    directories = {"gate": tmp_path / "gate", "both": tmp_path / "both"}
+    for name, targets in (("gate", ["gate_proj"]), ("both", ["gate_proj", "up_proj"])):
+        model = inject(copy.deepcopy(base), LoRAConfig(r=2, target_modules=targets, init_lora_weights=False))
+        save_adapter(model, directories[name])
+    served = serve(base, directories)
+    with configs.recorded_launches(LARGE) as launches, served.running(["gate", None, None], (), {"inputs_embeds": X}):
+        for _ in range(4):
+            served.model(X)
+    assert len(launches) == 4 * 2
+    rounds.clear()
+    for _ in range(4):  # the guess that the layers share x was not given up
+        served(inputs_embeds=X, adapter_ids=["gate", None, "both"])
+    assert rounds == [2] * 4
 
 
 def test_every_row_is_its_adapters(directories: dict[str, Path], rounds: list[int]) -> None:

@@ -84,6 +84,23 @@ def test_the_whole_is_what_a_model_gets(saved: Path) -> None:
         assert (part.out_scale is part.base_scale) == (form.out_scale is form.base_scale)
 
 
+def test_a_row_of_zeros_is_divided_by_as_in_a_model(tmp_path: Path) -> None:
+    """As the rows of a padding token in a tied head: their m is zero as well, and m / n is zero, not NaN."""
+    model = Model()
+    with torch.no_grad():
+        model.q.weight[2:4] = 0
+    injected = inject(Model(), DoRAConfig(r=3, target_modules=["q"]))
+    adapter = injected.q.adapters["default"]
+    with torch.no_grad():
+        adapter.lora_magnitude_vector[2:4] = 0
+    save_adapter(injected, tmp_path)
+    expected = read_adapter(model, tmp_path).forms["q"]
+    part = finished(read_adapter_by_shapes(SHAPES, tmp_path).part("q", bias=model.q.bias), model.q.weight)
+    assert part.base_scale is not None
+    assert part.base_scale[2:4].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(part.base_scale, expected.base_scale)
+
+
 def run(form: AdapterForm, x: Tensor, weight: Tensor) -> Tensor:
     return adapter_linear_reference(x, weight, form)
 

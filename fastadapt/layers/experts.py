@@ -150,13 +150,13 @@ class AdapterExperts(AdapterLayer):
         form = self.expert_form(name)
         return ExpertProjection(self.weight(name), form, self.bias(name) if form is None else None, self.dropout)
 
-    def merge(self, *, dequantize: bool = False) -> None:
+    def merge(self, *, dequantize: bool = False, requantize: bool = False) -> float:
         """Writes the active adapters into the weights of the experts: W'[e] = diag(g) W0[e] + diag(h) B diag(d) A.
 
-        Raises ValueError where a merged weight would not be finite; the layer is then as it was.
+        Returns 0: no bits are lost to a quantised weight, which experts have none of here. Raises ValueError where a merged weight would not be finite; the layer is then as it was.
         """
         if self.merged or not self.active:
-            return
+            return 0.0
         modes = [adapter.training for adapter in self.active_adapters]
         new: dict[str, nn.Parameter] = {}
         try:
@@ -172,6 +172,7 @@ class AdapterExperts(AdapterLayer):
         self._kept = {name: self.stored(name) for name in new}
         self.base_layer._parameters.update(new)
         self._unmerged = self.base_layer, None, None
+        return 0.0
 
     def _merged(self, name: str, form: ExpertForm) -> dict[str, nn.Parameter]:
         weight = self.weight(name)

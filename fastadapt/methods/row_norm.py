@@ -14,15 +14,20 @@ from ..staleness import Kept, content
 _LEAST = 2.0**-149
 
 
+def divisor(norm: Tensor) -> Tensor:
+    """Norms by rows [N] as m is divided by them: a row of zeros, as a head has that is tied to an embedding with
+    padding, has the least norm there is in the place of none. Of an m that is zero as well, m / n is then zero, and of
+    another one infinite."""
+    return norm.clamp(min=_LEAST)
+
+
 def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *, changing: bool) -> Tensor:
     """n_j = ‖(W0 + s·B·A)_j‖ in fp32, detached, with ‖W0‖² and, outside training, n itself in `kept`.
 
     changing: whether A or B may have been written untold. On a CPU their content is then looked at, so that gradient
     accumulation and recomputed forwards find n again; elsewhere, where that would wait for the device, n is made anew.
     ‖W0‖² is made once of a W0 that stays as it is; a weight that is promised, as a quantised layer's is, is made when
-    there is a norm to make, and no sooner. A row of zeros, as a head has that is tied to an embedding with padding, has
-    the least norm there is in the place of none: of an m that is zero as well, m / n is then zero, and of another one
-    infinite.
+    there is a norm to make, and no sooner. n is a divisor: never zero.
     Shapes: weight [N, K]; A [R, K]; B [N, R]; n [N].
     Source: Liu et al. 2024, arXiv:2402.09353, section 4.3 (the norm is a constant for the gradient).
     """
@@ -34,13 +39,12 @@ def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *
     def make() -> Tensor:
         if promise.products is not None:
             squares = kept("squares", promise.sources, lambda: row_squares(promise.make()), trained=False)
-            return (
-                weight_norm_squared(squares, promise.products, down, up, scaling).clamp(min=0).sqrt().clamp(min=_LEAST)
-            )
+            squared = weight_norm_squared(squares, promise.products, down, up, scaling)
+            return divisor(squared.clamp(min=0).sqrt())
         base = weight.detach() if promise.lent else promise.make()
         base_squared = kept("squares", promise.sources, lambda: row_squares(base), trained=False)
         norm = weight_norm(base, down, up, scaling, base_squared=base_squared)
-        return norm.clamp(min=_LEAST)
+        return divisor(norm)
 
     if not changing:
         return kept("norm", (*promise.sources, A, B), make, scaling)

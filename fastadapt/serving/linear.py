@@ -45,7 +45,7 @@ class Readers:
         if y is None:
             before = now.led.get(self, {})
             self._misses += any([other in before for other in self.layers])
-            members = [other for other in self.layers if other is layer or other.joins(layer, x)]
+            members = [other for other in self.layers if other is layer or other.joins(layer, x, now)]
             weights, biases = zip(*[member.operands() for member in members], strict=True)
             forms = [member.forms() for member in members]
             ys = multi_adapter_linear_group(x, weights, biases, batch, forms, backend=layer.backend)
@@ -89,8 +89,10 @@ class MultiAdapterLinear(BaseLayerWrapper):
                 return self.base_layer.forward(x)  # past the hooks of people who look on
             return self.base_layer(x)
         base: Any = self._modules["base_layer"]
+        if not self.adapts(now, x):
+            return base(x)
         if not is_plain(base, self._plain):
-            return updated(base, x, now.batch(x, self.place), self.place.forms) if self.place.forms else base(x)
+            return updated(base, x, now.batch(x, self.place), self.place.forms)
         weight, bias = self.operands()
         batch = now.batch(x, self.place)
         if now.direct and type(x) is Tensor and x.dtype == weight.dtype and not x.requires_grad:
@@ -112,9 +114,20 @@ class MultiAdapterLinear(BaseLayerWrapper):
     def forms(self) -> LayerForms:
         return self._pool.layer(self.place.path)
 
-    def joins(self, leader: MultiAdapterLinear, x: Tensor) -> bool:
-        """Whether it can run with another layer that is called with x: as a plain layer, on the same rows."""
-        if not is_plain(self.base_layer, self._plain) or self.place.key != leader.place.key:
+    def adapts(self, now: Running, x: Tensor) -> bool:
+        """Whether a row of the request may have an adapter here: where none has, nothing is launched for any.
+
+        What is recorded, by a compiler or in a CUDA graph, serves later batches with other adapters.
+        """
+        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return True
+        return not self.place.forms.keys().isdisjoint(now.slots)
+
+    def joins(self, leader: MultiAdapterLinear, x: Tensor, now: Running) -> bool:
+        """Whether it can run with another layer that is called with x: as a plain layer with adapters, on the same
+        rows."""
+        plain = is_plain(self.base_layer, self._plain) and self.adapts(now, x)
+        if not plain or self.place.key != leader.place.key:
             return False
         weight, other = self.operands()[0], leader.operands()[0]
         return (weight.shape[1], weight.dtype, weight.device) == (other.shape[1], other.dtype, other.device)

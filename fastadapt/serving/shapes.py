@@ -20,6 +20,7 @@ from ..layers.layer import Adapter
 from ..layers.ways import shape_alone
 from ..methods import AdapterConfig
 from ..methods.patterns import time_limit
+from ..methods.row_norm import divisor
 from ..model.targets import base_modules
 from ..model.untrusted import DEFAULT_LIMITS, Limits, refused
 from ..reference import AdapterForm
@@ -57,13 +58,16 @@ class PartForm(NamedTuple):
     magnitude: Tensor | None = None
 
     def finished(self, norm: Tensor | None) -> AdapterForm:
-        """The form with g = m / n, and h scaled by it. Shapes: norm n [rows], that of W0 + diag(h) B diag(d) A."""
+        """The form with g = m / n, and h scaled by it. Shapes: norm n [rows], that of W0 + diag(h) B diag(d) A.
+
+        Of a row of zeros n is the least number there is, as for a model: see methods.row_norm.divisor.
+        """
         if self.magnitude is None:
             return self.form
         if norm is None:
             raise ValueError("norm must be given for an adapter with a magnitude: see functional.weight_norm_squared")
         check_vector("norm", norm, self.magnitude.shape[0], self.magnitude.device, "the magnitude")
-        g = self.magnitude / norm
+        g = self.magnitude / divisor(norm)
         scaling, h = self.form.settled(g.shape[0])
         return self.form._replace(
             base_scale=g, out_scale=g if h is None else g * h, scaling=scaling, dropout_on_base=True

@@ -27,8 +27,8 @@ _COPIED_BYTES = 1 << 30
 _FEW_TOKENS = 4
 _MOST_READ = 4
 
-# Bytes of padding that are read in the time that the calls for one more stack take.
-_CALLS = 160 << 10
+# How much larger than the factors their copies may be, for different ranks in one stack.
+_MOST_PADDING = 2
 
 
 class _Plan(NamedTuple):
@@ -138,7 +138,7 @@ def together(
         return steps, limit
     loose = [run for run in runs if run.form.place is None and run.form.A]
     single = [run for run in loose if run.stop - run.start == 1 and run.form.mid_scale is None]
-    for members in _stacks(single, dtype):
+    for members in _stacks(single):
         first = members[0].form
         wide = stack_dtype(dtype, first.A[0].device)
         size = len(members) * (first.A[0].shape[1] + first.B[0].shape[1]) * first.rank * wide.itemsize
@@ -278,17 +278,15 @@ def _row_length(members: Sequence[FormRun], tokens: int) -> int:
     return members[0].stop - members[0].start if len(members) == 1 and tokens == 1 else tokens
 
 
-def _stacks(runs: Sequence[FormRun], dtype: torch.dtype) -> Iterator[list[FormRun]]:
-    """The runs by falling rank, in stacks with no more padding than what another stack would cost."""
+def _stacks(runs: Sequence[FormRun]) -> Iterator[list[FormRun]]:
+    """The runs by falling rank, in stacks that are padded to _MOST_PADDING times their size at most."""
     members: list[FormRun] = []
-    for _, alike in groupby(sorted(runs, key=lambda run: -run.form.rank), lambda run: run.form.rank):
-        more = list(alike)
-        (A, *_), (B, *_) = more[0].form.A, more[0].form.B
-        padding = len(more) * ((members or more)[0].form.rank - more[0].form.rank)
-        if padding * (A.shape[1] + B.shape[1]) * stack_dtype(dtype, A.device).itemsize > _CALLS:
+    for run in sorted(runs, key=lambda run: -run.form.rank):
+        padded = (len(members) + 1) * (members or [run])[0].form.rank
+        if padded > _MOST_PADDING * sum(member.form.rank for member in (*members, run)):
             yield members
             members = []
-        members += more
+        members.append(run)
     if members:
         yield members
 
