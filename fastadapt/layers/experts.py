@@ -153,7 +153,8 @@ class AdapterExperts(AdapterLayer):
     def merge(self, *, dequantize: bool = False, requantize: bool = False) -> float:
         """Writes the active adapters into the weights of the experts: W'[e] = diag(g) W0[e] + diag(h) B diag(d) A.
 
-        Returns 0: no bits are lost to a quantised weight, which experts have none of here. Raises ValueError where a merged weight would not be finite; the layer is then as it was.
+        Returns 0: no weight is rounded to fewer bits. Raises ValueError where a merged weight would not be finite; the
+        layer is then as it was.
         """
         if self.merged or not self.active:
             return 0.0
