@@ -11,10 +11,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from shared_memory import held_by
 from tiny_served import PROMPTS, TOKENS, Served
 
 START_SECONDS = 300
@@ -90,7 +90,7 @@ class Server:
 
     def kill(self) -> None:
         """At once, with all of its processes, as a machine that runs out of memory would."""
-        shared = _shared(self.process.pid)
+        shared = held_by(self.process.pid)
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for left in shared:  # nobody is there to give it back
@@ -102,14 +102,3 @@ class Server:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.kill()
-
-
-def _shared(group: int) -> set[Path]:
-    """The shared memory that processes of a group have."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # of one that has just ended
-            if os.getpgid(int(process.name)) == group:
-                lines = (process / "maps").read_text().splitlines()
-                found |= {Path("/dev/shm", line.partition("/dev/shm/")[2]) for line in lines if "/dev/shm/" in line}
-    return found

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from shared_memory import given_back
 from tiny_served import SEVEN, TOKENS, Served, served_by, smollm2  # first: it sets the environment
 
 ASKED = ["What is", "Write a sentence about", "How do I explain", "Give me two facts on"]
@@ -57,7 +58,7 @@ def answers(given: dict[str, Any]) -> list[list[int]]:
 
 def ask(scratch: Path, **given: Any) -> list[list[int]]:
     (scratch / "given.json").write_text(json.dumps(given), encoding="utf-8")
-    with (scratch / "log").open("wb") as log:
+    with (scratch / "log").open("wb") as log, given_back():
         done = subprocess.run([sys.executable, __file__, "answer", scratch], stdout=log, stderr=log, check=False)
     if done.returncode:
         raise SystemExit(f"an engine failed: {(scratch / 'log').read_text()[-3000:]}")

@@ -18,6 +18,7 @@ pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tes
 
 from load import load, several
 from running_server import Server
+from shared_memory import held_by
 from tiny_served import ADAPTERS, PROMPTS, Served, save, save_tokenizer
 
 
@@ -130,10 +131,13 @@ def test_killed_while_it_loads_it_serves_everything_again(server: Server, served
     thread = threading.Thread(target=go_on_loading)
     thread.start()
     assert enough.wait(120)
+    shared = held_by(server.process.pid)
     server.kill()
     thread.join(120)
     assert not thread.is_alive()
     assert _contents(root) == before
+    assert shared
+    assert not any(path.exists() for path in shared)
     again = Server(served, tmp_path / "log")
     try:
         again.wait()

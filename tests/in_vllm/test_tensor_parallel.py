@@ -10,20 +10,14 @@ import pytest
 pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tests/in_vllm/environment.py")
 
 from offline_engine import engine, wrong
+from shared_memory import given_back
 from tiny_served import ADAPTERS, save
 
 
 @pytest.fixture(autouse=True)
 def no_memory_is_left() -> Iterator[None]:
-    """vLLM's workers share some on a CPU, and do not give it back."""
-    before = set(_shared())
-    yield
-    for left in set(_shared()) - before:
-        left.unlink()
-
-
-def _shared() -> list[Path]:
-    return list(Path("/dev/shm").glob("vllm_dist_*"))
+    with given_back():
+        yield
 
 
 def test_adapters_of_all_kinds_and_base_rows_in_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

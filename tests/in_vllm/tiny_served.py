@@ -21,6 +21,9 @@ os.environ.update(
 import peft
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY, TOKENS = 192, 8
