@@ -387,6 +387,7 @@ TAKES: dict[str, tuple[Callable[..., AdapterConfig], set[str]]] = {
     "DELTA_LORA": (DeltaLoRAConfig, {"linear", "embed", "conv"}),
     "VERA": (VeRAConfig, {"linear"}),
     "DVORA": (partial(VeRAConfig, use_dora=True), {"linear"}),
+    "VERA_EXPERTS": (VeRAConfig, {"linear"}),
     "ADALORA": (partial(AdaLoRAConfig, total_step=10), {"linear", "conv"}),
     "HIRA": (HiRAConfig, {"linear"}),
     "SSF": (SSFConfig, {"linear", "conv", "norm"}),
