@@ -12,7 +12,7 @@ from test_ways import randomise
 from torch import Tensor, nn
 
 import fastadapt
-from fastadapt import LoRAConfig
+from fastadapt import HiRAConfig, LoRAConfig
 
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1}
 MOE: dict[str, Any] = {
@@ -95,11 +95,13 @@ def test_all_linear_leaves_them_out_and_says_so_once(make: Any) -> None:
 def test_experts_in_one_tensor_are_named() -> None:
     model = hf.MixtralForCausalLM(hf.MixtralConfig(**{**MOE, "num_hidden_layers": 2}))
     with pytest.warns(UserWarning, match=r"model.layers.\*.mlp.experts.gate_up_proj, model.layers.\*.mlp.experts.down"):
-        fastadapt.inject(model, LoRAConfig(r=2, target_modules="all-linear"))
+        fastadapt.inject(model, HiRAConfig(r=2, target_modules="all-linear"))
     fastadapt.unload(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fastadapt.inject(model, LoRAConfig(r=2, target_modules="all-linear", exclude_modules=["experts"]))
+        fastadapt.inject(model, HiRAConfig(r=2, target_modules="all-linear", exclude_modules=["experts"]))
+        fastadapt.unload(model)
+        fastadapt.inject(model, LoRAConfig(r=2, target_modules="all-linear"))  # which experts can have
         fastadapt.unload(model)
         fastadapt.inject(model, LoRAConfig(r=2, target_modules=["q_proj"]))
 

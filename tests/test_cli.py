@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import test_experts
 import test_methods
 import test_vision_methods
 import torch
@@ -106,6 +107,11 @@ ADAPTERS = {
     **{f"{name}, ViT": Saved(vit, config, "classifier") for name, config in test_vision_methods.CONFIGS.items()},
     "LoRA, every kind": Saved(mixed, fastadapt.LoRAConfig(target_modules=["embed", "conv", "fc1"]), "head"),
     "SSF, every kind": Saved(mixed, fastadapt.SSFConfig(target_modules=["conv", "norm", "fc1"]), "head"),
+    "VeRA, experts": Saved(
+        test_experts.qwen3_moe,
+        fastadapt.VeRAConfig(r=4, target_modules=["q_proj"], target_parameters=["experts.down_proj"]),
+        "lm_head",
+    ),
     "DVoRA, trained biases": Saved(
         vit, fastadapt.VeRAConfig(r=4, use_dora=True, bias="vera_only", target_modules=["q_proj", "fc1"]), "classifier"
     ),
@@ -231,6 +237,7 @@ def test_method_names() -> None:
         "LORA_DROP": "LoRA-drop",
         "DELTA_LORA": "Delta-LoRA",
         "VERA": "VeRA",
+        "VERA_EXPERTS": "VeRA",
         "DVORA": "DVoRA (VeRA with a magnitude)",
         "ADALORA": "AdaLoRA",
         "GLORA": "GLoRA",

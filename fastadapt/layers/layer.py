@@ -337,9 +337,8 @@ class AdapterLayer(BaseLayerWrapper):
         """Writes the active adapters into the base layer: W' = diag(g) W0 + W0 ⊙ (U V) + diag(h) B diag(d) A, b' = β.
 
         The base layer gets new parameters; the old ones are set aside untouched for `unmerge`, so that whoever shares
-        them (a tied head) is not changed. In the place of a layer that could not give back what is written into it
-        stands a plain one, of the weight that it was found to compute with. dequantize: of a quantised layer too, with
-        the memory that it takes; requantize: rounded to its bits again. Returns by what share of W' that moved it.
+        them (a tied head) is not changed. A layer that could not give back what is written into it makes way for a
+        plain one, so does a quantised one with dequantize. requantize: W' is rounded; returns by what share.
         Raises ValueError where there is no such weight; the layer is then as it was.
         """
         if self.merged or not self.active:
@@ -395,18 +394,17 @@ class AdapterLayer(BaseLayerWrapper):
 
     def _replace(self, form: AdapterForm, requantize: bool = False) -> float:
         """Merges by another layer in the base layer's place, plain or quantised as that; returns what that rounded."""
-        base = self.base_layer
-        weight, shift = self._effective(form)
+        base, (weight, shift) = self.base_layer, self._effective(form)
         if shift is not None:
             form = form._replace(bias=shift if form.bias is None else form.bias + shift)
         weight, bias = self.merged_tensors(weight, form)
         beta = None if bias is None else nn.Parameter(bias, requires_grad=False)
         if requantize:
-            self.base_layer, rounded = requantized(base, weight, beta)
+            layer, rounded = requantized(base, weight, beta)
         else:
             plain, rounded = nn.Parameter(self.from_matrix(weight), requires_grad=False), 0.0
-            self.base_layer = with_tensors(base, plain, beta, plain_kind(base, self.plain_forward))
-        self._unmerged = base, None, None
+            layer = with_tensors(base, plain, beta, plain_kind(base, self.plain_forward))
+        self.base_layer, self._unmerged = layer, (base, None, None)
         return rounded
 
     def _unmergeable(self) -> ValueError:
