@@ -104,25 +104,30 @@ class AdapterLinear(AdapterLayer):
         y = None if self.group is None else self.group.output(self, x)
         return self.adapted(x) if y is None else y
 
-    def with_form(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not args and not kwargs and lends(self._modules["base_layer"], x):  # type: ignore[arg-type]
-            return self.grouped(x)
-        return super().with_form(x, *args, **kwargs)
-
     def adapted(self, x: Tensor) -> Tensor:
+        weight = self.weight_matrix
+        return adapter_linear(
+            x,
+            weight,
+            self._form(weight, self.base_bias),
+            dropout=self.dropout,
+            training=self.training,
+            backend=self.backend,
+            strategy=self.strategy,
+        )
+
+    def _on_lent(self, x: Tensor) -> Tensor:
         weight, form = self.operands(x.dtype)
+        p, training = self.dropout, self.training
         with made_again(weight):
             return adapter_linear(
-                x,
-                weight,
-                form,
-                dropout=self.dropout,
-                training=self.training,
-                backend=self.backend,
-                strategy=self.strategy,
+                x, weight, form, dropout=p, training=training, backend=self.backend, strategy=self.strategy
             )
 
     def called(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not kwargs and lends(self.base_layer, x):
+            grouped = None if self.group is None else self.group.output(self, x)
+            return self._on_lent(x) if grouped is None else grouped
         y = self.base_output(x, *args, **kwargs)
         x = x.to(y.device)  # of the first of the layers that are offloaded it is not there yet
         reads, bias = self.reads, self.base_bias
@@ -193,7 +198,9 @@ class AdapterLinear(AdapterLayer):
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, AdapterForm]:
         base: Any = self._modules["base_layer"]
-        weight = lent_weight(base, dtype) if lends(base) else self.weight_matrix
+        # A call that a layer with a weight of its own is spared.
+        lent = type(base._parameters.get("weight")) is not nn.Parameter and lends(base)
+        weight = lent_weight(base, dtype) if lent else self.weight_matrix
         return weight, self._form(weight, self.base_bias)
 
     def apart(self, x: Tensor) -> Tensor:

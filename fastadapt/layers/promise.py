@@ -12,7 +12,8 @@ from torch import Tensor
 from ..operators.calls import AS_IT_IS
 from .ways import shape_alone
 
-_NAME = "_fastadapt_promise"
+# The attribute of a weight that its promise is.
+PROMISE = "_fastadapt_promise"
 
 
 class Promise(NamedTuple):
@@ -30,15 +31,15 @@ class Promise(NamedTuple):
 
 def lent(weight: Tensor, promise: Promise) -> Tensor:
     """A weight that has just been made and is made again for the backward, inside of `made_again`."""
-    setattr(weight, _NAME, promise._replace(lent=True))
+    setattr(weight, PROMISE, promise._replace(lent=True))
     return weight
 
 
 def made_again(*weights: Tensor) -> AbstractContextManager[Any]:
     """Inside, what autograd saves of the weights that are lent is how to make them, in the place of their memory."""
-    if torch.compiler.is_compiling():  # where none is
+    if not hasattr(weights[0], PROMISE) or torch.compiler.is_compiling():  # where none is
         return AS_IT_IS
-    promises = [(weight, getattr(weight, _NAME, None)) for weight in weights]
+    promises = [(weight, getattr(weight, PROMISE, None)) for weight in weights]
     makes = {w.untyped_storage().data_ptr(): p.make for w, p in promises if p is not None and p.lent}
     return _made_again(makes) if makes else AS_IT_IS
 
@@ -92,16 +93,10 @@ _hooks_work: Any = _autograd._saved_tensors_hooks_is_enabled
 
 
 def promised(rows: int, columns: int, like: Tensor, promise: Promise) -> Tensor:
-    """A weight by its shape, device and dtype, which `promise_of` finds the values of."""
+    """A weight by its shape, device and dtype, whose PROMISE has the values."""
     weight = shape_alone(rows, columns, like)
-    setattr(weight, _NAME, promise)
+    setattr(weight, PROMISE, promise)
     return weight
-
-
-def promise_of(weight: Tensor) -> Promise:
-    """What makes the values of a weight; one that has them is its own."""
-    found: Promise | None = getattr(weight, _NAME, None)
-    return Promise((weight.detach(),), weight.detach) if found is None else found
 
 
 def stored(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

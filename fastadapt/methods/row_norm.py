@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layers.promise import promise_of
+from ..layers.promise import PROMISE, Promise
 from ..operators.registry import sees_operators
 from ..operators.weight_norm.function import row_squares, weight_norm, weight_norm_squared
 from ..staleness import Kept, content
@@ -34,7 +34,9 @@ def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *
     if weight.is_meta:  # an adapter is being built without memory: its norms have a shape and no values
         return torch.empty(weight.shape[0], device="meta")
 
-    promise, down, up = promise_of(weight), A.detach(), B.detach()
+    down, up = A.detach(), B.detach()
+    # A weight that has values is its own promise.
+    promise: Promise = getattr(weight, PROMISE, None) or Promise((weight.detach(),), weight.detach)
 
     def make() -> Tensor:
         if promise.products is not None:
