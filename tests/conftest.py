@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Callable
@@ -17,6 +18,10 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait for each other make products as small as the tests' twenty times slower on a busy machine.
 torch.set_num_threads(int(os.environ.get("FASTADAPT_TEST_THREADS", "1")))
+
+with contextlib.suppress(ImportError):
+    # Inductor imports it, and with it its own distutils, which it takes for Python's where a test has come before.
+    import setuptools  # noqa: F401
 
 import numpy as np  # noqa: E402
 import triton.language as tl  # noqa: E402
