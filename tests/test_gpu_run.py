@@ -329,7 +329,7 @@ def test_kernels_are_compiled_beside_each_other_and_checks_are_done(
 ) -> None:
     monkeypatch.setenv("TOY_COMPILED", str(tmp_path))
     journal = Journal(None)
-    conduct(plan_of(toy_jobs.compiling("cpu"), "compiling", workers=2), journal)
+    conduct(plan_of(toy_jobs.compiling("cpu"), "compiling", workers=2, seconds=600.0), journal)
     # Every one but that which breaks its worker; the checks are done meanwhile, the others follow in their order.
     assert {path.name for path in tmp_path.iterdir()} == {"first a", "first b", "second right"}
     assert set(list(jobs_of(journal))[:2]) == {"check", "late check"}
