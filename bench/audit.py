@@ -637,31 +637,34 @@ def compile_all(pairs: Sequence[str], *, quick: bool) -> list[report.Row]:
 
 def worst(rows: Sequence[report.Row], *by: str) -> list[report.Row]:
     """Of each group that has the same values of `by` how many there are, and the largest of every number."""
-    groups: dict[tuple[str, ...], list[report.Row]] = {}
-    for row in rows:
-        if "error" not in row:
-            groups.setdefault(tuple(str(row[key]) for key in by), []).append(row)
     return [
         dict(zip(by, values, strict=True))
         | {"compiled": len(group), "shared_limit": group[0]["shared_limit"]}
         | {key: max(_of(group, key)) for key in ("registers", "spill_bytes", "shared_bytes", "code_bytes")}
         | {"serialised": sum(row.get("waits", 0) > row.get("groups", 0) for row in group)}
-        for values, group in sorted(groups.items())
+        for values, group in _groups(rows, by)
     ]
 
 
 def summary(rows: Sequence[report.Row]) -> list[report.Row]:
     """The worst of every kernel and target, as a table has it."""
-    found = []
-    for row in worst(rows, "kernel", "target"):
-        group = [own for own in rows if all(own.get(key) == row[key] for key in ("kernel", "target"))]
-        group = [own for own in group if "error" not in own]
+    by = ("kernel", "target")
+    found = worst(rows, *by)
+    for row, (_, group) in zip(found, _groups(rows, by), strict=True):
         row["shared"] = f"{row['shared_bytes']} / {row['shared_limit']}"
         row["matrix_ops"] = min((own["matrix_ops"] for own in group if own["dots_wanted"]), default=None)
         for key in ("widest_load", "widest_store"):
             row[key] = f"{min(_of(group, key))}-{max(_of(group, key))}"
-        found.append(row)
     return found
+
+
+def _groups(rows: Sequence[report.Row], by: Sequence[str]) -> list[tuple[tuple[str, ...], list[report.Row]]]:
+    """The kernels that compiled, by these of their values, sorted."""
+    groups: dict[tuple[str, ...], list[report.Row]] = {}
+    for row in rows:
+        if "error" not in row:
+            groups.setdefault(tuple([str(row[key]) for key in by]), []).append(row)
+    return sorted(groups.items(), key=lambda item: item[0])
 
 
 def names(known: Iterable[str], wanted: str) -> list[str]:

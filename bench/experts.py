@@ -7,21 +7,22 @@ step is a forward of one token a row in eval mode, without gradients. PEFT refus
 
 from __future__ import annotations
 
-import copy
-import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from bench import measure, page, report
+from bench.cases import chosen
 from bench.plots import Document
+from fastadapt.commands.demo.compare import saved_bytes
+from fastadapt.commands.demo.training import skeleton
 from fastadapt.commands.report import write_json
 
 VOCAB = 1024
@@ -49,8 +50,7 @@ class ExpertCase:
 
     def adapted(self, base: nn.Module, side: str) -> nn.Module:
         """A model of its own with the adapter, whose frozen weights are the base's own tensors."""
-        shared = {id(tensor): tensor for tensor in itertools.chain(base.parameters(), base.buffers())}
-        model = copy.deepcopy(base, shared)
+        model: nn.Module = skeleton(base)
         torch.manual_seed(0)
         given: dict[str, Any] = {"r": self.r, "lora_alpha": 2 * self.r, **TARGETS}
         if side == "ours":
@@ -136,35 +136,18 @@ def make_decoding(model: Any, rows: int) -> Callable[[], None]:
 def kept_bytes(model: Any, rows: int, length: int) -> int:
     """What autograd holds between the forward and the backward, without parameters and buffers."""
     tokens, embeddings = inputs(model, rows, length)
-    known = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
-    handed: dict[StorageWeakRef, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            handed[StorageWeakRef(storage)] = storage.nbytes()
-        return tensor
-
-    model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(inputs_embeds=embeddings.requires_grad_(), labels=tokens, use_cache=False).loss
-    held = sum(size for storage, size in handed.items() if not storage.expired())
-    del loss
-    return held
+    return saved_bytes(model, {"inputs_embeds": embeddings.requires_grad_(), "labels": tokens, "use_cache": False})
 
 
-def run(chosen: list[ExpertCase], lengths: list[int], rows: int, rounds: int, layers: int, *, peft: bool) -> Any:
+def run(cases: list[ExpertCase], lengths: list[int], rows: int, rounds: int, layers: int, *, peft: bool) -> Any:
     """Measure; one row a case and length, of which 1 stands for decoding."""
     base = base_model(layers)
     found: list[report.Row] = []
     for length in lengths:
         decodes = length == 1
-        make: Callable[[Any], Callable[[], None]] = (
-            (lambda model: make_decoding(model, rows))
-            if decodes
-            else (lambda model, length=length: make_step(model, rows, length))  # type: ignore[misc]
-        )
-        for case in chosen:
+        make: Callable[[Any], Callable[[], None]]
+        make = partial(make_decoding, rows=rows) if decodes else partial(make_step, rows=rows, length=length)
+        for case in cases:
             sides = ["ours", "peft"] if peft and case.in_peft else ["ours"]
             models = {side: case.adapted(base, side) for side in sides}
             variants = {name: make(base) for name in FROZEN} | {side: make(model) for side, model in models.items()}
@@ -195,8 +178,7 @@ def main(
 ) -> None:
     """Adapters on experts, in multiples of the frozen model: LoRA, DoRA, dropout; ours and PEFT's."""
     torch.set_num_threads(threads)
-    wanted = [CASES[name.strip()] for name in cases.split(",") if name.strip()] or list(CASES.values())
-    rows = run(wanted, [int(length) for length in lengths.split(",")], batch, rounds, layers, peft=peft)
+    rows = run(chosen(CASES, cases), [int(length) for length in lengths.split(",")], batch, rounds, layers, peft=peft)
     columns = {
         "case": "case",
         "length": "tokens a row",

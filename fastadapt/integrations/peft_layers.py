@@ -329,7 +329,9 @@ class Accelerated(nn.Module):
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, AdapterForm]:
         base: Any = self._modules["base_layer"]
-        weight, bias = lent_weight(base, dtype) if lends(base) else self.operand, base._parameters["bias"]
+        # A call that a layer with a weight of its own is spared, as in AdapterLinear.
+        lent = type(base._parameters["weight"]) is not nn.Parameter and lends(base)
+        weight, bias = lent_weight(base, dtype) if lent else self.operand, base._parameters["bias"]
         return weight, stacked([self._form(name, weight, bias) for name in self._names], bias)
 
     def _scaling(self, name: str) -> Any:

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,14 +49,8 @@ def promised_weight(base: nn.Module) -> Tensor:
     rows, columns = getattr(base, "out_features", None), getattr(base, "in_features", None)
     if not isinstance(rows, int) or not isinstance(columns, int):
         rows, columns = weight.shape
-
-    def make() -> Tensor:
-        found = dequantized(base)
-        assert found is not None
-        return found
-
     like = torch.empty(0, dtype=_dtype(weight), device=weight.device)
-    return promised(rows, columns, like, Promise(tuple(stored([weight])), make))
+    return promised(rows, columns, like, Promise(tuple(stored([weight])), partial(_values, base)))
 
 
 def lends(base: nn.Module, x: Tensor | None = None) -> bool:
@@ -84,13 +79,16 @@ _FEWEST_ROWS = 256
 
 def lent_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """The dequantised weight [out, in] of a layer that `lends`, for the time of a call: see `promise.made_again`."""
+    weight: Any = base._parameters["weight"]
+    make = partial(_values, base, dtype)
+    return lent(make(), Promise(tuple(stored([weight])), make))
 
-    def make() -> Tensor:
-        found = dequantized(base)
-        assert found is not None
-        return found.to(dtype)
 
-    return lent(make(), Promise(tuple(stored([base._parameters["weight"]])), make))  # type: ignore[list-item]
+def _values(base: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight of a layer that `is_quantized`, in the dtype that its library gives or in another one."""
+    found = dequantized(base)
+    assert found is not None
+    return found if dtype is None else found.to(dtype)
 
 
 def count_of_values(weight: Tensor) -> int:
@@ -115,8 +113,7 @@ def requantized(base: nn.Module, weight: Tensor, bias: nn.Parameter | None) -> t
         )
     with torch.no_grad():
         requantize(layer, old, weight)
-        found = dequantized(layer)
-        assert found is not None
+        found = _values(layer)
         return layer, float((found - weight).norm() / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny))
 
 

@@ -6,19 +6,10 @@ import torch
 from torch import Tensor
 
 from ..layers.promise import PROMISE, Promise
+from ..operators.arithmetic import divisor
 from ..operators.registry import sees_operators
 from ..operators.weight_norm.function import row_squares, weight_norm, weight_norm_squared
 from ..staleness import Kept, content
-
-# The least fp32 number above zero.
-_LEAST = 2.0**-149
-
-
-def divisor(norm: Tensor) -> Tensor:
-    """Norms by rows [N] as m is divided by them: a row of zeros, as a head has that is tied to an embedding with
-    padding, has the least norm there is in the place of none. Of an m that is zero as well, m / n is then zero, and of
-    another one infinite."""
-    return norm.clamp(min=_LEAST)
 
 
 def row_norm(kept: Kept, weight: Tensor, A: Tensor, B: Tensor, scaling: float, *, changing: bool) -> Tensor:

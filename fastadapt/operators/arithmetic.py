@@ -165,3 +165,14 @@ def column_dots(dy: Tensor, z: Tensor) -> Tensor:
     for rows in row_blocks(*dy.shape):
         dots += (dy[rows].to(dtype) * z[rows]).sum(0)
     return dots
+
+
+# The least fp32 number above zero.
+_LEAST = 2.0**-149
+
+
+def divisor(norm: Tensor) -> Tensor:
+    """Norms by rows as m is divided by them: a row of zeros, as a head has that is tied to an embedding with padding,
+    has the least norm there is in the place of none. Of an m that is zero as well, m / n is then zero, and of another
+    one infinite."""
+    return norm.clamp(min=_LEAST)

@@ -20,9 +20,9 @@ from ..layers.layer import Adapter
 from ..layers.ways import shape_alone
 from ..methods import AdapterConfig
 from ..methods.patterns import time_limit
-from ..methods.row_norm import divisor
 from ..model.targets import base_modules
 from ..model.untrusted import DEFAULT_LIMITS, Limits, refused
+from ..operators.arithmetic import divisor
 from ..reference import AdapterForm
 from .loader import check_adapter, served_form
 
@@ -60,7 +60,7 @@ class PartForm(NamedTuple):
     def finished(self, norm: Tensor | None) -> AdapterForm:
         """The form with g = m / n, and h scaled by it. Shapes: norm n [rows], that of W0 + diag(h) B diag(d) A.
 
-        Of a row of zeros n is the least number there is, as for a model: see methods.row_norm.divisor.
+        Of a row of zeros n is the least number there is, as for a model: see arithmetic.divisor.
         """
         if self.magnitude is None:
             return self.form

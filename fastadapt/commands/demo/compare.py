@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ def largest_difference(first: Any, second: Any, batch: Batch) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def saved_bytes(model: Any, batch: Batch) -> int:
+def saved_bytes(model: Any, batch: Mapping[str, Any]) -> int:
     """Bytes that autograd holds between a training forward of `model` on `batch` and its backward.
 
     Storages count once, whatever views of them are saved. The model's own parameters and buffers do not count: they are

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arithmetic import cast, row_blocks, sum_dtype
+from ..arithmetic import cast, divisor, row_blocks, sum_dtype
 from .parameters import Experts, Grads, Keep, Outputs, Saved, Wants
 from .segments import Segments
-
-# The least fp32 number above zero, in the place of the norm of a row of zeros.
-_LEAST = 2.0**-149
 
 
 def expert_linear(x: Tensor, x_dropped: Tensor | None, offsets: Tensor, experts: Experts, keep: Keep) -> Outputs:
@@ -69,7 +66,7 @@ def expert_norm(experts: Experts, base_squared: Tensor, products: Tensor) -> Ten
     square = (A @ A.mT).expand(len(products), -1, -1)
     inner = torch.baddbmm(products, square, B.expand(len(products), -1, -1), beta=2.0 * s, alpha=s * s)
     squared = (inner * B).sum(1).add_(base_squared)
-    return squared.clamp_(min=0.0).sqrt_().clamp_(min=_LEAST)
+    return divisor(squared.clamp_(min=0.0).sqrt_())
 
 
 def base_products(weight: Tensor, A: Tensor) -> Tensor:
