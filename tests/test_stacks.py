@@ -17,6 +17,7 @@ from fastadapt import AdapterForm, functional
 from fastadapt.operators.multi_adapter_linear import plan
 from fastadapt.operators.multi_adapter_linear.batch import AdapterBatch
 from fastadapt.operators.multi_adapter_linear.eager import FormRun, SharedRuns, StackedRuns
+from fastadapt.operators.multi_adapter_linear.packed import Columns, PackedUpdate
 from fastadapt.operators.multi_adapter_linear.stacks import FormStacks
 from fastadapt.reference import multi_adapter_linear_reference
 
@@ -124,6 +125,32 @@ def test_slices_of_one_product_on_pages(bias: bool, dtype: torch.dtype, backend:
         assert_follows(of_rows, formula, dtype)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_what_is_found_beforehand_gives_the_same(batch: str, dtype: torch.dtype) -> None:
+    """Two layers of one product, called twice for one batch; an engine fills it up with rows of nobody."""
+    N, K, spare = (20, 28), 24, 3
+    ids = [slot for slot, tokens in BATCHES[batch] for _ in range(tokens)]
+    found = AdapterBatch(ids)
+    stacks = [stacked(make_forms(n, K, None), (n, K), dtype) for n in N]
+    stacks[1].clear(0)
+    x = normal(len(ids) + spare, K, seed=21).to(dtype)
+    before = x @ normal(K, sum(N), seed=20, std=K**-0.5).to(dtype)
+    b0 = normal(sum(N), seed=22).to(dtype)
+    update = PackedUpdate(found, [Columns(0, 20, stacks[0].layer), Columns(20, 48, stacks[1].layer)], dtype)
+    assert update.idle == (not set(ids) - {-1})
+    assert update.scales == bool(set(ids) & {2, 4, 7, 8, 10})
+    for _ in range(2):
+        y, expected = before.clone(), before.clone()
+        update(y, x, b0)
+        ys = expected[: len(ids)].split(N, 1)
+        functional.multi_adapter_update(ys, x[: len(ids)], [None, None], found, [part.layer for part in stacks])
+        assert torch.equal(y, expected + b0)
+    if ids:
+        with pytest.raises(ValueError, match=f"x has {len(ids) - 1} tokens .* but the batch has {len(ids)}"):
+            update(y[1:], x[: len(ids) - 1])
+
+
 def test_a_new_batch_copies_no_factor() -> None:
     N, K = 20, 24
     stacks = stacked(make_forms(N, K, None), (N, K), torch.float32)
@@ -156,6 +183,24 @@ def test_a_new_batch_stacks_no_vector_and_looks_once_for_what_goes_together(monk
             steps = plan.plan(batch, layer.forms, torch.float32)
             assert sorted(type(step).__name__ for step in steps) == ["SharedRuns", "StackedRuns"]
         assert len(looked) == 1
+
+
+def test_layers_that_read_one_x_cast_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    N, K = 20, 24
+    layers = [stacked(make_forms(N, K, None), (N, K), torch.bfloat16).layer for _ in range(3)]
+    x, y = normal(8, K, seed=21).bfloat16(), torch.zeros(8, 3 * N, dtype=torch.bfloat16)
+    columns = [Columns(place * N, place * N + N, layer) for place, layer in enumerate(layers)]
+    cast: list[torch.Size] = []
+    to = Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda own, *args: cast.append(own.shape) or to(own, *args))
+    for ids in ([0] * 8, [0, 1, 3, 9, 0, 1, 3, 9]):
+        counts = []
+        for some in (columns[:1], columns):
+            update = PackedUpdate(AdapterBatch(ids), some, torch.bfloat16)
+            cast.clear()
+            update(y, x)
+            counts.append(len([shape for shape in cast if shape[-1] == K]))
+        assert counts[0] == counts[1] > 0
 
 
 def test_layers_that_differ_are_looked_at_each() -> None:

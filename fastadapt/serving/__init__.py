@@ -2,6 +2,7 @@
 
 from ..model.untrusted import AdapterError, Limits
 from ..operators.multi_adapter_linear.batch import AdapterBatch
+from ..operators.multi_adapter_linear.packed import Columns, PackedUpdate
 from ..operators.multi_adapter_linear.stacks import FormStacks
 from .entries import AdapterInfo
 from .loader import LoadedAdapter, adapter_directory, read_adapter
@@ -14,11 +15,13 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "AdapterPool",
+    "Columns",
     "FormStacks",
     "LayerShape",
     "Limits",
     "LoadedAdapter",
     "MultiAdapterModel",
+    "PackedUpdate",
     "PartForm",
     "PoolFullError",
     "ShapedAdapter",

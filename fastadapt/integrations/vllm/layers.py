@@ -16,9 +16,8 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from ...functional import multi_adapter_update
 from ...reference import AdapterForm
-from ...serving import FormStacks, LayerShape, Shard
+from ...serving import AdapterBatch, Columns, FormStacks, LayerShape, PackedUpdate, Shard
 from .shards import Piece, rows_of
 
 # vLLM's classes that get a fast kind. Those of fully sharded LoRAs do not: see FastWorkerManager.
@@ -85,9 +84,8 @@ class FastLinear(nn.Module):
     input_size: int
     device: torch.device
     slices: Sequence[Slice] = ()
-    # Slots that have an adapter in this layer, and of these those with a g.
-    _adapted: frozenset[int] = frozenset()
-    _scaled: frozenset[int] = frozenset()
+    _batch: AdapterBatch | None = None
+    _update: PackedUpdate
     _squares: Tensor | None = None
 
     @classmethod
@@ -133,7 +131,7 @@ class FastLinear(nn.Module):
     def reset_lora(self, index: int) -> None:
         for part in self.slices:
             part.stacks.clear(index)
-        self._look()
+        self._batch = None
 
     @outside_inference
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
@@ -143,28 +141,29 @@ class FastLinear(nn.Module):
         for part, form in zip(self.slices, forms, strict=True):
             if form is not None:
                 part.stacks.write(index, form)
-        self._look()
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        batch, present = self.punica_wrapper.batch, self.punica_wrapper.slots
-        if self._adapted.isdisjoint(present):
-            product: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, bias)
-            return product
+        batch = self.punica_wrapper.batch
+        update = self._update if batch is self._batch else self._updated(batch)
+        base: Any = self._modules["base_layer"]
+        product: Callable[..., Tensor] = base.quant_method.apply
+        if update.idle:
+            return product(base, x, bias)
         # A g scales the product alone: then the bias comes behind it, for all slices.
-        plain = None if self._scaled.isdisjoint(present) else bias
-        y: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, bias if plain is None else None)
-        rows, tokens = y.view(-1, y.shape[-1]), len(batch)
-        if plain is not None:
-            rows[tokens:].add_(plain)  # rows of nobody, where the engine fills up a batch
-        parts = [part for part in self.slices if plain is not None or part.stacks.layer.forms]
-        multi_adapter_update(
-            [rows[:tokens, part.start : part.stop] for part in parts],
-            x.reshape(-1, x.shape[-1])[:tokens],
-            [None if plain is None else plain[part.start : part.stop] for part in parts],
-            batch,
-            [part.stacks.layer for part in parts],
+        y = product(base, x, None if update.scales else bias)
+        flat = y.dim() == 2
+        update(
+            y if flat else y.view(-1, y.shape[-1]),
+            x if flat else x.reshape(-1, x.shape[-1]),
+            bias if update.scales else None,
         )
         return y
+
+    def _updated(self, batch: AdapterBatch) -> PackedUpdate:
+        """What is done for a batch, kept until another one comes, or another adapter."""
+        columns = [Columns(part.start, part.stop, part.stacks.layer) for part in self.slices]
+        self._batch, self._update = batch, PackedUpdate(batch, columns, self.base_layer.params_dtype)
+        return self._update
 
     def products(self, A: Tensor) -> Tensor:
         """W0 Aᵀ of what is here of the weight, in A's dtype. Shapes: A [r, columns]; result [outputs, r]."""
@@ -188,11 +187,6 @@ class FastLinear(nn.Module):
     def forget(self) -> None:
         """Drops what was made of the weight, which may be another now."""
         self._squares = None
-
-    def _look(self) -> None:
-        forms = [item for part in self.slices for item in part.stacks.layer.forms.items()]
-        self._adapted = frozenset(slot for slot, _ in forms)
-        self._scaled = frozenset(slot for slot, form in forms if form.base_scale is not None)
 
     def _of_factors(self, lora_a: Any, lora_b: Any) -> list[AdapterForm | None]:
         """Forms of vLLM's factors: of whole layers, or in its warm-up of what is here of them."""

@@ -11,13 +11,12 @@ from ...serving import AdapterBatch
 
 
 class FastPunica(PunicaWrapperCPU):
-    """batch: the slot of each token. slots: those that are in it. others: whether a resident adapter has weights for
-    an embedding, the head or experts, which stay with vLLM; where none has, these cost nothing."""
+    """batch: the slot of each token. others: whether a resident adapter has weights for an embedding, the head or
+    experts, which stay with vLLM; where none has, these cost nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.batch = AdapterBatch(())
-        self.slots: frozenset[int] = frozenset()
         self.others = False
 
     def update_metadata(self, mapping: Any, lora_index_to_id: Any, *args: Any, **kwargs: Any) -> None:
@@ -25,7 +24,6 @@ class FastPunica(PunicaWrapperCPU):
         slots = {name: slot for slot, name in enumerate(lora_index_to_id) if name is not None}
         slots[0] = -1
         self.batch = AdapterBatch([slots[name] for name in mapping.index_mapping])
-        self.slots = frozenset(self.batch.adapter_ids) - {-1}
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.others:

@@ -108,12 +108,29 @@ def apply_all(
         else:
             start, stop, form = step
             whole = stop - start == x.shape[0]
-            _apply(y if whole else y[start:stop], x if whole else x[start:stop], biased, form)
+            rows, own = (y, x) if whole else (y[start:stop], x[start:stop])
+            _apply(rows, own, _thin(own, step, memory), biased, form)
+
+
+def _thin(x: Tensor, run: FormRun, memory: dict[Any, Tensor]) -> Tensor:
+    """x of the run as products with its factors take it: cast for all layers at once where that is not its dtype."""
+    A = run.form.A
+    if not A or A[0].dtype == x.dtype:
+        return x
+    dtype = thin_dtype(x.shape[0], x.dtype, x.is_cpu)
+    if dtype == x.dtype:
+        return x
+    key = (run.start, run.stop, dtype)
+    if key not in memory:
+        memory[key] = x.to(dtype)
+    return memory[key]
 
 
 def rows_at(tensor: Tensor, rows: slice | Tensor) -> Tensor:
     """The rows: a slice is a view, an index a copy."""
-    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+    if isinstance(rows, slice):
+        return tensor if rows.stop - rows.start == tensor.shape[0] else tensor[rows]
+    return tensor.index_select(0, rows)
 
 
 def _apply_stacked(
@@ -182,8 +199,8 @@ def _apply_shared(
         y.index_copy_(0, run.tokens, own)
 
 
-def _apply(y: Tensor, x: Tensor, biased: tuple[Tensor | None, Tensor] | None, form: SlotForm) -> None:
-    """Makes of the base layer's y the adapter's, in place."""
+def _apply(y: Tensor, x: Tensor, thin: Tensor, biased: tuple[Tensor | None, Tensor] | None, form: SlotForm) -> None:
+    """Makes of the base layer's y the adapter's, in place. thin: x as products with the factors take it."""
     if form.out_scale is not None and x.dtype is torch.float16:
         # What h takes back may be beyond fp16 before that.
         up = tuple([cast(part * form.out_scale, x.dtype) for part in form.B])
@@ -196,8 +213,7 @@ def _apply(y: Tensor, x: Tensor, biased: tuple[Tensor | None, Tensor] | None, fo
     tied = form.tied
     if g is not None and not tied:
         scaled(y, g, None, keep=False)
-    if form.A and form.A[0].dtype != x.dtype:
-        x = cast(x, thin_dtype(x.shape[0], x.dtype, x.is_cpu))
+    x = thin
     # What is summed up in y itself is rounded at y's size each time: a product of one row with every term, one in parts
     # with every part.
     if y.shape[0] > 1 and len(form.A) == 1 and x.dtype == y.dtype and (h is None or tied):
