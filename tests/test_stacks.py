@@ -137,7 +137,7 @@ def test_what_is_found_beforehand_gives_the_same(batch: str, dtype: torch.dtype)
     x = normal(len(ids) + spare, K, seed=21).to(dtype)
     before = x @ normal(K, sum(N), seed=20, std=K**-0.5).to(dtype)
     b0 = normal(sum(N), seed=22).to(dtype)
-    update = PackedUpdate(found, [Columns(0, 20, stacks[0].layer), Columns(20, 48, stacks[1].layer)], dtype)
+    update = PackedUpdate(found, [Columns(0, 20, stacks[0]), Columns(20, 48, stacks[1])], dtype)
     assert update.idle == (not set(ids) - {-1})
     assert update.scales == bool(set(ids) & {2, 4, 7, 8, 10})
     for _ in range(2):
@@ -187,7 +187,7 @@ def test_a_new_batch_stacks_no_vector_and_looks_once_for_what_goes_together(monk
 
 def test_layers_that_read_one_x_cast_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     N, K = 20, 24
-    layers = [stacked(make_forms(N, K, None), (N, K), torch.bfloat16).layer for _ in range(3)]
+    layers = [stacked(make_forms(N, K, None), (N, K), torch.bfloat16) for _ in range(3)]
     x, y = normal(8, K, seed=21).bfloat16(), torch.zeros(8, 3 * N, dtype=torch.bfloat16)
     columns = [Columns(place * N, place * N + N, layer) for place, layer in enumerate(layers)]
     cast: list[torch.Size] = []

@@ -161,7 +161,7 @@ class FastLinear(nn.Module):
 
     def _updated(self, batch: AdapterBatch) -> PackedUpdate:
         """What is done for a batch, kept until another one comes, or another adapter."""
-        columns = [Columns(part.start, part.stop, part.stacks.layer) for part in self.slices]
+        columns = [Columns(part.start, part.stop, part.stacks) for part in self.slices]
         self._batch, self._update = batch, PackedUpdate(batch, columns, self.base_layer.params_dtype)
         return self._update
 

@@ -106,7 +106,8 @@ class AdapterBatch:
         if len(self.groups) != len(self.adapter_ids):
             raise ValueError(f"groups must have one entry a row, got {len(self.groups)} for {len(self.adapter_ids)}")
         self.plans: dict[Any, Any] = {}  # of the eager implementation, by layer
-        self.gathered: dict[Any, Any] = {}  # what layers have in common, by the places of their forms
+        self.copied = 0  # bytes, by those plans
+        self.gathered: dict[Any, Any] = {}  # what layers have in common, by the arrangement of their forms
         self._sorted: dict[torch.device, SortedTokens] = {}
         self.runs: list[Run] = []
         row = 0
@@ -198,6 +199,29 @@ class SlotForm(NamedTuple):
     def tied(self) -> bool:
         """Whether base_scale multiplies the sum of both paths."""
         return self.base_scale is not None and self.out_scale is self.base_scale
+
+
+class Arrangement:
+    """Where the forms of a layer lie, by slot, and which of them have a g: layers that are arranged alike go the same
+    way in a batch. Hashed once, as it is looked up at every step of an engine."""
+
+    __slots__ = ("_hash", "_places")
+
+    def __init__(self, forms: Mapping[int, SlotForm]) -> None:
+        self._places = tuple([(slot, form.place, form.base_scale is None) for slot, form in sorted(forms.items())])
+        self._hash = hash(self._places)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Arrangement) and self._places == other._places)
+
+
+class StackedForms(dict[int, SlotForm]):
+    """The forms of one layer in stacks, by slot, and their arrangement, which who changes them sees to."""
+
+    arrangement = Arrangement({})
 
 
 def added_bias(bias: Tensor | None, base_bias: Tensor | None) -> Tensor | None:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .batch import AdapterBatch, LayerForms
+from .batch import AdapterBatch
 from .eager import Step, apply_all
-from .plan import plan
+from .plan import outline, stacked_steps
+from .stacks import FormStacks
 
 
 class Columns(NamedTuple):
@@ -22,7 +23,7 @@ class Columns(NamedTuple):
 
     start: int
     stop: int
-    forms: LayerForms
+    stacks: FormStacks
 
 
 class PackedUpdate:
@@ -39,7 +40,7 @@ class PackedUpdate:
     >>> forms.write(0, AdapterForm(torch.randn(4, 16), torch.randn(8, 4)))
     >>> x, batch = torch.randn(3, 16), AdapterBatch([0, -1, 0])
     >>> y, expected = layer(x).detach(), layer(x).detach()
-    >>> PackedUpdate(batch, [Columns(0, 8, forms.layer)], torch.float32)(y, x)
+    >>> PackedUpdate(batch, [Columns(0, 8, forms)], torch.float32)(y, x)
     >>> multi_adapter_update([expected[:, :8]], x, [None], batch, [forms.layer])
     >>> torch.equal(y, expected)
     True
@@ -48,12 +49,11 @@ class PackedUpdate:
     def __init__(self, batch: AdapterBatch, layers: Sequence[Columns], dtype: torch.dtype) -> None:
         self.tokens = len(batch)
         self._parts: list[tuple[int, int, Sequence[Step]]] = []
-        present = frozenset(batch.adapter_ids)
         self.scales = False
-        for start, stop, (forms, _, _) in layers:
-            if steps := plan(batch, forms, dtype):
+        for start, stop, stacks in layers:
+            if steps := stacked_steps(batch, stacks.forms, dtype):
                 self._parts.append((start, stop, steps))
-                self.scales |= any([forms[slot].base_scale is not None for slot in present & forms.keys()])
+                self.scales |= outline(batch, stacks.forms).scales
 
     @property
     def idle(self) -> bool:

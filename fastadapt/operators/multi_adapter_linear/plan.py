@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import cast, thin_dtype
-from .batch import PAGE_RANKS, AdapterBatch, FormEntry, FormTables, Place, SlotForm, SortedTokens
+from .batch import PAGE_RANKS, AdapterBatch, FormEntry, FormTables, Place, Run, SlotForm, SortedTokens, StackedForms
 from .eager import FormRun, SharedRuns, StackedRuns, Step, rows_at
 
 # A batch may keep copies of factors up to this many bytes.
@@ -107,36 +107,65 @@ class _Shared(NamedTuple):
 Group = _Stacked | _Shared
 
 
+class _Outline(NamedTuple):
+    """What a batch does in layers whose forms in stacks are arranged alike: groups with the slot of one of their runs,
+    and the runs that stay by themselves. scales: whether one of them has a g."""
+
+    groups: list[tuple[Group, int]]
+    runs: list[Run]
+    scales: bool
+
+
 def plan(batch: AdapterBatch, forms: Mapping[int, SlotForm], dtype: torch.dtype) -> list[Step]:
     """What a layer with these forms does for a batch; kept in the batch for as long as its adapters stay the same."""
     kept: _Plan | None = batch.plans.get((id(forms), dtype))
     if kept is None or kept.forms is not forms or any([forms.get(slot) is not form for slot, form in kept.used]):
-        used = {run.slot: forms.get(run.slot) for run in batch.runs}
-        found = [(start, stop, used[slot]) for start, stop, slot in batch.runs]
-        runs = [FormRun(start, stop, form) for start, stop, form in found if form is not None]
-        places = tuple([() if form is None else form.place for form in used.values()])
-        groups = batch.gathered.get(places)
-        if groups is None:
-            groups = batch.gathered[places] = _groups(runs, batch.tokens)
-        spare = _COPIED_BYTES - sum([plan.copied for plan in batch.plans.values()])
-        steps, left = together(runs, batch.tokens, dtype, spare, groups)
-        kept = batch.plans[id(forms), dtype] = _Plan(forms, list(used.items()), steps, spare - left)
+        batch.copied -= 0 if kept is None else kept.copied
+        left = spare = _COPIED_BYTES - batch.copied
+        if isinstance(forms, StackedForms):
+            steps = stacked_steps(batch, forms, dtype)
+        else:
+            runs = [FormRun(start, stop, forms[slot]) for start, stop, slot in batch.runs if slot in forms]
+            steps, left = together(runs, batch.tokens, dtype, spare)
+        used = [(slot, forms.get(slot)) for slot in {run.slot for run in batch.runs}]
+        kept = batch.plans[id(forms), dtype] = _Plan(forms, used, steps, spare - left)
+        batch.copied += kept.copied
     return kept.steps
 
 
-def together(
-    runs: Sequence[FormRun], tokens: int, dtype: torch.dtype, limit: int = _COPIED_BYTES, groups: Sequence[Group] = ()
-) -> tuple[list[Step], int]:
-    """The same work in fewer steps, for rows of `tokens` tokens; and what is left of `limit`, the bytes that copies of
-    factors may take.
+def stacked_steps(batch: AdapterBatch, forms: StackedForms, dtype: torch.dtype) -> list[Step]:
+    """What a layer with these forms does for a batch: nothing is copied, and what goes together is found once for all
+    layers that are arranged alike."""
+    groups, runs, _ = outline(batch, forms)
+    steps: list[Step] = [group.step(forms[slot], dtype) for group, slot in groups]
+    steps += [FormRun(start, stop, forms[slot]) for start, stop, slot in runs]
+    return steps
 
-    groups: of the runs whose forms are in stacks. Of the others, those of a pair with a g or a bias stay by themselves.
-    """
-    steps: list[Step] = [group.step(runs[group.members[0]].form, dtype) for group in groups]
-    gathered = {runs[number].start for group in groups for number in group.members}
-    if len(gathered) == len(runs):
-        return steps, limit
-    loose = [run for run in runs if run.form.place is None and run.form.A]
+
+def outline(batch: AdapterBatch, forms: StackedForms) -> _Outline:
+    """What a batch does in layers that are arranged as this one; kept in the batch."""
+    found: _Outline | None = batch.gathered.get(forms.arrangement)
+    if found is None:
+        runs = [run for run in batch.runs if run.slot in forms]
+        own = [FormRun(start, stop, forms[slot]) for start, stop, slot in runs]
+        groups = _groups(own, batch.tokens)
+        taken = {number for group in groups for number in group.members}
+        found = batch.gathered[forms.arrangement] = _Outline(
+            [(group, runs[group.members[0]].slot) for group in groups],
+            [run for number, run in enumerate(runs) if number not in taken],
+            any([run.form.base_scale is not None for run in own]),
+        )
+    return found
+
+
+def together(
+    runs: Sequence[FormRun], tokens: int, dtype: torch.dtype, limit: int = _COPIED_BYTES
+) -> tuple[list[Step], int]:
+    """The same work in fewer steps, for rows of `tokens` tokens, of forms that are in no stacks; and what is left of
+    `limit`, the bytes that copies of factors may take. Those of a pair with a g or a bias stay by themselves."""
+    steps: list[Step] = []
+    gathered: set[int] = set()
+    loose = [run for run in runs if run.form.A]
     single = [run for run in loose if run.stop - run.start == 1 and run.form.mid_scale is None]
     for members in _stacks(single):
         first = members[0].form

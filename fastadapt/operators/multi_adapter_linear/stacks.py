@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...reference import AdapterForm
-from .batch import FormStack, LayerForms, Place, SlotForm, added_bias
+from .batch import Arrangement, FormStack, LayerForms, Place, SlotForm, StackedForms, added_bias
 from .plan import stack_dtype
 
 _LEAST_RANK = 8
@@ -29,10 +29,15 @@ class FormStacks:
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.shape = shape
         self.dtype = stack_dtype(dtype, torch.device("cpu"))
-        self._forms: dict[int, SlotForm] = {}
+        self._forms = StackedForms()
         self._layer = LayerForms(self._forms, None, 0)
         self._stacks: dict[object, FormStack] = {}  # by name
         self._free: dict[object, list[int]] = {}  # parts of a stack
+
+    @property
+    def forms(self) -> StackedForms:
+        """By slot."""
+        return self._forms
 
     @property
     def layer(self) -> LayerForms:
@@ -68,6 +73,7 @@ class FormStacks:
             entry = _entry(form, base_bias)
             self.clear(slot)
             self._forms[slot] = self._stacked(entry) if entry.rank else entry
+            self._forms.arrangement = Arrangement(self._forms)
 
     def clear(self, slot: int) -> None:
         """Makes a slot the base model's."""
@@ -77,6 +83,8 @@ class FormStacks:
             self._free[name].append(form.place.part)
             if len(self._free[name]) == _size(self._stacks[name]):  # nobody is left
                 del self._stacks[name], self._free[name]
+        if form is not None:
+            self._forms.arrangement = Arrangement(self._forms)
 
     def _stacked(self, entry: SlotForm) -> SlotForm:
         """The form as a part of the stack that it goes into, which grows for it where it is full."""
