@@ -160,6 +160,24 @@ def test_an_rslora_keeps_its_scale_in_kohyas_layout(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("through", ["peft", "diffusers", "kohya"])
+def test_a_whole_number_stays_one(through: str, tmp_path: Path) -> None:
+    """diffusers writes alpha as an int64, kohya as a float in the dtype of the factors."""
+    base = save_weights(unet(), tmp_path / "base" / "model.safetensors")
+    for alphas in ((4, 7), (4.0, 7.5)):
+        tensors: dict[str, Tensor] = {}
+        for seed, (name, alpha) in enumerate(zip(["to_q", "to_k"], alphas, strict=True)):
+            A, B = factors(unet().get_submodule(f"{BLOCK}.{name}"), 2, seed)
+            tensors |= kohya(f"{BLOCK}.{name}", A, B, alpha=torch.tensor(alpha))
+        there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+        save_file(tensors, there, metadata={"format": "pt"})
+        between = tmp_path / f"between {alphas[0]}{'.safetensors' * (through == 'kohya')}"
+        convert(there, between, "--to", through, "--model", base)
+        more = {"peft": ["--component", "unet"], "diffusers": [], "kohya": ["--model", base]}[through]
+        convert(between, back, "--to", "kohya", "--force", *more)
+        assert back.read_bytes() == there.read_bytes()
+
+
 def test_an_alpha_that_the_dtype_cannot_hold_is_kept_in_a_wider_one(tmp_path: Path) -> None:
     there = saved(tmp_path / "peft", LoRAConfig(r=2, lora_alpha=0.1, target_modules=["to_q"]))
     convert(there, tmp_path / "k.safetensors", "--to", "kohya", "--component", "unet")
