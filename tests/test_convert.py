@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from fastadapt import AdaLoRAConfig, DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
+from fastadapt.commands import convert as convert_module
 from fastadapt.commands.cli import app
+from fastadapt.methods import patterns
 from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
+from fastadapt.serving import Limits
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -309,3 +312,16 @@ def test_what_is_there_is_replaced_on_demand_and_whole(tmp_path: Path, monkeypat
         assert (out.read_bytes() if out.is_file() else files(out)) != old
         assert torch.equal(load_adapter(unet(), out)(3), load_adapter(unet(), second)(3))
     assert files(first)[TENSOR_FILE] != files(second)[TENSOR_FILE]
+
+
+def test_a_file_of_strangers_takes_bounded_time_and_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = saved(tmp_path / "peft", LoRAConfig(r=2, target_modules=TO_Q))
+
+    def greedy(*args: Any, **kwargs: Any) -> Any:
+        assert patterns._left.get() == [Limits().max_pattern_seconds]
+        raise MemoryError("no room\nat all")
+
+    monkeypatch.setattr(convert_module, "_read", greedy)
+    assert "there is no room for what it asks for: no room" in refused(there, tmp_path / "out", "--to", "peft")

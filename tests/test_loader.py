@@ -27,6 +27,7 @@ from fastadapt import LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
 from fastadapt.methods import patterns
 from fastadapt.model import peft_files
 from fastadapt.model.adapted import adapter_layers
+from fastadapt.model.layouts import kohya
 from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE, of_one_save
 from fastadapt.model.targets import base_modules
 from fastadapt.model.untrusted import TensorFile, parse_header
@@ -612,6 +613,19 @@ def test_the_fuzz_run_reads_by_every_road(harness: fuzz.Harness, monkeypatch: py
         assert "not as before: modules, parameters" in harness.judge(case).detail
     fastadapt.unload(harness.model)
     assert harness.judge(case)[:2] == ("loaded", "")
+
+
+@pytest.mark.parametrize("method", ["lora", *fuzz.FOREIGN])
+def test_the_fuzz_run_compares_what_is_converted(
+    method: str, harness: fuzz.Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = fuzz.Case("bytes", method, [])
+    assert harness.judge(case)[:2] == ("loaded", "")
+    exact = kohya._exact
+    monkeypatch.setattr(kohya, "_exact", lambda alpha, like: exact(alpha, like) + 1)
+    outcome = harness.judge(case)
+    assert outcome.result == "finding"
+    assert outcome.detail.startswith("convert: ")
 
 
 def test_the_fuzz_run_tells_findings(harness: fuzz.Harness, monkeypatch: pytest.MonkeyPatch) -> None:
