@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_quantized import IDS, SIZES, relative
 from test_trainer import arguments, rows
-from tiny_models import llama
+from tiny_models import gpt2, llama
 from torch import Tensor
 
 import fastadapt
@@ -87,7 +87,7 @@ def test_the_script_trains_as_with_peft(dora: bool, dtype: torch.dtype, on_disk:
     assert relative(logits(theirs, training=dora), before) <= TOLERANCES[dtype]
 
 
-def trained(place: Path, targets: list[str] = TARGETS, **changes: Any) -> Any:
+def trained(place: Path, targets: str | list[str] = TARGETS, **changes: Any) -> Any:
     model = fastadapt.inject(base(place, **changes), LoRAConfig(r=4, target_modules=targets, init_lora_weights=False))
     return model.eval()
 
@@ -113,6 +113,18 @@ def test_a_model_that_is_merged_in_floating_point_is_saved_as_a_plain_one(
         assert model.is_quantized
         fastadapt.unmerge(model)
         assert relative(logits(model), before) <= TOLERANCES[dtype]
+
+
+def test_a_conv1d_that_was_quantised_as_a_linear_is_saved_as_what_it_was(tmp_path: Path) -> None:
+    gpt2(n_embd=64).save_pretrained(tmp_path / "base")
+    model = trained(tmp_path / "base", "all-linear")
+    before = logits(model)
+    fastadapt.merge(model, dequantize=True)
+    fastadapt.unload(model)
+    assert relative(logits(model), before) <= TOLERANCES[torch.float32]
+    model.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert relative(logits(again), before) <= TOLERANCES[torch.float32]
 
 
 def test_a_model_that_is_merged_into_four_bits_is_saved_as_a_quantised_one(on_disk: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from .ways import (
     is_offloaded,
     is_plain,
     plain_kind,
+    plain_layer,
     sample,
     undisturbed,
     weight_of,
@@ -401,8 +402,7 @@ class AdapterLayer(BaseLayerWrapper):
         if requantize:
             layer, rounded = requantized(base, weight, beta)
         else:
-            plain, rounded = nn.Parameter(self.from_matrix(weight), requires_grad=False), 0.0
-            layer = with_tensors(base, plain, beta, plain_kind(base, self.plain_forward))
+            layer, rounded = plain_layer(base, self.from_matrix(weight), beta, self.plain_forward), 0.0
         self.base_layer, self._unmerged = layer, (base, None, None)
         return rounded
 
