@@ -6,7 +6,7 @@ The edits know the format (fields and patterns of the config, JSON text, names, 
 tensors, the header, links and pipes in the place of files, names of directories) or only its bytes. A finding is
 whatever else happens: another exception, a refusal that our own checks did not make, a form that does not fit its
 layer, a file from outside the root, too much time or memory, and files, threads, random numbers or a model that are
-not as they were. Every case goes through the server's loader, load_adapter, merge and info. Some are files of
+not as they were. Every case goes through the server's loader, load_adapter, merge, info and convert. Some are files of
 diffusers, kohya and MLX, which load_adapter reads too and the server refuses.
 """
 
@@ -37,7 +37,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from rich.markup import escape
 from safetensors import SafetensorError
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 import fastadapt
@@ -56,6 +56,7 @@ from fastadapt import (
     VeRAConfig,
     save_adapter,
 )
+from fastadapt.commands.convert import convert_to
 from fastadapt.commands.info import describe_adapter
 from fastadapt.commands.report import write_json
 from fastadapt.methods import METHODS
@@ -656,6 +657,9 @@ METHOD_CONFIGS: dict[str, Any] = {
 }
 
 
+# The weights of the tiny model, beside the root, whose names tell its modules.
+BASE = "base.safetensors"
+
 # Layouts of other libraries, and the names of their files.
 FOREIGN = {
     "kohya": diffusers.FILE,
@@ -747,6 +751,7 @@ class Harness:
             self.valid[method] = tuple((self.root / "saved" / name).read_bytes() for name in (CONFIG_FILE, TENSOR_FILE))  # type: ignore[assignment]
             read_adapter(self.model, self.root / "saved")  # warms up, too
         self.valid |= foreign_files()
+        save_file(self.model.state_dict(), scratch / BASE)
 
     def draft(self, method: str) -> Draft:
         config, tensors = self.valid[method]
@@ -919,11 +924,49 @@ def _described(model: nn.Module, directory: Path) -> bool:
     return facts["fastadapt"].startswith("can load it")
 
 
+def _converted(model: nn.Module, directory: Path) -> bool:
+    """Into PEFT's layout, and from there into kohya's and back, where that holds it: all load as the same function."""
+    base = str(directory.parent.parent / BASE)
+    with tempfile.TemporaryDirectory(dir=directory.parent.parent) as scratch:
+        peft, kohya, again = (Path(scratch, name) for name in ("peft", "kohya.safetensors", "again"))
+        convert_to(directory, peft, "peft", base, None, False, _silent)
+        wanted = _merged_weights(model, directory)
+        found = [peft]
+        with contextlib.suppress(ValueError):
+            convert_to(peft, kohya, "kohya", None, "unet", False, _silent)
+        if kohya.exists():
+            convert_to(kohya, again, "peft", base, None, False, _silent)
+            found.append(again)
+        for place in found:
+            weights = _merged_weights(model, place)
+            if wanted.keys() != weights.keys():
+                raise AssertionError(f"{place.name} has other layers: {', '.join(wanted.keys() ^ weights.keys())}")
+            for path, weight in wanted.items():
+                torch.testing.assert_close(weights[path], weight, rtol=1e-4, atol=1e-5 * float(weight.abs().max()))
+    return True
+
+
+def _merged_weights(model: nn.Module, directory: Path) -> dict[str, Tensor]:
+    fastadapt.load_adapter(model, directory, limits=LIMITS)
+    try:
+        layers = adapter_layers(model)
+        return {
+            path: layer.merged_tensors(layer.weight_matrix, layer.merged_form())[0] for path, layer in layers.items()
+        }
+    finally:
+        fastadapt.unload(model)
+
+
+def _silent(message: str) -> None:
+    """What a command would tell of its progress."""
+
+
 # Whether what reads a directory takes it; the model is as it was afterwards.
 READERS: dict[str, Callable[[nn.Module, Path], bool]] = {
     "load_adapter": _loaded,
     "merge": _merged,
     "info": _described,
+    "convert": _converted,
 }
 
 

@@ -23,6 +23,7 @@ from fastadapt.commands.info import describe_adapter
 from fastadapt.model import saving
 from fastadapt.model.adapted import adapter_configs
 from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE, of_one_save, read_fields
+from fastadapt.model.untrusted import TensorFile, parse_header
 from fastadapt.serving.loader import read_adapter
 
 A = "base_model.model.q.lora_A.weight"
@@ -250,6 +251,10 @@ def test_a_config_that_was_edited_counts(between: bool, saved: Path) -> None:
     assert read_fields(saved)["lora_alpha"] == 6
 
 
+def parsed(content: bytes) -> TensorFile:
+    return TensorFile(content, parse_header(content, Path("x"), len(content)))
+
+
 def test_what_is_read_while_it_is_written_is_of_one_save(tmp_path: Path) -> None:
     """Whichever of six saves, of two configs, one of them twice, and a third, each step of a reader falls between."""
     model = inject(Model(), LoRAConfig(r=2, target_modules=["q", "v"]))
@@ -269,9 +274,11 @@ def test_what_is_read_while_it_is_written_is_of_one_save(tmp_path: Path) -> None
     for times in itertools.combinations_with_replacement(range(len(states)), 5):
         clock = iter([*times, *[len(states) - 1] * 10])
         config, tensors = of_one_save(
-            lambda name, clock=clock: states[next(clock)][name], lambda clock=clock: states[next(clock)][TENSOR_FILE]
+            lambda clock=clock: states[next(clock)][CONFIG_FILE],
+            lambda clock=clock: parsed(states[next(clock)][TENSOR_FILE]),
+            lambda clock=clock: states[next(clock)][TENSOR_FILE],
         )
-        assert config == versions[tensors]
+        assert config == versions[tensors.content]
 
 
 def test_the_same_adapter_is_the_same_bytes(saved: Path, tmp_path: Path) -> None:
@@ -284,9 +291,9 @@ def test_the_same_adapter_is_the_same_bytes(saved: Path, tmp_path: Path) -> None
 
 def test_a_directory_that_never_rests_is_refused_at_last(saved: Path) -> None:
     numbers = itertools.count()
-    content = {name: (saved / name).read_bytes() for name in (CONFIG_FILE, TENSOR_FILE)}
+    config, tensors = (saved / CONFIG_FILE).read_bytes(), parsed((saved / TENSOR_FILE).read_bytes())
     with pytest.raises(ValueError, match="change each time that they are read"):
-        of_one_save(content.__getitem__, lambda: next(numbers))
+        of_one_save(lambda: config, lambda: tensors, lambda: next(numbers))
 
 
 def test_peft_reads_what_says_its_own_config(saved: Path) -> None:

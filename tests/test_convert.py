@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from fastadapt import AdaLoRAConfig, DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
+from fastadapt.commands import convert as convert_module
 from fastadapt.commands.cli import app
+from fastadapt.methods import patterns
 from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE
+from fastadapt.serving import Limits
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -160,6 +163,24 @@ def test_an_rslora_keeps_its_scale_in_kohyas_layout(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("through", ["peft", "diffusers", "kohya"])
+def test_a_whole_number_stays_one(through: str, tmp_path: Path) -> None:
+    """diffusers writes alpha as an int64, kohya as a float in the dtype of the factors."""
+    base = save_weights(unet(), tmp_path / "base" / "model.safetensors")
+    for alphas in ((4, 7), (4.0, 7.5)):
+        tensors: dict[str, Tensor] = {}
+        for seed, (name, alpha) in enumerate(zip(["to_q", "to_k"], alphas, strict=True)):
+            A, B = factors(unet().get_submodule(f"{BLOCK}.{name}"), 2, seed)
+            tensors |= kohya(f"{BLOCK}.{name}", A, B, alpha=torch.tensor(alpha))
+        there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+        save_file(tensors, there, metadata={"format": "pt"})
+        between = tmp_path / f"between {alphas[0]}{'.safetensors' * (through == 'kohya')}"
+        convert(there, between, "--to", through, "--model", base)
+        more = {"peft": ["--component", "unet"], "diffusers": [], "kohya": ["--model", base]}[through]
+        convert(between, back, "--to", "kohya", "--force", *more)
+        assert back.read_bytes() == there.read_bytes()
+
+
 def test_an_alpha_that_the_dtype_cannot_hold_is_kept_in_a_wider_one(tmp_path: Path) -> None:
     there = saved(tmp_path / "peft", LoRAConfig(r=2, lora_alpha=0.1, target_modules=["to_q"]))
     convert(there, tmp_path / "k.safetensors", "--to", "kohya", "--component", "unet")
@@ -291,3 +312,16 @@ def test_what_is_there_is_replaced_on_demand_and_whole(tmp_path: Path, monkeypat
         assert (out.read_bytes() if out.is_file() else files(out)) != old
         assert torch.equal(load_adapter(unet(), out)(3), load_adapter(unet(), second)(3))
     assert files(first)[TENSOR_FILE] != files(second)[TENSOR_FILE]
+
+
+def test_a_file_of_strangers_takes_bounded_time_and_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = saved(tmp_path / "peft", LoRAConfig(r=2, target_modules=TO_Q))
+
+    def greedy(*args: Any, **kwargs: Any) -> Any:
+        assert patterns._left.get() == [Limits().max_pattern_seconds]
+        raise MemoryError("no room\nat all")
+
+    monkeypatch.setattr(convert_module, "_read", greedy)
+    assert "there is no room for what it asks for: no room" in refused(there, tmp_path / "out", "--to", "peft")

@@ -27,8 +27,10 @@ from fastadapt import LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter
 from fastadapt.methods import patterns
 from fastadapt.model import peft_files
 from fastadapt.model.adapted import adapter_layers
+from fastadapt.model.layouts import kohya
 from fastadapt.model.peft_files import CONFIG_FILE, TENSOR_FILE, of_one_save
 from fastadapt.model.targets import base_modules
+from fastadapt.model.untrusted import TensorFile, parse_header
 from fastadapt.serving import AdapterError, Limits, LoadedAdapter, adapter_directory, read_adapter
 from fastadapt.serving import loader as loader_module
 
@@ -322,7 +324,7 @@ def test_what_is_hashed_is_what_is_parsed(saved: Path, monkeypatch: pytest.Monke
     """Once both files have been found to be of one save nothing is read again: an exchange after that is not seen."""
     first = read_adapter(Model(), saved)
 
-    def exchanged(*args: Any) -> tuple[bytes, bytes]:
+    def exchanged(*args: Any) -> tuple[bytes, TensorFile]:
         found = of_one_save(*args)
         for name in (CONFIG_FILE, TENSOR_FILE):
             (saved / name).write_bytes(b"other")
@@ -613,6 +615,19 @@ def test_the_fuzz_run_reads_by_every_road(harness: fuzz.Harness, monkeypatch: py
     assert harness.judge(case)[:2] == ("loaded", "")
 
 
+@pytest.mark.parametrize("method", ["lora", *fuzz.FOREIGN])
+def test_the_fuzz_run_compares_what_is_converted(
+    method: str, harness: fuzz.Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = fuzz.Case("bytes", method, [])
+    assert harness.judge(case)[:2] == ("loaded", "")
+    exact = kohya._exact
+    monkeypatch.setattr(kohya, "_exact", lambda alpha, like: exact(alpha, like) + 1)
+    outcome = harness.judge(case)
+    assert outcome.result == "finding"
+    assert outcome.detail.startswith("convert: ")
+
+
 def test_the_fuzz_run_tells_findings(harness: fuzz.Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it is there to see, it sees: another exception, an accident, a hang, a change, a form that does not fit."""
     case = fuzz.Case("bytes", "lora", [])
@@ -656,6 +671,7 @@ def test_the_fuzz_run_tells_findings(harness: fuzz.Harness, monkeypatch: pytest.
 
 def test_the_header_is_checked_as_safetensors_writes_it() -> None:
     content = save({"a": torch.zeros(2, 3), "b": torch.zeros(0, dtype=torch.bfloat16)}, {"format": "pt"})
-    header = peft_files.parse_header(content, Path("x"))
-    assert {name: said["shape"] for name, said in header.items()} == {"a": [2, 3], "b": [0]}
-    assert peft_files.parse_tensors(content, Path("x"))["b"].dtype == torch.bfloat16
+    header = parse_header(content, Path("x"), len(content))
+    assert {name: said["shape"] for name, said in header.tensors.items()} == {"a": [2, 3], "b": [0]}
+    assert header.metadata == {"format": "pt"}
+    assert peft_files.parse_tensors(TensorFile(content, header), Path("x"))["b"].dtype == torch.bfloat16

@@ -6,6 +6,7 @@ import copy
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bench import page, train
 from bench import quantized as bench_quantized
 from bench.__main__ import main
 from fastadapt import (
+    AdaLoRAConfig,
     DoRAConfig,
     HiRAConfig,
     LoRAConfig,
@@ -33,6 +35,7 @@ from fastadapt import (
     merge,
     save_adapter,
     trainable_parameters,
+    unload,
     unmerge,
 )
 from fastadapt.commands import base_model
@@ -41,6 +44,7 @@ from fastadapt.commands.train import command
 from fastadapt.commands.train.options import Options
 from fastadapt.layers import dequantize as layers_dequantize
 from fastadapt.layers.dequantize import dequantized, is_quantized
+from fastadapt.methods import AdapterConfig
 from fastadapt.serving import MultiAdapterModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, at import and in 8-bit products
@@ -56,9 +60,12 @@ def by_quanto(model: nn.Module, kind: str) -> None:
 def by_torchao(model: nn.Module, kind: str) -> None:
     from torchao import quantization
 
+    options: dict[str, Any] = {}
+    if kind.startswith("Intx"):
+        options = {"weight_dtype": torch.int4, "granularity": quantization.PerGroup(32)}
     quantization.quantize_(
         model,
-        getattr(quantization, kind)(),
+        getattr(quantization, kind)(**options),
         filter_fn=lambda module, path: isinstance(module, nn.Linear) and path != "lm_head",
     )
 
@@ -68,8 +75,11 @@ KINDS: dict[str, tuple[Callable[[Any, str], Any], str, str]] = {
     "bitsandbytes int8": (bench_quantized.quantize, "int8", "bitsandbytes"),
     "quanto int8": (by_quanto, "qint8", "optimum.quanto"),
     "quanto int4": (by_quanto, "qint4", "optimum.quanto"),
+    "quanto fp8": (by_quanto, "qfloat8_e4m3fn", "optimum.quanto"),
+    "quanto fp8 e5m2": (by_quanto, "qfloat8_e5m2", "optimum.quanto"),
     "torchao int8": (by_torchao, "Int8WeightOnlyConfig", "torchao.quantization"),
     "torchao fp8": (by_torchao, "Float8WeightOnlyConfig", "torchao.quantization"),
+    "torchao int4": (by_torchao, "IntxWeightOnlyConfig", "torchao.quantization"),
 }
 # bitsandbytes' blocks want widths of multiples of 64.
 SIZES: dict[str, Any] = {
@@ -88,9 +98,13 @@ OTHERS: dict[str, Any] = {
     "adalora": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=TARGETS),
 }
 # What PEFT itself does not run there.
-REFUSED = {("vera", "torchao int8"), ("vera", "torchao fp8"), ("adalora", "quanto int8")}
+REFUSED = {
+    *[("vera", f"torchao {bits}") for bits in ("int8", "fp8", "int4")],
+    *[("adalora", f"quanto {bits}") for bits in ("int8", "fp8", "fp8 e5m2")],
+}
 # What layers compute beside their weight: x in 8 bits, and in bf16 where some CPUs multiply in that.
 TOLERANCES = {"bitsandbytes int8": 3e-2, "bitsandbytes nf4": 1e-2}
+BF16 = 3e-2
 IDS = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
@@ -101,10 +115,13 @@ def kind(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def quantized(kind: str) -> Any:
-    model = llama(**SIZES)
+def quantized(kind: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
+    model = llama(**{**SIZES, **sizes}).to(dtype)
     make, how, _ = KINDS[kind]
     make(model, how)
+    for layer in model.modules():
+        if hasattr(layer, "compute_dtype"):
+            layer.compute_dtype = dtype
     return model.eval()
 
 
@@ -231,6 +248,73 @@ def test_outputs_and_gradients_are_pefts(kind: str, method: str, tmp_path: Path)
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
+METHODS: dict[str, AdapterConfig] = {
+    "LoRA": LoRAConfig(r=4),
+    "rsLoRA": LoRAConfig(r=4, use_rslora=True),
+    "LoRA-FA": LoRAConfig(r=4, freeze_A=True),
+    "DoRA": DoRAConfig(r=4),
+    "VeRA": VeRAConfig(r=8),
+    "AdaLoRA": AdaLoRAConfig(init_r=4, target_r=2, total_step=10),
+}
+
+
+def adapted(model: Any, method: str) -> Any:
+    torch.manual_seed(0)
+    inject(model, replace(METHODS[method], target_modules="all-linear"))
+    randomised(model)
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_and_gradients_are_the_dequantised_weights(kind: str, method: str, tmp_path: Path) -> None:
+    """In training, and in eval mode those of an adapter that was saved and loaded again."""
+    model, twin = adapted(quantized(kind), method), adapted(bench_quantized.plain(quantized(kind)), method)
+    found = [run.train()(input_ids=IDS, labels=IDS) for run in (model, twin)]
+    assert relative(found[0].logits, found[1].logits) <= 1e-5
+    for run in found:
+        run.loss.backward()
+    ours, theirs = ({name: p.grad for name, p in of.named_parameters() if p.requires_grad} for of in (model, twin))
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert relative(ours[name], gradient) <= 1e-4, name
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(quantized(kind), tmp_path)
+    with torch.no_grad():
+        outputs = [of.eval()(input_ids=IDS).logits for of in (loaded, model, twin)]
+    assert relative(outputs[0], outputs[1]) <= 1e-6
+    assert relative(outputs[0], outputs[2]) <= TOLERANCES.get(kind, 1e-5)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "VeRA"])
+def test_a_16_bit_model(kind: str, method: str, tmp_path: Path) -> None:
+    """It trains adapters in fp32, is merged and serves as the dequantised one in fp32 does, up to its own rounding."""
+    # quanto has products of its own for groups of 128 columns in bf16.
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    model = adapted(quantized(kind, torch.bfloat16, **sizes), method).train()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    twin = adapted(bench_quantized.plain(quantized(kind, torch.bfloat16, **sizes)).float(), method).train()
+    found = [run(input_ids=IDS, labels=IDS) for run in (model, twin)]
+    assert relative(found[0].logits.float(), found[1].logits) <= BF16
+    for run in found:
+        run.loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if ours.requires_grad:
+            assert relative(ours.grad, theirs.grad) <= 2 * BF16, name
+    save_adapter(model, tmp_path / "saved")
+    with torch.no_grad():
+        exact = twin.eval()(input_ids=IDS).logits
+        assert relative(model.eval()(input_ids=IDS).logits.float(), exact) <= BF16
+        merge(model, dequantize=True)
+        assert relative(model(input_ids=IDS).logits.float(), exact) <= BF16
+        assert {p.dtype for p in unload(model).parameters()} == {torch.bfloat16}
+        served = MultiAdapterModel(quantized(kind, torch.bfloat16, **sizes), budget=4 << 20)
+        served.load(tmp_path / "saved")
+        logits = served(input_ids=IDS[:1].expand(2, -1), adapter_ids=["saved", None]).logits
+    assert served.pool.dtype == torch.bfloat16
+    assert relative(logits[:1].float(), exact[:1]) <= BF16
+    assert relative(logits[1:].float(), exact[:1]) > 2 * BF16
+
+
 @pytest.mark.parametrize(
     "config",
     [LoRAConfig(), DoRAConfig(), VeRAConfig(), HiRAConfig()],
@@ -333,7 +417,8 @@ def test_merging_into_as_few_bits(kind: str) -> None:
         assert len(rounded) == 14
         assert type(layer.base_layer) is type(layer._unmerged[0])
         assert is_quantized(layer.base_layer)
-        bits = 4 if "4" in kind else 8
+        assert not any(p.requires_grad for p in layer.base_layer.parameters())
+        bits = 8 if "int8" in kind else 4  # of eight bits in floating point few are digits
         assert all(2.0**-bits / 4 < share < 3 * 2.0**-bits for share in rounded.values())
         after = model(input_ids=IDS).logits
         unmerge(model)

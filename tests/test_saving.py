@@ -407,8 +407,15 @@ def test_a_bias_that_only_the_merge_made_is_not_lost_in_silence(config: Any, tmp
     model = inject(llama(), config)
     randomise([parameter for parameter in model.parameters() if parameter.requires_grad])
     merge(model)
-    with pytest.raises(ValueError, match=r"q_proj has a bias since the merge.*unmerge\(model\)"):
+    with pytest.raises(ValueError, match=r"q_proj \(and 1 more\) has a bias since the merge.*unmerge\(model\)"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     unmerge(model)
     model.save_pretrained(tmp_path)
+    merge(model)
+    message = r"q_proj \(and 1 more\) has a bias since the merge, which LlamaForCausalLM does not have there: of what"
+    with pytest.warns(UserWarning, match=message):
+        unload(model)
+    plain = inject(nn.Sequential(nn.Linear(4, 4, bias=False)), config.__class__(target_modules=["0"]))
+    merge(plain)
+    unload(plain)  # whose state_dict no class would take a part of

@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastadapt import AdaLoRAConfig, DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, save_adapter, unload
 from fastadapt.serving import AdapterError, AdapterPool, MultiAdapterModel, PoolFullError, read_adapter
-from fastadapt.serving.arena import Arena, ArenaFullError, page_bytes
+from fastadapt.serving.arena import Arena, ArenaFullError, QueuedReads, page_bytes
 from fastadapt.serving.requests import Running
 
 ROWS, TOKENS = 8, 6
@@ -149,6 +149,54 @@ def test_a_full_arena_takes_nothing() -> None:
     assert len(arena.take(64, 5)) == 5
     with pytest.raises(ValueError, match="budget must be at least"):
         Arena(100, 128)
+
+
+def test_one_event_a_stream_however_many_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever writes waits for the last that each stream was given to read, and so does the next writer."""
+    now = [""]
+
+    class Event:
+        made: ClassVar[list[Event]] = []
+
+        def __init__(self) -> None:
+            self.made.append(self)
+            self.waiting: list[str] = []
+
+        def record(self, stream: str) -> None:
+            self.stream = stream
+
+        def wait(self, stream: str) -> None:
+            self.waiting.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    reads = QueuedReads(torch.device("cuda", 1))
+    for now[:] in (["one"], ["two"], ["one"]) * 100:
+        reads.note()
+    assert [event.stream for event in Event.made] == ["one", "two"]
+    for now[:] in (["three"], ["four"]):
+        reads.wait()
+    assert all(event.waiting == ["three", "four"] for event in Event.made)
+    of_a_cpu = QueuedReads(torch.device("cpu"))
+    of_a_cpu.note()
+    of_a_cpu.wait()
+    assert len(Event.made) == 2
+
+
+def test_a_pool_notes_what_is_read_and_waits_before_it_writes(
+    base: Any, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(QueuedReads, "note", lambda self: done.append("note"))
+    monkeypatch.setattr(QueuedReads, "wait", lambda self: done.append("wait"))
+    pool = MultiAdapterModel(copy.deepcopy(base), budget=4 << 20).pool
+    pool.load(directories["lora"])
+    with pool.hold(["lora", None]):
+        assert done == ["wait"]
+    pool.evict("lora")
+    with pool.hold(["lora"]):
+        pass
+    assert done == ["wait", "note", "wait", "note"]
 
 
 # The model

@@ -223,4 +223,14 @@ def test_escapes_of_a_file_never_reach_the_terminal(adapter: Path, tmp_path: Pat
 
 
 def test_a_regular_file_is_read_once_and_whole(saved: Path) -> None:
-    assert tensor_content(saved / TENSOR_FILE, Limits()) == (saved / TENSOR_FILE).read_bytes()
+    assert tensor_content(saved / TENSOR_FILE, Limits()).content == (saved / TENSOR_FILE).read_bytes()
+
+
+def test_a_header_is_parsed_once(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Path] = []
+    parse = untrusted.parse_header
+    monkeypatch.setattr(untrusted, "parse_header", lambda *args: parsed.append(args[1]) or parse(*args))
+    for read in (load_adapter, read_adapter):
+        parsed.clear()
+        read(llama(), adapter)
+        assert parsed == [adapter / TENSOR_FILE]

@@ -20,16 +20,27 @@ def convert_to(
 
     Raises ValueError for what the target cannot hold, FileExistsError for an output that is there unless `force`.
     """
-    from ..files import written_whole
-    from ..model.layouts.diffusers import diffusers_file
-    from ..model.layouts.kohya import kohya_tensors
-    from ..model.saving import write_directory
+    from ..methods.patterns import time_limit
+    from ..model.untrusted import DEFAULT_LIMITS, bounded
 
     if to not in TARGETS:
         raise ValueError(f"--to must be one of {', '.join(TARGETS)}, got {to!r}")
     file = _output_file(output, to)
     if file.exists() and not force:
         raise FileExistsError(f"{file} exists: choose another place, or replace it with --force")
+    # It is a file of strangers, with expressions in its patterns.
+    with bounded(source), time_limit(DEFAULT_LIMITS.max_pattern_seconds):
+        return _converted(source, output, file, to, model, component, report)
+
+
+def _converted(
+    source: Path, output: Path, file: Path, to: str, model: str | None, component: str | None, report: Any
+) -> list[str]:
+    from ..files import written_whole
+    from ..model.layouts.diffusers import diffusers_file
+    from ..model.layouts.kohya import kohya_tensors
+    from ..model.saving import write_directory
+
     report(f"reading {source}")
     adapters = _read(source, model, component, whole=to in ("diffusers", "kohya"))
     report(f"writing {output}")

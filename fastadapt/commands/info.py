@@ -33,7 +33,7 @@ def describe_adapter(directory: Path) -> dict[str, str]:
     with bounded(directory):
         fields = read_fields(directory)
         check_present(directory, TENSOR_FILE)  # it knows the other forms of a checkpoint, and says why each is refused
-        header = tensor_header(tensor_file, DEFAULT_LIMITS)
+        header = tensor_header(tensor_file, DEFAULT_LIMITS).tensors
     shapes: dict[str, list[int]] = {}
     dtypes: dict[str, int] = {}
     for name, entry in header.items():
@@ -79,7 +79,7 @@ def _describe_foreign(file: Path) -> dict[str, str]:
     from ..model.untrusted import DEFAULT_LIMITS, AdapterError, bounded, one_line, tensor_header
 
     with bounded(file):
-        header = tensor_header(file, DEFAULT_LIMITS)
+        header = tensor_header(file, DEFAULT_LIMITS).tensors
     facts = {"tensors": f"{len(header)}", "size": f"{file.stat().st_size:,} bytes"}
     reason = ""
     try:

@@ -16,7 +16,7 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
     from ..model.inject import merge as merge_adapter
     from ..model.inject import unload
     from ..model.peft_files import read_config
-    from ..model.saving import check_biases
+    from ..model.saving import check_readable
 
     config = read_config(adapter_dir)
     local = Path(model_dir).exists()
@@ -34,7 +34,7 @@ def merge_to(model_dir: str, adapter_dir: Path, output_dir: Path, report: Any) -
             "merge it into the model that it was trained on"
         )
     merge_adapter(model)
-    check_biases(model)
+    check_readable(model)
     unload(model)
     notes = []
     with written_whole(output_dir) as built:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checks import FLOATING
 from ..operators.calls import autocast_dtype
 from .promise import Promise, can_be_made_again, lent, promised, stored
-from .ways import is_hooked
+from .ways import is_hooked, is_packed_linear
 
 
 def is_quantized(base: nn.Module) -> bool:
@@ -24,6 +24,11 @@ def is_quantized(base: nn.Module) -> bool:
     if weight is None or type(weight) in (Tensor, nn.Parameter):
         return False
     return _of_bitsandbytes(weight) is not None or type(weight).dequantize is not Tensor.dequantize
+
+
+def is_packed(base: nn.Module) -> bool:
+    """Whether the layer's weight is quantised, be it that `dequantized` reads it or that the layer alone can."""
+    return is_quantized(base) or is_packed_linear(base)
 
 
 def dequantized(base: nn.Module) -> Tensor | None:
@@ -132,6 +137,7 @@ def _to_8_bits(layer: Any, old: Any, weight: Tensor) -> None:
 def _by_quanto(layer: Any, old: Any, weight: Tensor) -> None:
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.freeze()
+    layer.weight.requires_grad_(False)  # the parameter that it makes would train
 
 
 def would_round(base: nn.Module, dtype: torch.dtype) -> ValueError:

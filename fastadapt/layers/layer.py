@@ -23,16 +23,16 @@ from ..operators.adapter_linear.strategies import STRATEGIES
 from ..operators.calls import without_autocast
 from ..reference import AdapterForm
 from ..staleness import Kept
-from .dequantize import dequantized, is_quantized, requantized, would_round
+from .dequantize import dequantized, is_packed, requantized, would_round
 from .ways import (
     agree,
     at_hand,
     bias_of,
     device_of,
     is_offloaded,
-    is_packed_linear,
     is_plain,
     plain_kind,
+    plain_layer,
     sample,
     undisturbed,
     weight_of,
@@ -354,7 +354,7 @@ class AdapterLayer(BaseLayerWrapper):
                 "its weight is made by a hook before each call: make it a parameter first "
                 "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove)"
             )
-        if is_quantized(self.base_layer) or is_packed_linear(self.base_layer):
+        if is_packed(self.base_layer):
             if not dequantize and not requantize:
                 raise would_round(self.base_layer, self.like.dtype)
             return self._replace(form, requantize)
@@ -402,8 +402,7 @@ class AdapterLayer(BaseLayerWrapper):
         if requantize:
             layer, rounded = requantized(base, weight, beta)
         else:
-            plain, rounded = nn.Parameter(self.from_matrix(weight), requires_grad=False), 0.0
-            layer = with_tensors(base, plain, beta, plain_kind(base, self.plain_forward))
+            layer, rounded = plain_layer(base, self.from_matrix(weight), beta, self.plain_forward), 0.0
         self.base_layer, self._unmerged = layer, (base, None, None)
         return rounded
 

@@ -15,7 +15,7 @@ from ..operators.adapter_update.function import adapter_update
 from ..operators.calls import without_autocast
 from ..operators.hadamard_linear.function import hadamard_linear
 from ..reference import AdapterForm
-from .dequantize import dequantized, is_quantized, lends, lent_weight, promised_weight
+from .dequantize import dequantized, is_packed, is_quantized, lends, lent_weight, promised_weight
 from .layer import AdapterLayer, Reads
 from .promise import Promise, made_again, promised, stored
 from .sharing import MadeOf, circumstances, is_consumed, makers
@@ -46,17 +46,24 @@ class AdapterLinear(AdapterLayer):
         self.plain_forward = plain_forward(base_layer)
         self.fan_in_fan_out = self.plain_forward is not _LINEAR
         self.group: ProjectionGroup | None = None
+        # The dtype of the model that it is in, for a base layer that does not tell in which it computes.
+        self.around: torch.dtype | None = None
 
     @property
     def weight_matrix(self) -> Tensor:
         weight = self.base_weight
         return weight.T if self.fan_in_fan_out else weight
 
+    @property
+    def made_plain(self) -> bool:
+        """Whether a merge has put a plain layer in the place of a quantised one."""
+        return self._unmerged is not None and is_packed(self._unmerged[0]) and not is_packed(self.base_layer)
+
     def no_weight(self) -> Tensor:
         base = self.base_layer
         tensors = [*base.parameters(), *base.buffers()]
         floating = [tensor for tensor in tensors if tensor.dtype in FLOATING]
-        like = floating[0] if floating else tensors[0].new_empty(0, dtype=torch.get_default_dtype())
+        like = floating[0] if floating else tensors[0].new_empty(0, dtype=self.around or torch.get_default_dtype())
         return shape_alone(base.out_features, base.in_features, like)
 
     def weight_for(self, reads: Reads) -> Tensor:

@@ -188,6 +188,19 @@ def with_tensors(base: nn.Module, weight: Tensor, bias: Tensor | None, kind: typ
     return layer
 
 
+def plain_layer(base: nn.Module, weight: Tensor, bias: Tensor | None, forward: Callable[..., Any] | None) -> Any:
+    """A plain layer with these tensors for the base layer's place, of the class that its model has there.
+
+    transformers quantises a Conv1D as a Linear, and says so on it.
+    """
+    source: Any = getattr(base, "source_cls", None)
+    if bias is None or getattr(source, "__name__", "") != "Conv1D":
+        return with_tensors(base, nn.Parameter(weight, requires_grad=False), bias, plain_kind(base, forward))
+    layer = with_tensors(base, nn.Parameter(weight.T.contiguous(), requires_grad=False), bias, source)
+    layer.nf, layer.nx = weight.shape
+    return layer
+
+
 # What is put onto a layer beside what its class gives it, and what a layer holds beside its parameters.
 _OF_THE_INSTANCE = ("forward", "weight", "bias", "_hf_hook", "_old_forward")
 _INSIDE = ("_modules", "_buffers", "_non_persistent_buffers_set")

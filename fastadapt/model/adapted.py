@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from ..checks import FLOATING
 from ..layers.fast_path import mind_wrappers
 from ..layers.kinds import AdapterModule
 from ..layers.layer import Adapter, AdapterLayer
@@ -45,6 +47,12 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapter layers of `model` by module path."""
     return {path: module for path, module in named_modules(model).items() if isinstance(module, AdapterLayer)}
+
+
+def dtype_around(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the first parameter in floating point that is no adapter's: of what quantised layers stand among."""
+    ours = {id(p) for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
+    return next((p.dtype for p in model.parameters() if p.dtype in FLOATING and id(p) not in ours), None)
 
 
 def saved_modules(model: nn.Module) -> dict[str, ModuleToSave]:

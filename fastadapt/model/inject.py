@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -27,6 +28,7 @@ from .adapted import (
     base_tensor,
     check_known,
     check_unmerged,
+    dtype_around,
     named_modules,
     present,
     replace_module,
@@ -35,7 +37,8 @@ from .adapted import (
 from .bypassed import why_refused
 from .experts import with_experts
 from .places import shared_places
-from .saving import hook_saving, save_pretrained, unhook_saving
+from .quantized import half_plain, made_plain, mark_adapted, say_plain, unmark_adapted
+from .saving import hook_saving, new_biases, save_pretrained, unhook_saving
 from .targets import parameter_targets, saved_paths, shared_inputs, target_paths, warn_of_rest
 from .tying import tie_adapters, tie_copies, untied, with_ties
 from .uncontrolled import unwatch, watch
@@ -207,6 +210,7 @@ def attach(model: nn.Module, injection: Injection, *, trainable: bool) -> None:
         module.copies[injection.name] = copy
     configs[injection.name] = replace(injection.config, inference_mode=not trainable)
     hook_saving(model, AdapterLayer, partial(save_pretrained, configs))
+    mark_adapted(model)
     set_adapter(model, injection.name)
     if trainable and injection.config.is_controlled:
         watch(injection.name, injection.config, injection.adapters.values())
@@ -425,9 +429,12 @@ def merge(model: nn.Module, *, dequantize: bool = False, requantize: bool = Fals
         return rounded
     if not any(part.active for part in (*layers.values(), *saved_modules(model).values())):
         raise ValueError("no adapter is active, so there is nothing to merge: call set_adapter(model, name) first")
+    around = dtype_around(model)
     done: list[AdapterLayer] = []
     try:
         for path, layer in layers.items():
+            if isinstance(layer, AdapterLinear):
+                layer.around = around
             try:
                 rounding = layer.merge(dequantize=dequantize, requantize=requantize)
             except ValueError as error:
@@ -452,16 +459,23 @@ def unload(model: nn.Module) -> nn.Module:
     """Takes all adapters out of `model` in place and returns it.
 
     A merged model keeps the merged weights, and the active copies of modules_to_save; otherwise the base comes back as
-    it was before `inject`, frozen.
+    it was before `inject`, frozen. Warns where the model's class would not read again what the merge has made of it: a
+    new bias, or plain layers beside quantised ones.
     """
     layers, modules = adapter_layers(model), saved_modules(model)
     merged, places = any(layer.merged for layer in layers.values()), shared_places(model)
+    plain, half = made_plain(layers), half_plain(model, layers)
+    if any(hasattr(type(part), "from_pretrained") for part in model.modules()):
+        _warn_of_unreadable(new_biases(model), half)
     for path, layer in layers.items():
         replace_module(model, path, layer.base_layer, places)
     for path, module in reversed(modules.items()):  # the inner ones first
         replace_module(model, path, module.current if merged else module.original)
     inside(model).__dict__.pop("adapter_configs", None)
     unhook_saving(model)
+    unmark_adapted(model)
+    if plain and not half:
+        say_plain(model)
     for name, value in reversed(inside(model).__dict__.pop("replaced_base", {}).items()):
         if not merged:
             with torch.no_grad():
@@ -470,3 +484,17 @@ def unload(model: nn.Module) -> nn.Module:
         for config in untied(model):
             config.tie_word_embeddings = False
     return model
+
+
+def _warn_of_unreadable(biases: str, half: str) -> None:
+    cure = "use the model as it is, or save the adapter with save_adapter before it is merged"
+    if biases:
+        warnings.warn(
+            f"{biases}: of what save_pretrained writes from now on from_pretrained leaves it out; {cure}", stacklevel=3
+        )
+    if half:
+        warnings.warn(
+            f"{half}: from_pretrained, which takes all for quantised, does not read what save_pretrained writes from "
+            f"now on; {cure}",
+            stacklevel=3,
+        )

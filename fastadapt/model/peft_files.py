@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import warnings
@@ -22,7 +21,17 @@ from ..checks import printable, shown
 from ..files import DRAFTS
 from ..methods import METHODS, AdapterConfig
 from ..methods.lora import DROPOUT
-from .untrusted import DEFAULT_LIMITS, HEADER_BYTES, Limits, check_fields, content, tensor_content
+from .untrusted import (
+    DEFAULT_LIMITS,
+    Header,
+    Limits,
+    TensorFile,
+    check_fields,
+    content,
+    strict_json,
+    tensor_content,
+    tensor_header,
+)
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -44,10 +53,6 @@ COUNTS = ("I32", "I64")
 # What the metadata of a tensor file hold that fastadapt writes over another config's: the text of the config that goes
 # with it, and the hash of that which was in its place. Without one the same adapter is the same bytes.
 OWN_CONFIG, REPLACED = "fastadapt_config", "fastadapt_replaces"
-
-
-# Headers that are longer are not searched for it.
-_METADATA_BYTES = 1 << 25
 
 
 # Fields of PEFT's files that say nothing about the function once the adapter is trained.
@@ -88,34 +93,13 @@ def check_present(directory: str | os.PathLike[str], name: str) -> None:
     )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{shown(name)} is there twice")
-        found[name] = value
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _json(text: bytes) -> Any:
-    """The value that JSON text stands for. Raises ValueError for text that another reader could read otherwise."""
-    try:
-        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
 def parse_fields(content: bytes, path: Path) -> dict[str, Any]:
     """The fields that the content of an adapter_config.json, which is at `path`, holds.
 
     Raises ValueError for JSON that is broken or holds no object.
     """
     try:
-        fields = _json(content)
+        fields = strict_json(content)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
@@ -123,24 +107,26 @@ def parse_fields(content: bytes, path: Path) -> dict[str, Any]:
     return fields
 
 
-def of_one_save(read: Callable[[str], bytes], stamp: Callable[[], object]) -> tuple[bytes, bytes]:
+def of_one_save(
+    read_config: Callable[[], bytes], read_tensors: Callable[[], TensorFile], stamp: Callable[[], object]
+) -> tuple[bytes, TensorFile]:
     """The content of a directory's config and tensor file as one save wrote them, though it may be written meanwhile.
 
     A save of fastadapt replaces the tensors first and then the config, and tensors that replace another config's say
     which that was and which is theirs: where the old one is there still, theirs counts. One that was edited since
-    counts as it is. read: gives the content of the file of that name, of the tensors at least the header. stamp: what
-    changes when the tensor file is replaced. Raises what `read` does, and ValueError where a writer never ceases.
+    counts as it is. Of the tensors the header is enough. stamp: what changes when the tensor file is replaced. Raises
+    what the two readers do, and ValueError where a writer never ceases.
     """
     for _ in range(100):
         before = stamp()
-        config, tensors = read(CONFIG_FILE), read(TENSOR_FILE)
-        own, replaced = _own_config(tensors)
-        if own is not None and config == own:
+        config, tensors = read_config(), read_tensors()
+        own, replaced = (tensors.header.metadata.get(name) for name in (OWN_CONFIG, REPLACED))
+        if own is not None and config == own.encode():
             return config, tensors
         if own is not None and replaced == hashlib.sha256(config).hexdigest():
-            return own, tensors
+            return own.encode(), tensors
         # Edited since, or never another one's; unless both have been replaced between the reads.
-        if read(CONFIG_FILE) == config and stamp() == before:
+        if read_config() == config and stamp() == before:
             return config, tensors
     raise ValueError(
         f"{CONFIG_FILE} and {TENSOR_FILE} change each time that they are read: load them when all is saved"
@@ -155,45 +141,22 @@ def tensor_stamp(directory: str | os.PathLike[str]) -> object:
     return None
 
 
-def metadata_of(content: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file's content, as far as they are text; none of a header that is broken."""
-    length = int.from_bytes(content[:8], "little")
-    if length > min(len(content) - 8, _METADATA_BYTES):
-        return {}
-    try:
-        header = _json(content[8 : 8 + length])
-    except ValueError:  # the parser of tensors says what is wrong
-        return {}
-    said = header.get("__metadata__") if isinstance(header, dict) else None
-    return {name: text for name, text in said.items() if isinstance(text, str)} if isinstance(said, dict) else {}
+def _config(directory: str | os.PathLike[str], limits: Limits) -> bytes:
+    check_present(directory, CONFIG_FILE)
+    return content(Path(directory, CONFIG_FILE), limits.max_config_bytes)
 
 
-def _own_config(content: bytes) -> tuple[bytes | None, str | None]:
-    """The config that a tensor file says is its own, and the hash of the one that was there before."""
-    said = metadata_of(content)
-    own = said.get(OWN_CONFIG)
-    return None if own is None else own.encode(), said.get(REPLACED)
+def _tensors(directory: str | os.PathLike[str], limits: Limits) -> TensorFile:
+    check_present(directory, TENSOR_FILE)
+    return tensor_content(Path(directory, TENSOR_FILE), limits)
 
 
-def _content(directory: str | os.PathLike[str], limits: Limits, name: str) -> bytes:
-    check_present(directory, name)
-    path = Path(directory, name)
-    return content(path, limits.max_config_bytes) if name == CONFIG_FILE else tensor_content(path, limits)
-
-
-def _beginning(directory: str | os.PathLike[str], limits: Limits, name: str) -> bytes:
-    """The content of the config, or of the tensor file as far as its header; nothing where there are no tensors."""
-    if name == CONFIG_FILE:
-        return _content(directory, limits, name)
-    if not Path(directory, name).is_file():
-        return b""
-    try:
-        with Path(directory, name).open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            return start + file.read(length) if length <= _METADATA_BYTES else start
-    except OSError:
-        return b""
+def _beginning(directory: str | os.PathLike[str], limits: Limits) -> TensorFile:
+    """The tensor file by its header alone; one that says nothing where there is none, or a broken one."""
+    header = Header({}, {})
+    with contextlib.suppress(OSError, ValueError):  # whoever reads the tensors is told
+        header = tensor_header(Path(directory, TENSOR_FILE), limits)
+    return TensorFile(b"", header)
 
 
 def read_fields(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
@@ -201,7 +164,8 @@ def read_fields(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMI
 
     Raises FileNotFoundError where there is none, ValueError for JSON that is broken or holds no object.
     """
-    config, _ = of_one_save(partial(_beginning, directory, limits), partial(tensor_stamp, directory))
+    read = partial(_config, directory, limits), partial(_beginning, directory, limits)
+    config, _ = of_one_save(*read, partial(tensor_stamp, directory))
     return parse_fields(config, Path(directory, CONFIG_FILE))
 
 
@@ -257,35 +221,19 @@ class Parts(NamedTuple):
 
 def read_directory(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> Parts:
     """What a PEFT directory holds, of one save. Raises as `read_config` and `read_tensors` do."""
-    found, tensors = of_one_save(partial(_content, directory, limits), partial(tensor_stamp, directory))
+    read = partial(_config, directory, limits), partial(_tensors, directory, limits)
+    found, tensors = of_one_save(*read, partial(tensor_stamp, directory))
     config_path, tensor_path = Path(directory, CONFIG_FILE), Path(directory, TENSOR_FILE)
     fields = parse_fields(found, config_path)
     config = known_config(fields, config_path, limits)
-    return Parts(config, fields, parse_tensors(tensors, tensor_path, limits.max_tensors))
+    return Parts(config, fields, parse_tensors(tensors, tensor_path))
 
 
-def parse_header(content: bytes, path: Path, max_tensors: int | None = None, *, counts: bool = False) -> dict[str, Any]:
-    """What the header of a safetensors file, which is at `path`, says of each tensor: {name: its dtype and shape}.
-
-    counts: whether a tensor of one element may be a whole number. Raises ValueError for a header that is broken, has
-    more than max_tensors entries, or tells of other than floating-point numbers of 16, 32 or 64 bits.
+def check_header(header: Header, path: Path, *, counts: bool = False) -> None:
+    """Raises ValueError where the header of the safetensors file at `path` tells of other than floating-point numbers
+    of 16, 32 or 64 bits; counts: whether a tensor of one element may be a whole number.
     """
-    start = 8
-    length = int.from_bytes(content[:start], "little")
-    try:
-        if len(content) < start + length:
-            raise ValueError(f"its header should have {length} bytes, and all of it has {len(content)}")
-        if max_tensors is not None and length > max_tensors * HEADER_BYTES:
-            raise ValueError(f"its header may have {max_tensors * HEADER_BYTES} bytes, got {length}")
-        header = _json(content[start : start + length])
-        if not isinstance(header, dict):
-            raise ValueError(f"its header must be a JSON object, got {type(header).__name__}")
-    except ValueError as error:
-        raise ValueError(f"{path} is not a valid safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    if max_tensors is not None and len(header) > max_tensors:
-        raise ValueError(f"{path} may hold {max_tensors} tensors, got {len(header)}")
-    for name, entry in header.items():
+    for name, entry in header.tensors.items():
         dtype, shape = (entry.get(key) if isinstance(entry, dict) else None for key in ("dtype", "shape"))
         known = (*DTYPES, *COUNTS) if counts and shape in ([], [1]) else DTYPES
         if not isinstance(dtype, str) or dtype not in known:
@@ -296,22 +244,19 @@ def parse_header(content: bytes, path: Path, max_tensors: int | None = None, *, 
         # A tensor without elements may claim any other size.
         if sizes is None or math.prod(max(size, 1) for size in sizes) > 2**62:
             raise ValueError(f"{path}: {name} must have a list of sizes for its shape, got {shown(shape)}")
-    return header
 
 
-def parse_tensors(
-    content: bytes, path: Path, max_tensors: int | None = None, *, counts: bool = False
-) -> dict[str, Tensor]:
-    """The tensors that the content of a safetensors file, which is at `path`, holds, on the CPU and in its order.
+def parse_tensors(file: TensorFile, path: Path, *, counts: bool = False) -> dict[str, Tensor]:
+    """The tensors that the safetensors file at `path` holds, on the CPU and in its order.
 
-    Raises ValueError as `parse_header` does, for a broken file and for a tensor that is not finite.
+    Raises ValueError as `check_header` does, for a broken file and for a tensor that is not finite.
     """
-    header = parse_header(content, path, max_tensors, counts=counts)
+    check_header(file.header, path, counts=counts)
     try:
-        loaded = load(content)
+        loaded = load(file.content)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a valid safetensors file: {error}") from error
-    tensors = {name: loaded[name] for name in header}  # safetensors gives them in any order
+    tensors = {name: loaded[name] for name in file.header.tensors}  # safetensors gives them in any order
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} has NaN or infinite values: the adapter is damaged, save it again")
@@ -324,4 +269,4 @@ def read_tensors(directory: str | os.PathLike[str], limits: Limits = DEFAULT_LIM
     Raises FileNotFoundError where there are none, ValueError for a pickle and as `parse_tensors` does.
     """
     path = Path(directory, TENSOR_FILE)
-    return parse_tensors(_content(directory, limits, TENSOR_FILE), path, limits.max_tensors)
+    return parse_tensors(_tensors(directory, limits), path)

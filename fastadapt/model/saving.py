@@ -22,6 +22,7 @@ from ..layers.saved import ModuleToSave
 from ..methods import AdapterConfig
 from .adapted import PREFIX, Injection, active_adapters, adapter_layers, base_tensor, part_of, present
 from .peft_files import CONFIG_FILE, OWN_CONFIG, REPLACED, TENSOR_FILE
+from .quantized import half_plain, made_plain, saved_as_they_are
 from .sharded import is_first, is_sharded, whole
 from .targets import selection_of
 from .tying import untied
@@ -142,7 +143,7 @@ def save_pretrained(
     active = [] if merged else active_adapters(module, configs)
     if not active:
         _check_free(target, CONFIG_FILE, "an adapter, which would be taken for one of this model")
-        check_biases(module)
+        check_readable(module)
         names = _names(module)
         with _plain(module):
             if given.get("state_dict") is not None:
@@ -178,14 +179,22 @@ def save_pretrained(
     return None
 
 
-def check_biases(module: nn.Module) -> None:
-    """Raises ValueError where a merge has made a bias that the plain model's class has no place for."""
+def new_biases(module: nn.Module) -> str:
+    """In words which layers have a bias since a merge that the plain model's class has no place for; "" for none."""
     biased = [path for path, layer in adapter_layers(module).items() if layer.has_new_bias]
-    if biased:
-        raise ValueError(
-            f"{biased[0]} has a bias since the merge, which {type(module).__name__} does not have there: "
-            "from_pretrained would leave it out; unmerge(model), and save the adapter with save_adapter"
-        )
+    if not biased:
+        return ""
+    others = f" (and {len(biased) - 1} more)" if len(biased) > 1 else ""
+    return f"{biased[0]}{others} has a bias since the merge, which {type(inside(module)).__name__} does not have there"
+
+
+def check_readable(module: nn.Module) -> None:
+    """Raises ValueError where a merge has made of the model what its class would not read again."""
+    cure = "unmerge(model), and save the adapter with save_adapter"
+    if biases := new_biases(module):
+        raise ValueError(f"{biases}: from_pretrained would leave it out; {cure}")
+    if half := half_plain(module, adapter_layers(module)):
+        raise ValueError(f"{half}: from_pretrained takes all for quantised; {cure}")
 
 
 def _check_free(target: Path, name: str, what: str) -> None:
@@ -221,13 +230,15 @@ def _plain(module: nn.Module) -> Iterator[None]:
         if isinstance(child, (AdapterLayer, ModuleToSave))
     ]
     untying: list[Any] = []
+    plain = bool(made_plain(adapter_layers(module)))
     try:
         for parent, name, child in places:
             parent._modules[name] = _inside(child)
         untying = untied(module)
         for config in untying:
             config.tie_word_embeddings = False
-        yield
+        with saved_as_they_are(module, plain=plain):
+            yield
     finally:
         for config in untying:
             config.tie_word_embeddings = True

@@ -148,26 +148,41 @@ def _open(path: Path, root: str | os.PathLike[str] | None) -> int:
         os.close(here)
 
 
+class Header(NamedTuple):
+    """What a safetensors file says at its beginning: dtype, shape and place of each tensor, and of itself in words."""
+
+    tensors: dict[str, Any]
+    metadata: dict[str, str]
+
+
+class TensorFile(NamedTuple):
+    """What a safetensors file holds, all of it, and what its header says."""
+
+    content: bytes
+    header: Header
+
+
 def content(path: Path, limit: int, root: str | os.PathLike[str] | None = None) -> bytes:
     """What a regular file of at most `limit` bytes holds, read once. Raises ValueError or OSError."""
     with _regular(path, limit, root) as (descriptor, size):
         return _all(descriptor, path, b"", size)
 
 
-def tensor_content(path: Path, limits: Limits, root: str | os.PathLike[str] | None = None) -> bytes:
+def tensor_content(path: Path, limits: Limits, root: str | os.PathLike[str] | None = None) -> TensorFile:
     """What a safetensors file holds, read once, and no more than its header before that has turned out right.
 
     Raises ValueError or OSError.
     """
     with _regular(path, limits.max_file_bytes, root) as (descriptor, size):
-        begin = _header(descriptor, path, size, limits)[1]
-        return _all(descriptor, path, begin, size)
+        begin = _beginning(descriptor, path, size, limits)
+        header = parse_header(begin, path, size, limits)
+        return TensorFile(_all(descriptor, path, begin, size), header)
 
 
-def tensor_header(path: Path, limits: Limits) -> dict[str, Any]:
-    """The header of a safetensors file as it is, and nothing else of the file. Raises ValueError or OSError."""
+def tensor_header(path: Path, limits: Limits) -> Header:
+    """The header of a safetensors file, of which nothing else is read. Raises ValueError or OSError."""
     with _regular(path, limits.max_file_bytes, None) as (descriptor, size):
-        return _header(descriptor, path, size, limits)[0]
+        return parse_header(_beginning(descriptor, path, size, limits), path, size, limits)
 
 
 @contextmanager
@@ -187,8 +202,8 @@ def _regular(path: Path, limit: int, root: str | os.PathLike[str] | None) -> Ite
         os.close(descriptor)
 
 
-def _header(descriptor: int, path: Path, size: int, limits: Limits) -> tuple[dict[str, Any], bytes]:
-    """(the header of a safetensors file of this size, the bytes up to its end)."""
+def _beginning(descriptor: int, path: Path, size: int, limits: Limits) -> bytes:
+    """The bytes of a safetensors file of this size up to the end of its header."""
     begin = os.read(descriptor, 64)
     if begin.startswith(_LFS_POINTER):
         raise ValueError(f"{path} is a git-lfs pointer, and not the file itself: fetch that with `git lfs pull`")
@@ -199,17 +214,25 @@ def _header(descriptor: int, path: Path, size: int, limits: Limits) -> tuple[dic
         raise ValueError(f"{broken}: its header should have {length} bytes, and all of it has {size}")
     if length > most:
         raise ValueError(f"{broken}: its header may have {most} bytes, got {length}")
-    begin += _read(descriptor, max(0, 8 + length - len(begin)))
+    return begin + _read(descriptor, max(0, 8 + length - len(begin)))
+
+
+def parse_header(begin: bytes, path: Path, size: int, limits: Limits = DEFAULT_LIMITS) -> Header:
+    """What the header of the safetensors file of this size at `path` says; begin: the file, at least up to its end.
+
+    Raises ValueError for one that is broken, or has more entries than the limits.
+    """
+    broken = f"{path} is not a valid safetensors file"
+    length = int.from_bytes(begin[:8], "little")
     try:
-        header = json.loads(begin[8 : 8 + length].decode("utf-8"))
-    except RecursionError:
-        raise ValueError(f"{broken}: it is nested too deeply") from None
+        header = strict_json(begin[8 : 8 + length])
     except ValueError as error:
         raise ValueError(f"{broken}: {error}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{broken}: its header must be a JSON object, got {type(header).__name__}")
-    metadata = header.pop("__metadata__", None) or {}
-    if isinstance(metadata, dict) and len(metadata) > limits.max_metadata:
+    said = header.pop("__metadata__", None) or {}
+    metadata = said if isinstance(said, dict) else {}
+    if len(metadata) > limits.max_metadata:
         raise ValueError(f"{path} may have {limits.max_metadata} entries of metadata, got {len(metadata)}")
     if len(header) > limits.max_tensors:
         raise ValueError(f"{path} may hold {limits.max_tensors} tensors, got {len(header)}")
@@ -219,7 +242,28 @@ def _header(descriptor: int, path: Path, size: int, limits: Limits) -> tuple[dic
     )
     if 8 + length + end != size:
         raise ValueError(f"{broken}: its tensors should end at byte {8 + length + end}, and it has {size}")
-    return header, begin
+    return Header(header, {name: text for name, text in metadata.items() if isinstance(text, str)})
+
+
+def strict_json(text: bytes) -> Any:
+    """The value that JSON text stands for. Raises ValueError for text that another reader could read otherwise."""
+    try:
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{shown(name)} is there twice")
+        found[name] = value
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _read(descriptor: int, count: int) -> bytes:

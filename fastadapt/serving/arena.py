@@ -129,6 +129,31 @@ class Arena:
             self._empty.append(slab)
 
 
+class QueuedReads:
+    """Kernels that may still be queued and read what lies in an arena: who overwrites it has to wait for them.
+
+    One event for each stream, whose work is in order, however many requests there were. On a CPU nothing is queued. Not
+    thread-safe: its owner has the lock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._events: dict[torch.cuda.Stream, torch.cuda.Event] = {}
+
+    def note(self) -> None:
+        """What the current stream has got so far reads."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            if stream not in self._events:
+                self._events[stream] = torch.cuda.Event()
+            self._events[stream].record(stream)
+
+    def wait(self) -> None:
+        """What the current stream gets from now on comes after all that read."""
+        for event in self._events.values():
+            event.wait(torch.cuda.current_stream(self.device))
+
+
 def page_bytes(size: int) -> int:
     """What a page of `size` bytes takes."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple, TypeVar
 
@@ -270,24 +271,23 @@ def check_adapter(
     """
     config_file, tensor_file = directory / CONFIG_FILE, directory / TENSOR_FILE
 
-    def read(name: str) -> bytes:
-        if name == CONFIG_FILE:
-            return content(config_file, limits.max_config_bytes, root)
-        return tensor_content(tensor_file, limits, root)
-
     try:
-        config_content, tensors_content = of_one_save(read, lambda: tensor_stamp(directory))
+        config_content, found = of_one_save(
+            partial(content, config_file, limits.max_config_bytes, root),
+            partial(tensor_content, tensor_file, limits, root),
+            partial(tensor_stamp, directory),
+        )
     except FileNotFoundError:
         for name in (CONFIG_FILE, TENSOR_FILE):
             check_present(directory, name)
         raise
     if len(config_content) > limits.max_config_bytes:
         raise ValueError(f"{tensor_file} may hold a config of {limits.max_config_bytes} bytes")
-    size = len(config_content) + len(tensors_content)
+    size = len(config_content) + len(found.content)
     # The length keeps a byte that moves from one file to the other from going unseen.
     identity = hashlib.sha256(len(config_content).to_bytes(8, "little"))
     identity.update(config_content)
-    identity.update(tensors_content)
+    identity.update(found.content)
     fields = parse_fields(config_content, config_file)
     config, unknown = parse_config(fields, config_file)
     check_fields(fields, limits)
@@ -298,8 +298,8 @@ def check_adapter(
         )
     _refuse_unserved(config, modules)
     layers = _selected(model, config, modules, limits)
-    tensors = parse_tensors(tensors_content, tensor_file, limits.max_tensors)
-    del tensors_content
+    tensors = parse_tensors(found, tensor_file)
+    del found
     adapters = _filled(config, layers, tensors, tensor_file, modules, output_head(model), device)
     return CheckedAdapter(config, layers, adapters, identity.hexdigest(), size)
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.linear import AdapterLinear
+from ..model.adapted import dtype_around
 from ..model.targets import is_linear
 from ..model.untrusted import AdapterError
 from ..operators.multi_adapter_linear.batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm, added_bias
 from ..operators.multi_adapter_linear.plan import part_cuts, rank_rows
 from ..reference import AdapterForm
-from .arena import Arena, ArenaFullError
+from .arena import Arena, ArenaFullError, QueuedReads
 from .entries import AdapterInfo, Arrival, Content, Entry, Factors, Taken, pair_key
 from .loader import LoadedAdapter, read_adapter
 from .tables import PoolTables
@@ -65,9 +66,10 @@ class AdapterPool:
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no linear layers: there is nothing to adapt")
         shapes = {path: _shape(layer) for path, layer in self.layers.items()}
-        first = AdapterLinear(next(iter(self.layers.values()))).like
-        self.dtype = dtype or first.dtype
-        self.device = first.device
+        first = AdapterLinear(next(iter(self.layers.values())))
+        first.around = dtype_around(model)
+        self.dtype = dtype or first.like.dtype
+        self.device = first.like.device
         widest = max(max(shape) for shape in shapes.values())
         self.arena = Arena(budget, PAGE_RANKS * widest * self.dtype.itemsize, self.device)
         self._pages = self.arena.memory.view(self.dtype)
@@ -85,7 +87,7 @@ class AdapterPool:
         self._groups = 0
         self._clock = 0
         self._lock = threading.RLock()
-        self._released: list[torch.cuda.Event] = []
+        self._reads = QueuedReads(self.device)
 
     # What users call
 
@@ -216,10 +218,7 @@ class AdapterPool:
             )
         finally:
             with self._lock:
-                if self.device.type == "cuda":
-                    # Kernels that read these pages may still be queued: who overwrites them waits for that.
-                    self._released.append(torch.cuda.Event())
-                    self._released[-1].record()
+                self._reads.note()
                 for entry in held:
                     entry.holders -= 1
                     if entry.retired and not entry.holders:
@@ -369,8 +368,7 @@ class AdapterPool:
     # Writing an adapter's form into the arena
 
     def _enter(self, entry: Entry, arrival: Arrival) -> None:
-        while self._released:
-            self._released.pop().wait()
+        self._reads.wait()
         slot = self._free_slots.pop() if self._free_slots else self._new_slot()
         found: dict[str, FormEntry] = {}
         shared = None

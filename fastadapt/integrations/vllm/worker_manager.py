@@ -11,8 +11,8 @@ from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from ...model.peft_files import TENSOR_FILE, parse_header
-from ...model.untrusted import DEFAULT_LIMITS, tensor_content
+from ...model.peft_files import TENSOR_FILE, check_header
+from ...model.untrusted import DEFAULT_LIMITS, tensor_header
 from ...serving import AdapterError
 from .model_manager import FastModelManager
 
@@ -59,11 +59,12 @@ class FastWorkerManager(LRUCacheWorkerLoRAManager):
         others = {name.rpartition(".")[2] for name in (*manager.modules, *manager.missing) if name not in manager.fast}
         path = Path(directory, TENSOR_FILE)
         try:
-            names = parse_header(tensor_content(path, DEFAULT_LIMITS), path, DEFAULT_LIMITS.max_tensors)
+            header = tensor_header(path, DEFAULT_LIMITS)
+            check_header(header, path)
         except (ValueError, OSError):
             return False
         return any(
             part in others and not part.isdecimal()  # the number of a block
-            for name in names
+            for name in header.tensors
             for part in name.split(".")
         )

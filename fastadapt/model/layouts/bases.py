@@ -36,7 +36,7 @@ def base_names(place: str | os.PathLike[str]) -> dict[str, Names]:
 def _names(files: list[Path]) -> Names:
     paths: list[str] = []
     for file in files:
-        for name, entry in tensor_header(file, _LIMITS).items():
+        for name, entry in tensor_header(file, _LIMITS).tensors.items():
             shape = entry.get("shape") if isinstance(entry, dict) else None
             if name.endswith(".weight") and isinstance(shape, list) and len(shape) in (2, 4):
                 paths.append(name.removesuffix(".weight"))

@@ -96,9 +96,13 @@ def kohya_tensors(adapters: Mapping[str, Spelled], source: Path) -> dict[str, Te
 
 
 def _exact(alpha: float, like: Tensor) -> Tensor:
-    """A number as a tensor of no dimensions: in the dtype of the others where that holds it, else in a wider one."""
-    tensors = (torch.tensor(alpha, dtype=dtype) for dtype in (like.dtype, torch.float32, torch.float64))
-    return next(tensor for tensor in tensors if tensor.item() == alpha)
+    """A number as a tensor of no dimensions: an int as one of whole numbers, as diffusers writes it, a float in the
+    dtype of the others where that holds it, else in a wider one.
+    """
+    if isinstance(alpha, int) and abs(alpha) < 2**63:
+        return torch.tensor(alpha)
+    tensors = [torch.tensor(float(alpha), dtype=dtype) for dtype in (like.dtype, torch.float32, torch.float64)]
+    return next((tensor for tensor in tensors if tensor.item() == alpha), tensors[-1])
 
 
 def _prefix(component: str, components: Mapping[str, object], source: Path) -> str:

@@ -156,17 +156,19 @@ def rank_of(layer: Layer) -> int:
 
 
 def alpha_of(layer: Layer, source: Path) -> float:
-    """The lora_alpha that a file has for a module: the scale is alpha / r. Raises ValueError for no single number."""
+    """The lora_alpha that a file has for a module: the scale is alpha / r. What the file has as a whole number is an
+    int, all else a float. Raises ValueError for no single number.
+    """
     name, alpha = layer["alpha"]
     if alpha.numel() != 1 or alpha.dim() > 1:
         raise ValueError(f"{source}: {shown(name)} must be one number, got a tensor of shape {tuple(alpha.shape)}")
-    value = float(alpha.item())
+    value: float = alpha.item()
     if not value or not math.isfinite(value):
         raise ValueError(
             f"{source}: {shown(name)} must be a number other than 0, which some readers take for the rank and others "
             f"for no adapter, got {value!r}"
         )
-    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    return value
 
 
 def lora_fields(layers: Component, source: Path, selection: Mapping[str, Any]) -> dict[str, Any]:

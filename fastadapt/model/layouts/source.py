@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...checks import shown
-from ..peft_files import CONFIG_FILE, TENSOR_FILE, metadata_of, parse_fields, parse_tensors
+from ..peft_files import CONFIG_FILE, TENSOR_FILE, parse_fields, parse_tensors
 from ..untrusted import DEFAULT_LIMITS, Limits, content, tensor_content
 from . import diffusers, mlx
 from .diffusers import DIFFUSERS, metadata_fields
@@ -89,7 +89,7 @@ def read_source(file: Path, limits: Limits = DEFAULT_LIMITS) -> Source:
     Raises ValueError for anything else, OSError where it cannot be read.
     """
     found = tensor_content(file, limits)
-    tensors = parse_tensors(found, file, limits.max_tensors, counts=True)
+    tensors = parse_tensors(found, file, counts=True)
     layout = layout_of(tensors, file)
     if layout is MLX:
         tensors = mlx.turned(tensors, file)
@@ -102,7 +102,7 @@ def read_source(file: Path, limits: Limits = DEFAULT_LIMITS) -> Source:
         said = parse_fields(content(config, limits.max_config_bytes), config)
         components = {name: mlx.with_scale(layers, said, config) for name, layers in components.items()}
     if layout is DIFFUSERS:
-        fields = metadata_fields(metadata_of(found), components, file, limits)
+        fields = metadata_fields(found.header.metadata, components, file, limits)
         _check_alphas(components, fields, file)
     return Source(file, layout, components, fields)
 
