@@ -2,6 +2,7 @@
 
 from ..model.untrusted import AdapterError, Limits
 from ..operators.multi_adapter_linear.batch import AdapterBatch
+from ..operators.multi_adapter_linear.experts import ExpertForms, ExpertPart
 from ..operators.multi_adapter_linear.stacks import FormStacks
 from .entries import AdapterInfo
 from .loader import LoadedAdapter, adapter_directory, read_adapter
@@ -14,6 +15,8 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "AdapterPool",
+    "ExpertForms",
+    "ExpertPart",
     "FormStacks",
     "LayerShape",
     "Limits",

@@ -77,6 +77,13 @@ class Segments:
         """What a table [E, ...] has for the expert of each row: [S, ...]."""
         return table.index_select(0, self.ids)
 
+    def part(self, start: int, stop: int) -> tuple[slice, Segments]:
+        """The rows of the experts from start up to stop, and how these are sorted: by the sizes, unless it is all."""
+        if stop - start == self.count:
+            return slice(0, self.rows), self
+        before, own = sum(self.sizes[:start]), sum(self.sizes[start:stop])
+        return slice(before, before + own), Segments(self.offsets[start:stop] - before, own)
+
     def product(self, x: Tensor, matrices: Tensor, *, low_rank: bool = False) -> Tensor:
         """x[s] matrices[e]; low_rank: of factors, and no weights of the base.
 
