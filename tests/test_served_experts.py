@@ -11,18 +11,32 @@ from typing import Any
 
 import pytest
 import torch
-import transformers.models.qwen3_moe.modeling_qwen3_moe
-from test_experts import BOTH, deepseek, gpt_oss, qwen3_moe, theirs
+from peft import PeftModel
+from test_experts import BOTH, deepseek, gpt_oss, old_file, qwen3_moe, theirs
 from test_serving import alone, close, save_all
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig, inject, load_adapter, merge
 from fastadapt.functional import multi_adapter_expert_block
+from fastadapt.layers.experts import stacked_bias, stacked_weight
 from fastadapt.operators.expert_linear.segments import Segments
 from fastadapt.operators.multi_adapter_linear.experts import ExpertForms, ExpertPart
-from fastadapt.reference import ExpertForm, adapter_linear_reference, expert_block_reference
-from fastadapt.serving import AdapterBatch, AdapterError, Limits, MultiAdapterModel, PoolFullError, read_adapter
+from fastadapt.reference import (
+    ExpertForm,
+    adapter_linear_reference,
+    expert_block_reference,
+    merged_weight_reference,
+)
+from fastadapt.serving import (
+    AdapterBatch,
+    AdapterError,
+    Limits,
+    LoadedAdapter,
+    MultiAdapterModel,
+    PoolFullError,
+    read_adapter,
+)
 
 E, K, N, INNER, TOP = 5, 16, 24, 12, 3
 
@@ -337,8 +351,6 @@ def test_a_batch_of_one_adapter_equals_it_merged(
 def test_rows_of_the_types_that_peft_has_equal_peft_alone(
     served: MultiAdapterModel, base: Any, directories: dict[str, Path]
 ) -> None:
-    from peft import PeftModel
-
     batch = inputs(len(PEFTS))
     logits = served(**batch, adapter_ids=PEFTS).logits
     for row, name in enumerate(PEFTS):
@@ -368,6 +380,16 @@ def test_files_that_peft_writes_are_served(model: str, tmp_path: Path) -> None:
     for row, number in ((0, 1), (1, 0), (3, 2)):
         used = batch["attention_mask"][row].bool()
         assert close(logits[row][used], wanted[number][row][used]), number
+
+
+def test_files_with_a_lora_for_every_expert_are_served(tmp_path: Path) -> None:
+    """The layers of single experts, and the router, as transformers 4 had them."""
+    old_file(tmp_path, ("gate_proj", "up_proj", "down_proj"), "mlp", (32, 20))
+    base, batch = qwen3_moe(), inputs(2)
+    served = serve(base, {"old": tmp_path})
+    logits = served(**batch, adapter_ids=[None, "old"]).logits
+    assert close(logits[1], alone(base, tmp_path, batch)[1])
+    assert close(logits[1], PeftModel.from_pretrained(qwen3_moe(), tmp_path).eval()(**batch).logits[1])
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
@@ -429,22 +451,76 @@ def test_an_adapter_that_leaves_room_comes_back(base: Any, directories: dict[str
     assert not all(resident)
 
 
-def test_factors_that_lie_apart(base: Any, directories: dict[str, Path]) -> None:
-    """Others that come and go leave gaps: some forms are in several parts, of experts and of the shared pair."""
-    served = MultiAdapterModel(copy.deepcopy(base), budget=8 << 20)
-    arena = served.pool.arena
-    take = arena.take
-    holes: list[tuple[int, list[int]]] = []
+def scatter(served: MultiAdapterModel) -> None:
+    """Has the pool take pages with gaps between them."""
+    take = served.pool.arena.take
 
     def scattered(size: int, count: int) -> list[int]:
         found = []
         for _ in range(count):
             found += take(size, 1)
             if len(found) % 2 and count > 1:
-                holes.append((size, take(size, 1)))
+                take(size, 1)
         return found
 
-    arena.take = scattered  # type: ignore[method-assign]
+    served.pool.arena.take = scattered  # type: ignore[method-assign]
+
+
+def merged_parts(parts: Sequence[ExpertPart], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W' of every expert and what is added to its bias."""
+    whole, added = torch.zeros_like(weight), torch.zeros(weight.shape[:2])
+    seen: set[int] = set()
+    for start, stop, form in parts:
+        for e in range(start, stop):
+            base = torch.zeros_like(weight[e]) if e in seen else weight[e]
+            whole[e] += merged_weight_reference(base, form.of(e - start, base)._replace(bias=None))
+            added[e] += 0 if form.bias is None else form.bias[e - start]
+            seen.add(e)
+    return whole, added
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("kind", ["own", "tied", "shared"])
+def test_every_part_of_a_form_comes_back_from_the_pool(kind: str, gaps: bool) -> None:
+    served = MultiAdapterModel(gpt_oss(), budget=8 << 20)
+    if gaps:
+        scatter(served)
+    (path, experts), *_ = served.pool.experts.items()
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    forms, pair = {}, (normal(20, 40), normal(60, 20)) if kind == "shared" else None
+    for name in ("gate_up_proj", "down_proj"):
+        weight, bias = stacked_weight(experts, name), stacked_bias(experts, name)
+        count, n, k = weight.shape
+        assert bias is not None
+        A, B = (
+            (normal(count, 11, k), normal(count, 11, n))
+            if pair is None
+            else (pair[0][None, :, :k], pair[1][:n].T[None])
+        )
+        form = ExpertForm(A, B, None, 1.0, normal(count, n), bias + normal(count, n), scaling=0.7)
+        if kind == "tied":
+            forms[f"{path}.{name}"] = form._replace(out_scale=form.base_scale)
+        else:
+            forms[f"{path}.{name}"] = form._replace(mid_scale=normal(count, A.shape[1]), out_scale=normal(count, n))
+    served.pool.add("one", LoadedAdapter(LoRAConfig(), {}, pair, "identity", 0, forms))
+    for key, form in forms.items():
+        weight, bias = (of(experts, key.rpartition(".")[2]) for of in (stacked_weight, stacked_bias))
+        (parts,) = served.pool.parts(key).values()
+        assert (len(parts) > 1) == gaps
+        whole, added = merged_parts(parts, weight)
+        for e in range(len(weight)):
+            torch.testing.assert_close(whole[e], merged_weight_reference(weight[e], form.of(e, weight[e])))
+        torch.testing.assert_close(added, form.bias - bias, rtol=1e-5, atol=1e-6)
+
+
+def test_factors_that_lie_apart(base: Any, directories: dict[str, Path]) -> None:
+    """Others that come and go leave gaps: some forms are in several parts, of experts and of the shared pair."""
+    served = MultiAdapterModel(copy.deepcopy(base), budget=8 << 20)
+    scatter(served)
     for name, directory in directories.items():
         served.load(directory, name)
     counts = [
@@ -543,11 +619,11 @@ def test_an_adapter_of_a_shape_of_its_own_is_refused(tmp_path: Path) -> None:
     refused(serve(qwen3_moe(), {}), other["lora"], "must have shape")
 
 
-class Turned(transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock):  # type: ignore[misc, name-defined]
-    """A block that gives its experts the tokens in an order of its own."""
+class Turned:
+    """What comes before the class of a block that gives its experts the tokens in an order of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x.transpose(0, 1).contiguous()).transpose(0, 1)
+        y: Tensor = super().forward(x.transpose(0, 1).contiguous()).transpose(0, 1)  # type: ignore[misc]
         return y
 
 
@@ -555,7 +631,7 @@ def test_rows_in_another_order_than_the_models_are_refused_mixed(tmp_path: Path)
     base = qwen3_moe()
     found = save_all(base, tmp_path, ["lora", "dora", "linear"], configs=configs)
     for layer in base.model.layers:
-        layer.mlp.__class__ = Turned
+        layer.mlp.__class__ = type("TurnedBlock", (Turned, type(layer.mlp)), {})
     served = serve(base, found)
     with pytest.raises(ValueError, match=r"mlp\.experts was called with .* the model regroups its rows"):
         served(**inputs(3), adapter_ids=["lora", "dora", None])

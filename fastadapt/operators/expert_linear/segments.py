@@ -151,7 +151,7 @@ class Segments:
 
     def scaled(self, v: Tensor, table: Tensor) -> Tensor:
         """table[e] ⊙ v[s], in v's dtype and new memory. Shapes: v [S, N]; table [E, N]."""
-        if not v.is_cpu:
+        if not v.is_cpu or self.rows <= self.count:  # a step of decoding: fewer rows than experts to go through
             return (v * self.spread(table)).to(v.dtype)
         out = torch.empty_like(v)
         for part, row, result in self._parts(v, table, out):
@@ -160,7 +160,7 @@ class Segments:
 
     def shifted(self, v: Tensor, table: Tensor) -> Tensor:
         """v[s] + table[e], in place. Shapes: as for `scaled`."""
-        if not v.is_cpu:
+        if not v.is_cpu or self.rows <= self.count:
             return v.add_(self.spread(table))
         for part, row, _ in self._parts(v, table, v):
             part.add_(row)
