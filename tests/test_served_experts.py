@@ -472,8 +472,8 @@ def merged_parts(parts: Sequence[ExpertPart], weight: Tensor) -> tuple[Tensor, T
     seen: set[int] = set()
     for start, stop, form in parts:
         for e in range(start, stop):
-            base = torch.zeros_like(weight[e]) if e in seen else weight[e]
-            whole[e] += merged_weight_reference(base, form.of(e - start, base)._replace(bias=None))
+            before = weight[e] if e in seen else 0.0  # further parts add to what the first makes of the base
+            whole[e] += merged_weight_reference(weight[e], form.of(e - start, weight[e])) - before
             added[e] += 0 if form.bias is None else form.bias[e - start]
             seen.add(e)
     return whole, added
