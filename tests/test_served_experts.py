@@ -640,17 +640,36 @@ def test_rows_in_another_order_than_the_models_are_refused_mixed(tmp_path: Path)
 
 
 def test_a_compiled_model_takes_each_requests_adapters(tmp_path: Path) -> None:
+    """Those on experts and routers as well that came after it was compiled."""
     base = qwen3_moe()
-    found = save_all(base, tmp_path, ["lora", "dora"], configs=configs)
-    served = serve(base, found)
+    found = save_all(base, tmp_path, ["linear", "lora", "dora", "all"], configs=configs)
+    served = serve(base, {"linear": found["linear"]})
     ids = inputs(2)["input_ids"]
     served.model.forward = torch.compile(served.model.forward, backend="eager")
-    for names in (["lora", "dora"], ["dora", "lora"], ["lora", None], [None, None], ["dora", "dora"]):
+    for names in (["linear", None], ["lora", "dora"], ["dora", "lora"], ["all", None], [None, None], ["dora", "all"]):
+        for name in set(names) - set(served.pool.names) - {None}:
+            served.load(found[name], name)
         y = served(input_ids=ids, adapter_ids=names).logits
         for row, name in enumerate(names):
             wanted = alone(base, None if name is None else found[name], {"input_ids": ids})
             assert close(y[row], wanted[row]), names
     torch._dynamo.reset()
+
+
+def test_a_cuda_graph_takes_no_adapters_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = qwen3_moe()
+    found = save_all(base, tmp_path, ["linear", "lora", "all"], configs=configs)
+    served = serve(base, {"linear": found["linear"]})
+    monkeypatch.setattr("fastadapt.serving.served._is_captured", lambda x: True)
+    batch = inputs(2)
+    assert served(**batch, adapter_ids=["linear", None]).logits.isfinite().all()
+    served.load(found["all"], "all")
+    with pytest.raises(ValueError, match=r"mlp\.gate cannot run with adapters: a CUDA graph would keep"):
+        served(**batch, adapter_ids=["linear", None])
+    served.pool.remove("all")
+    served.load(found["lora"], "lora")
+    with pytest.raises(ValueError, match=r"mlp\.experts cannot run with adapters: a CUDA graph would keep"):
+        served(**batch, adapter_ids=["linear", None])
 
 
 def test_a_served_model_takes_no_other_adapters() -> None:

@@ -79,7 +79,7 @@ class Entry:
     shared_key: tuple[object, ...] | None = None
     taken: Taken = field(default_factory=dict)
     paths: tuple[str, ...] = ()  # of the layers that it adapts; the same object for all that adapt the same
-    stacks: tuple[str, ...] = ()  # the paths of the weights of experts that it adapts
+    kept: tuple[str, ...] = ()  # the paths of weights of experts and of routers that it adapts
     holders: int = 0
     pinned: bool = False
     retired: bool = False

@@ -12,11 +12,11 @@ from ..layers.experts import gate_of, projections, stacked_bias, stacked_weight,
 from ..operators.multi_adapter_linear.experts import ExpertForms, multi_adapter_expert_block
 from .pool import AdapterPool
 from .requests import Requests
-from .served import ServedLayer, is_captured
+from .served import EagerLayer
 from .trace import Trace
 
 
-class MultiAdapterExperts(ServedLayer):
+class MultiAdapterExperts(EagerLayer):
     """Experts with stacked weights in which each token goes through the adapter that the running request gave its row.
 
     Both products, the gate and the routing are one operator, eager on every device.
@@ -42,8 +42,7 @@ class MultiAdapterExperts(ServedLayer):
             return base.forward(*args, **kwargs)  # past the hooks of people who look on
         if now is None or now.base_only or not self.adapts(now, x):
             return base(*args, **kwargs)
-        if why := why_not_run(base) or ("a CUDA graph would keep the adapters of this batch" if is_captured(x) else ""):
-            raise ValueError(f"{self.place.path} cannot run with adapters: {why}")
+        self.check_runs(x, why_not_run(base))
         up, down = (
             ExpertForms(stacked_weight(base, name), stacked_bias(base, name), forms) for name, forms in self._sides
         )

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..model.targets import is_linear
 from ..model.untrusted import AdapterError
 from ..operators.multi_adapter_linear.batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm
 from ..operators.multi_adapter_linear.experts import ExpertPart
+from ..operators.multi_adapter_linear.plan import slot_form
 from .arena import Arena, ArenaFullError
 from .entries import AdapterInfo, Arrival, Content, Entry, Factors, Taken, pair_key
 from .expert_forms import content_of, parts_of
@@ -67,9 +68,6 @@ class AdapterPool:
             raise ValueError(f"{type(model).__name__} has no linear layers: there is nothing to adapt")
         self.routers = {path: part for path, part in routers_of(self.modules).items() if path not in self.layers}
         shapes = {path: _shape(layer) for path, layer in self.layers.items()}
-        for path, router in self.routers.items():
-            rows, columns = router.get_parameter("weight").shape
-            shapes[path] = rows, columns
         first = AdapterLinear(next(iter(self.layers.values()))).like
         self.dtype = dtype or first.dtype
         self.device = first.device
@@ -77,12 +75,14 @@ class AdapterPool:
         self._stacked: dict[str, tuple[nn.Module, str]] = {
             f"{path}.{name}": (module, name) for path, module in self.experts.items() for name in projections(module)
         }
-        stacks = [stacked_weight(module, name).shape[1:] for module, name in self._stacked.values()]
-        widest = max(max(shape) for shape in (*shapes.values(), *stacks))
+        others = [stacked_weight(module, name).shape[1:] for module, name in self._stacked.values()]
+        others += [router.get_parameter("weight").shape for router in self.routers.values()]
+        widest = max(max(shape) for shape in (*shapes.values(), *others))
         self.arena = Arena(budget, PAGE_RANKS * widest * self.dtype.itemsize, self.device)
         self._shelf = Shelf(self.arena, self.dtype)
         self._forms: dict[str, dict[int, SlotForm]] = {path: {} for path in shapes}
-        self._parts: dict[str, dict[int, tuple[ExpertPart, ...]]] = {path: {} for path in self._stacked}
+        # Of experts and routers, which no table is about: parts of forms and forms of all resident adapters.
+        self._kept: dict[str, dict[int, Any]] = {path: {} for path in (*self._stacked, *self.routers)}
         self._warm: dict[int, Entry] = {}  # by slot, the least recently held first
         self._path_sets: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._tables = PoolTables(shapes, self._shelf.pages, self._shelf.vectors)
@@ -241,12 +241,13 @@ class AdapterPool:
         return LayerForms(self._forms[path], self._tables.layer(path), self._tables.max_rank)
 
     def forms(self, path: str) -> Mapping[int, SlotForm]:
-        """The forms of the layer at this module path by slot, of adapters that were held not long ago."""
-        return self._forms[path]
+        """The forms of the layer at this module path by slot, of adapters that were held not long ago; of a router, of
+        all resident ones."""
+        return self._kept[path] if path in self.routers else self._forms[path]
 
     def parts(self, path: str) -> Mapping[int, tuple[ExpertPart, ...]]:
         """The forms by slot of the weight of experts at this path of a parameter, of all resident adapters."""
-        return self._parts[path]
+        return self._kept[path]
 
     # Making room
 
@@ -352,9 +353,9 @@ class AdapterPool:
         if not entry.resident:
             return
         self._cool(entry)
-        for path in entry.stacks:
-            del self._parts[path][entry.slot]
-        entry.stacks = ()
+        for path in entry.kept:
+            del self._kept[path][entry.slot]
+        entry.kept = ()
         self._tables.clear_slot(entry.slot)
         self._free_slots.append(entry.slot)
         self._give_back(entry)
@@ -385,7 +386,7 @@ class AdapterPool:
             self._released.pop().wait()
         slot = self._free_slots.pop() if self._free_slots else self._new_slot()
         found: dict[str, FormEntry] = {}
-        parts: dict[str, tuple[ExpertPart, ...]] = {}
+        kept: dict[str, Any] = {}
         shared = None
         try:
             if arrival.key is None:
@@ -397,7 +398,10 @@ class AdapterPool:
                 placed = self._shelf.put(content, shared, entry.taken)
                 if path in self._stacked:
                     weight = stacked_weight(*self._stacked[path])
-                    parts[path] = parts_of(self._shelf, placed, content, weight, shared=shared is not None)
+                    kept[path] = parts_of(self._shelf, placed, content, weight, shared=shared is not None)
+                elif path in self.routers:
+                    n, k = self.routers[path].get_parameter("weight").shape
+                    kept[path] = slot_form(self._shelf.pages, self._shelf.vectors, (n, k), placed)
                 else:
                     found[path] = placed
         except BaseException:
@@ -407,9 +411,9 @@ class AdapterPool:
             raise
         entry.slot, entry.true_bytes = slot, sum(content.bytes for content in arrival.layers.values())
         entry.paths = self._path_sets.setdefault(tuple(found), tuple(found))
-        entry.stacks = tuple(parts)
-        for path, own in parts.items():
-            self._parts[path][slot] = own
+        entry.kept = tuple(kept)
+        for path, own in kept.items():
+            self._kept[path][slot] = own
         self._tables.enter(slot, entry.group, found, shared=shared is not None)
 
     def _new_slot(self) -> int:

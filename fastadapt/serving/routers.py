@@ -15,16 +15,18 @@ from ..operators.multi_adapter_linear.batch import AdapterBatch, SlotForm
 from ..reference import AdapterForm
 from .pool import AdapterPool
 from .requests import Requests
-from .served import ServedLayer
+from .served import EagerLayer
 from .trace import Trace
 
 
-class MultiAdapterRouter(ServedLayer):
+class MultiAdapterRouter(EagerLayer):
     """A router of experts in which each row of a batch goes through the adapter that the running request gave it.
 
     Its own forward runs once for each adapter in the batch, on all tokens of that one, with W' = diag(g) W0 +
     diag(h) B diag(d) A in the place of its weight W0 [out, in], which is small: W' is made at each call.
     Shapes: x [tokens, in] or [rows, tokens, in]; each tensor that it gives has an entry a token.
+    Raises ValueError where it has got hooks since the adapters were loaded, is called with more than the tokens, or a
+    CUDA graph is captured.
     """
 
     def __init__(
@@ -41,9 +43,8 @@ class MultiAdapterRouter(ServedLayer):
             return base.forward(x, *args, **kwargs)  # past the hooks of people who look on
         if now is None or now.base_only or not self.adapts(now, x):
             return base(x, *args, **kwargs)
-        if args or kwargs or is_hooked(base):
-            why = "it has hooks" if is_hooked(base) else "it is called with more than the tokens"
-            raise ValueError(f"{self.place.path} cannot run with adapters: {why}")
+        more = "it is called with more than the tokens" if args or kwargs else ""
+        self.check_runs(x, "it has hooks" if is_hooked(base) else more)
         return self._routed(x, now.batch(x, self.place))
 
     def _routed(self, x: Tensor, batch: AdapterBatch) -> Any:

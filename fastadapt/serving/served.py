@@ -40,11 +40,27 @@ class ServedLayer(BaseLayerWrapper):
 
         What is recorded, by a compiler or in a CUDA graph, serves later batches with other adapters.
         """
-        if torch.compiler.is_compiling() or is_captured(x):
+        if torch.compiler.is_compiling() or _is_captured(x):
             return True
         return not self.place.forms.keys().isdisjoint(now.slots)
 
 
-def is_captured(x: Tensor) -> bool:
+class EagerLayer(ServedLayer):
+    """A layer that chooses by the adapters of the batch what it launches. As long as none is on it it is its base."""
+
+    def adapts(self, now: Running, x: Tensor) -> bool:
+        if not torch.compiler.is_compiling() and not self.place.forms:
+            return False
+        return super().adapts(now, x)
+
+    def check_runs(self, x: Tensor, why_not: str) -> None:
+        """Raises ValueError where something is in the way, or a CUDA graph would keep what this batch chooses."""
+        if _is_captured(x):
+            why_not = "a CUDA graph would keep the adapters of this batch"
+        if why_not:
+            raise ValueError(f"{self.place.path} cannot run with adapters: {why_not}")
+
+
+def _is_captured(x: Tensor) -> bool:
     """Whether what is done with x is recorded in a CUDA graph."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -17,12 +17,19 @@ import torch
 from torch import Tensor
 
 from ...reference import ExpertForm
+from ..backends import check_backend
 from ..expert_linear.block import Gate, composed, dispatch
 from ..expert_linear.eager import adapted
-from ..expert_linear.function import check_no_kernel, experts_of
+from ..expert_linear.function import experts_of
 from ..expert_linear.segments import Segments
 from .batch import AdapterBatch
 from .checks import check_multi_adapter_expert_block
+
+# Why there is none of these backends.
+_NOT_HERE = {
+    "triton": 'has no kernel of multi_adapter_expert_block: take backend="auto" or "eager"',
+    "reference": "has no slots: call reference.expert_block_reference for each token",
+}
 
 
 class ExpertPart(NamedTuple):
@@ -79,9 +86,9 @@ def multi_adapter_expert_block(
     torch.Size([2, 16])
     """
     check_multi_adapter_expert_block(x, experts, routing, up[:2], down[:2], len(batch))
-    check_no_kernel("multi_adapter_expert_block", backend)
-    if backend == "reference":
-        raise ValueError('backend "reference" has no slots: call reference.expert_block_reference for each token')
+    check_backend(backend)
+    if backend in _NOT_HERE:
+        raise ValueError(f'backend "{backend}" {_NOT_HERE[backend]}')
     count = len(up.weight)
     groups = _groups(batch, up, down, x.device)
     with torch.no_grad():
