@@ -2,11 +2,13 @@
 
 A Qwen3-MoE of four layers (hidden 512, experts of 256, 64 of them, top 4, random fp32 weights): A and B on both stacked
 weights of every layer's experts and on q_proj. Forward and backward without an optimizer, to the embeddings; a decoding
-step is a forward of one token a row in eval mode, without gradients. PEFT refuses DoRA and dropout there.
+step is a forward of one token a row in eval mode, without gradients. PEFT refuses DoRA and dropout there. Served: a
+forward of eight rows, each with an adapter of its own of several methods and ranks.
 """
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from bench.plots import Document
 from fastadapt.commands.demo.compare import saved_bytes
 from fastadapt.commands.demo.training import skeleton
 from fastadapt.commands.report import write_json
+from fastadapt.serving import MultiAdapterModel
 
 VOCAB = 1024
 TARGETS: dict[str, list[str]] = {
@@ -43,14 +46,17 @@ class ExpertCase:
     r: int = 8
     dropout: float = 0.0
     dora: bool = False
+    served: int = 0  # rows, where a forward of many adapters is measured and no training
 
     @property
     def in_peft(self) -> bool:
-        return not self.dora and not self.dropout
+        return not self.dora and not self.dropout and not self.served
 
     def adapted(self, base: nn.Module, side: str) -> nn.Module:
         """A model of its own with the adapter, whose frozen weights are the base's own tensors."""
         model: nn.Module = skeleton(base)
+        if self.served:
+            return Served(model, self.served)
         torch.manual_seed(0)
         given: dict[str, Any] = {"r": self.r, "lora_alpha": 2 * self.r, **TARGETS}
         if side == "ours":
@@ -67,6 +73,41 @@ class ExpertCase:
             return found
 
 
+# Methods and ranks of the adapters in one batch.
+_MIXED = ("lora", 8), ("lora", 16), ("lora", 16), ("lora", 32), ("dora", 16), ("dora", 16), ("vera", 64), ("vera", 64)
+
+
+class Served(nn.Module):
+    """A model that serves random adapters of several methods, each row another one."""
+
+    def __init__(self, base: nn.Module, rows: int) -> None:
+        import fastadapt
+
+        super().__init__()
+        self.inner = MultiAdapterModel(skeleton(base), budget=1 << 28)
+        self.names = [str(row % len(_MIXED)) for row in range(rows)]
+        for name, (method, r) in enumerate(_MIXED):
+            kind: Any = {"lora": fastadapt.LoRAConfig, "dora": fastadapt.DoRAConfig, "vera": fastadapt.VeRAConfig}[
+                method
+            ]
+            torch.manual_seed(name)
+            model = fastadapt.inject(skeleton(base), kind(r=r, **TARGETS))
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.normal_(std=0.02)
+            with tempfile.TemporaryDirectory() as directory:
+                fastadapt.save_adapter(model, directory)
+                self.inner.load(directory, str(name))
+                self.inner.pool.pin(str(name))
+
+    def get_input_embeddings(self) -> nn.Module:
+        found: nn.Module = self.inner.model.get_input_embeddings()
+        return found
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.inner(**inputs, adapter_ids=self.names)
+
+
 CASES = {
     case.name: case
     for case in (
@@ -75,6 +116,7 @@ CASES = {
         ExpertCase("lora_dropout", "LoRA, dropout 0.1", dropout=0.1),
         ExpertCase("lora_r64", "LoRA r64", r=64),
         ExpertCase("dora_r64", "DoRA r64", r=64, dora=True),
+        ExpertCase("served", "8 adapters in one batch", r=0, served=8),
     )
 }
 
@@ -121,16 +163,16 @@ def make_step(model: Any, rows: int, length: int) -> Callable[[], None]:
     return step
 
 
-def make_decoding(model: Any, rows: int) -> Callable[[], None]:
-    """A forward of one token a row."""
-    _, embeddings = inputs(model, rows, 1)
+def make_forward(model: Any, rows: int, length: int) -> Callable[[], None]:
+    """A forward without gradients: of one token a row, a step of decoding."""
+    _, embeddings = inputs(model, rows, length)
     model.eval()
 
-    def decode() -> None:
+    def forward() -> None:
         with torch.no_grad():
             model(inputs_embeds=embeddings, use_cache=False)
 
-    return decode
+    return forward
 
 
 def kept_bytes(model: Any, rows: int, length: int) -> int:
@@ -144,23 +186,22 @@ def run(cases: list[ExpertCase], lengths: list[int], rows: int, rounds: int, lay
     base = base_model(layers)
     found: list[report.Row] = []
     for length in lengths:
-        decodes = length == 1
-        make: Callable[[Any], Callable[[], None]]
-        make = partial(make_decoding, rows=rows) if decodes else partial(make_step, rows=rows, length=length)
         for case in cases:
+            trains, count = length > 1 and not case.served, case.served or rows
+            make = partial(make_step if trains else make_forward, rows=count, length=length)
             sides = ["ours", "peft"] if peft and case.in_peft else ["ours"]
             models = {side: case.adapted(base, side) for side in sides}
             variants = {name: make(base) for name in FROZEN} | {side: make(model) for side, model in models.items()}
             results = measure.interleave(variants, rounds)
-            row: report.Row = {"case": case.name, "rows": rows, "length": length, "r": case.r, "rounds": rounds}
-            if not decodes:
+            row: report.Row = {"case": case.name, "rows": count, "length": length, "r": case.r, "rounds": rounds}
+            if trains:
                 row["frozen_kept_mb"] = kept_bytes(base, rows, length) / 1e6
             for side, model in models.items():
                 prefix = "" if side == "ours" else "peft_"
                 wall, cpu = measure.compare(results, side, FROZEN)
                 row |= {f"{prefix}x_frozen": wall.median, f"{prefix}x_low": wall.low, f"{prefix}x_high": wall.high}
                 row |= {f"{prefix}x_cpu": cpu.median, f"{prefix}x_best": measure.best_ratio(results, side, FROZEN)}
-                if not decodes:
+                if trains:
                     row[f"{prefix}kept_mb"] = kept_bytes(model, rows, length) / 1e6
             found.append(row)
     return found
@@ -176,7 +217,7 @@ def main(
     threads: int = 1,
     peft: Annotated[bool, typer.Option(help="Measure PEFT beside.")] = True,
 ) -> None:
-    """Adapters on experts, in multiples of the frozen model: LoRA, DoRA, dropout; ours and PEFT's."""
+    """Adapters on experts, in multiples of the frozen model: LoRA, DoRA, dropout, and served; ours and PEFT's."""
     torch.set_num_threads(threads)
     rows = run(chosen(CASES, cases), [int(length) for length in lengths.split(",")], batch, rounds, layers, peft=peft)
     columns = {
@@ -211,5 +252,6 @@ def section(document: Document) -> str:
     return (
         "A Qwen3-MoE of four layers, 64 experts, top 4, fp32: an adapter on both weights of the experts and on q_proj, "
         "forward and backward without an optimizer as a multiple of the frozen model's, or a forward of one token a "
-        f"row; medians of {first['rounds']} rounds. PEFT takes neither DoRA nor dropout there.\n\n"
+        f"row; medians of {first['rounds']} rounds. PEFT takes neither DoRA nor dropout there. "
+        "Served: a forward, LoRA of rank 8, 16, 16 and 32, two DoRA of 16, two VeRA of 64.\n\n"
     ) + page.table("| ours | PEFT | kept, MB | PEFT's | the frozen model's", rows)

@@ -8,6 +8,7 @@ from .operators.cross_entropy import linear_cross_entropy
 from .operators.expert_linear.block import expert_block
 from .operators.expert_linear.function import expert_linear
 from .operators.hadamard_linear.function import hadamard_linear
+from .operators.multi_adapter_linear.experts import multi_adapter_expert_block
 from .operators.multi_adapter_linear.function import (
     multi_adapter_linear,
     multi_adapter_linear_group,
@@ -25,6 +26,7 @@ __all__ = [
     "hadamard_linear",
     "linear_cross_entropy",
     "merged_weight",
+    "multi_adapter_expert_block",
     "multi_adapter_linear",
     "multi_adapter_linear_group",
     "multi_adapter_update",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..forms import merged_weight, stacked_experts
 from ..operators.expert_linear.block import ExpertProjection, expert_block
 from ..reference import ExpertForm
 from .layer import Adapter, AdapterLayer
-from .ways import is_hooked
+from .ways import agree, is_hooked, sample
 
 # What transformers' decorator of experts says of a module, by the names of attributes.
 _TRAITS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
@@ -42,9 +43,34 @@ def why_no_experts(module: nn.Module) -> str:
     return ""
 
 
+def why_not_run(module: Any) -> str:
+    """Why experts cannot run as one operator as they are now, "" where they can."""
+    if module._is_expert_parallel:
+        return "its experts are shared out among processes"
+    return "it has hooks" if is_hooked(module) else ""
+
+
 def projections(module: Any) -> tuple[str, str]:
     """The names of the weights of the two products of experts, in the order in which they run."""
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def stacked_weight(module: Any, name: str) -> Tensor:
+    """A weight of experts as a view [E, out, in]."""
+    stored: Tensor = module._parameters[name]
+    return stored.mT if module.is_transposed else stored
+
+
+def stacked_bias(module: Any, name: str) -> Tensor | None:
+    """The bias [E, out] that goes with a weight of experts, None where they have none."""
+    found: Tensor | None = module._parameters[f"{name}_bias"] if module.has_bias else None
+    return found
+
+
+def gate_of(module: Any) -> Callable[[Tensor], Tensor]:
+    """What experts do between their two products."""
+    gate: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
+    return gate
 
 
 class ExpertsAdapter(Adapter):
@@ -96,13 +122,11 @@ class AdapterExperts(AdapterLayer):
 
     def weight(self, name: str) -> Tensor:
         """A weight of the experts as a view [E, out, in]."""
-        stored = self.stored(name)
-        return stored.mT if self.base_layer.is_transposed else stored
+        return stacked_weight(self.base_layer, name)
 
     def bias(self, name: str) -> Tensor | None:
         """The bias [E, out] that goes with a weight."""
-        found: Tensor | None = self.base_layer._parameters[f"{name}_bias"] if self.base_layer.has_bias else None
-        return found
+        return stacked_bias(self.base_layer, name)
 
     @property
     def like(self) -> Tensor:
@@ -136,8 +160,7 @@ class AdapterExperts(AdapterLayer):
         base = self.base_layer
         if self._unmerged is not None or not self.active:
             return base(*args, **kwargs)
-        if base._is_expert_parallel or is_hooked(base):
-            why = "its experts are shared out among processes" if base._is_expert_parallel else "it has hooks"
+        if why := why_not_run(base):
             raise ValueError(f"{self.name} cannot run with an adapter: {why}; name it in exclude_modules, or merge")
         if kwargs:
             args = self._signature.bind(base, *args, **kwargs).args[1:]
@@ -202,6 +225,52 @@ class AdapterExperts(AdapterLayer):
             parameter.data = parameter.data.to(now.device, now.dtype)
             self.base_layer._parameters[name] = parameter
         self._unmerged = None
+
+
+def without_memory(layer: AdapterExperts) -> AdapterExperts:
+    """A layer of the same sizes that stands for this one while its adapter is built."""
+    base = copy(layer.base_layer)
+    base._parameters = {
+        name: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=False)
+        for name, p in base._parameters.items()
+    }
+    return AdapterExperts(base)
+
+
+def routers_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The routers of experts, by path: modules beside those with a weight [out, in] of their own, and nothing inside.
+
+    modules: the model's by path, as they were before any of them was wrapped.
+    """
+    blocks = {path.rpartition(".")[0] for path, module in modules.items() if is_experts(module)}
+
+    def routes(module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        own = isinstance(weight, nn.Parameter) and weight.dim() == 2 and not module._modules
+        return own and not isinstance(module, (nn.Linear, nn.Embedding))
+
+    return {path: module for path, module in modules.items() if path.rpartition(".")[0] in blocks and routes(module)}
+
+
+def why_not_by_token(router: nn.Module) -> str:
+    """Why the tokens that a router is given cannot come from several batches, "" where it treats each by itself."""
+    weight: Any = router._parameters["weight"]
+    if is_hooked(router):
+        return "it has hooks"
+    x = sample(6, weight.shape[1], like=weight, seed=0)
+    with torch.no_grad():
+        whole, *parts = (tensors_of(type(router).forward(router, rows)) for rows in (x, x[:2], x[2:]))
+    for tensor, *others in zip(whole, *parts, strict=True):
+        together = torch.cat(others)
+        same = agree(tensor, together) if tensor.is_floating_point() else torch.equal(tensor, together)
+        if len(tensor) != len(x) or not same:
+            return "what it gives for a token depends on others"
+    return ""
+
+
+def tensors_of(given: Any) -> tuple[Tensor, ...]:
+    """What a module gives, one tensor or several."""
+    return given if isinstance(given, tuple) else (given,)
 
 
 def parameter_keys(path: str, module: nn.Module) -> Sequence[str]:

@@ -46,12 +46,15 @@ _FAMILIES: dict[str, str] = {
 _FUSED = "gate_up_proj"
 
 
-def with_experts(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+def with_experts(
+    model: nn.Module, config: AdapterConfig, modules: Mapping[str, nn.Module] | None = None
+) -> AdapterConfig:
     """The config with target_parameters in the place of the old names of experts and routers: PEFT's rule.
 
     "all-linear" stands for all of them, and a list for those that it names; of other linear layers that are called so
     nothing changes. gate and up, which are one product now, have twice the rank and lora_alpha in it, so that each has
-    its own of both. Raises ValueError where one of these two is named without the other.
+    its own of both. modules: the model's by path as they were before any was wrapped; by default `base_modules`. Raises
+    ValueError where one of these two is named without the other.
     """
     bare = inside(model)
     names = _NAMES.get(_FAMILIES.get(getattr(getattr(bare, "config", None), "model_type", ""), ""), {})
@@ -62,7 +65,7 @@ def with_experts(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
         found = list(names) if targets.lower() == "all-linear" else []
     else:
         found = [old for old in names if any(t == old or t.endswith(f".{old}") for t in targets or ())]
-    modules = base_modules(bare)
+    modules = base_modules(bare) if modules is None else modules
     keys = [f".{path}.{name}" for path, module in modules.items() for name in module._parameters]
     found = [
         old for old in found if any(key.endswith(f".{names[old]}") for key in keys) and _takes(names[old], modules)

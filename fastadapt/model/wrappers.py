@@ -64,7 +64,7 @@ def check_open(model: nn.Module) -> None:
                 f"{path} has an adapter of PEFT's: take it out first, with merge_and_unload() of the PeftModel or "
                 "delete_adapter() of the model"
             )
-        if "MultiAdapterLinear" in classes:
+        if "ServedLayer" in classes:
             raise ValueError("the model is served by a MultiAdapterModel: unwrap() it first")
     for name, parameter in bare.named_parameters():
         if error := partition_error(name, parameter):

@@ -2,6 +2,7 @@
 
 from ..model.untrusted import AdapterError, Limits
 from ..operators.multi_adapter_linear.batch import AdapterBatch
+from ..operators.multi_adapter_linear.experts import ExpertForms, ExpertPart
 from ..operators.multi_adapter_linear.packed import Columns, PackedUpdate
 from ..operators.multi_adapter_linear.stacks import FormStacks
 from .entries import AdapterInfo
@@ -16,6 +17,8 @@ __all__ = [
     "AdapterInfo",
     "AdapterPool",
     "Columns",
+    "ExpertForms",
+    "ExpertPart",
     "FormStacks",
     "LayerShape",
     "Limits",

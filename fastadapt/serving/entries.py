@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..operators.multi_adapter_linear.batch import FormEntry
+from ..operators.multi_adapter_linear.batch import PAGE_RANKS, FormEntry
 from .loader import LoadedAdapter
 
 # The offsets in the arena of pages that were taken, by their size: thousands of adapters have hundreds each.
@@ -41,13 +41,15 @@ class Content(NamedTuple):
     """What one layer of an adapter puts into the arena, in the arena's dtypes.
 
     Shapes: factors A [R, K] and Bᵀ [R, N], or none where they are shared; vectors d [R], h, g and β − b0 [N], None for
-    what it has not, and for an h that is g (`tied`).
+    what it has not, and for an h that is g (`tied`). Of weights of experts R is that of all of them, and so is N in the
+    vectors. page_ranks: rank rows of a page.
     """
 
     factors: Sequence[Tensor]
     vectors: Sequence[Tensor | None]
     scaling: float
     tied: bool
+    page_ranks: int = PAGE_RANKS
 
     @property
     def bytes(self) -> int:
@@ -77,6 +79,7 @@ class Entry:
     shared_key: tuple[object, ...] | None = None
     taken: Taken = field(default_factory=dict)
     paths: tuple[str, ...] = ()  # of the layers that it adapts; the same object for all that adapt the same
+    kept: tuple[str, ...] = ()  # the paths of weights of experts and of routers that it adapts
     holders: int = 0
     pinned: bool = False
     retired: bool = False

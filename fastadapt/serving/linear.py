@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..layers.linear import plain_forward
 from ..layers.ways import is_plain
-from ..layers.wrapper import BaseLayerWrapper
 from ..operators.backends import resolve_backend
 from ..operators.calls import autocast_dtype
 from ..operators.multi_adapter_linear import eager, plan
@@ -18,7 +17,8 @@ from ..operators.multi_adapter_linear.batch import AdapterBatch, LayerForms
 from ..operators.multi_adapter_linear.function import multi_adapter_linear, multi_adapter_linear_group
 from .called import updated
 from .pool import AdapterPool
-from .requests import Place, Requests, Running
+from .requests import Requests, Running
+from .served import ServedLayer
 from .trace import Trace
 
 # After so many rounds in which a layer did not come for its output, the guess that the layers share x was wrong.
@@ -62,7 +62,7 @@ def runs_directly(model: nn.Module, backend: str) -> bool:
     return eager and not torch.compiler.is_compiling() and autocast_dtype(first) is None
 
 
-class MultiAdapterLinear(BaseLayerWrapper):
+class MultiAdapterLinear(ServedLayer):
     """A linear layer in which each row of a batch goes through the adapter that the running request gave it.
 
     Without a request, or for one of base rows alone, it is its base layer.
@@ -72,13 +72,9 @@ class MultiAdapterLinear(BaseLayerWrapper):
     def __init__(
         self, base_layer: nn.Module, pool: AdapterPool, path: str, requests: Requests, backend: str = "auto"
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer, pool, path, pool.forms(path), requests, backend)
         self._plain = plain_forward(base_layer)
-        self.backend = backend
-        self.place = Place(path, pool.forms(path))
-        self._pool = pool
-        self._requests = requests
+        self._forms = pool.forms(path)
         self.readers: Readers | None = None
 
     def forward(self, x: Tensor) -> Any:
@@ -92,11 +88,11 @@ class MultiAdapterLinear(BaseLayerWrapper):
         if not self.adapts(now, x):
             return base(x)
         if not is_plain(base, self._plain):
-            return updated(base, x, now.batch(x, self.place), self.place.forms)
+            return updated(base, x, now.batch(x, self.place), self._forms)
         weight, bias = self.operands()
         batch = now.batch(x, self.place)
         if now.direct and type(x) is Tensor and x.dtype == weight.dtype and not x.requires_grad:
-            steps = plan.plan(batch, self.place.forms, x.dtype)
+            steps = plan.plan(batch, self._forms, x.dtype)
             y = eager.multi_adapter_linear(x.reshape(-1, x.shape[-1]), weight, bias, steps, now.memory(x))
             return y.view(*x.shape[:-1], y.shape[-1])
         if self.readers is not None and resolve_backend(self.backend, x, weight) == "triton":
@@ -113,15 +109,6 @@ class MultiAdapterLinear(BaseLayerWrapper):
 
     def forms(self) -> LayerForms:
         return self._pool.layer(self.place.path)
-
-    def adapts(self, now: Running, x: Tensor) -> bool:
-        """Whether a row of the request may have an adapter here: where none has, nothing is launched for any.
-
-        What is recorded, by a compiler or in a CUDA graph, serves later batches with other adapters.
-        """
-        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return True
-        return not self.place.forms.keys().isdisjoint(now.slots)
 
     def joins(self, leader: MultiAdapterLinear, x: Tensor, now: Running) -> bool:
         """Whether it can run with another layer that is called with x: as a plain layer with adapters, on the same

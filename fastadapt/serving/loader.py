@@ -13,12 +13,23 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import FLOATING
+from ..layers.experts import (
+    AdapterExperts,
+    ExpertsAdapter,
+    parameter_keys,
+    routers_of,
+    why_not_by_token,
+    why_not_run,
+    without_memory,
+)
+from ..layers.kinds import AdapterParameter
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear
 from ..layers.ways import plain_kind, with_tensors
@@ -26,6 +37,7 @@ from ..methods import AdapterConfig, DeltaLoRAConfig
 from ..methods.patterns import time_limit
 from ..model.adapted import Injection, adapter_layers, check_unmerged
 from ..model.checkpoint import check_tensors, fill
+from ..model.experts import with_experts
 from ..model.inject import adapter_dtype, layers_at
 from ..model.peft_files import (
     CONFIG_FILE,
@@ -48,9 +60,10 @@ from ..model.untrusted import (
     refused,
     tensor_content,
 )
-from ..reference import AdapterForm
+from ..reference import AdapterForm, ExpertForm
 
 T = TypeVar("T")
+Form = TypeVar("Form", AdapterForm, ExpertForm)
 
 
 class LoadedAdapter(NamedTuple):
@@ -59,7 +72,8 @@ class LoadedAdapter(NamedTuple):
     forms: by module path, detached; where the adapter has no bias of its own, `bias` is the very tensor of the base
     layer, and DoRA's out_scale is its base_scale. shared: VeRA's pair (A [r, largest in], B [largest out, r]), of which
     the forms' A and B are slices; None for other methods. identity: sha256 of the content of both files, in hex: equal
-    for equal adapters, another after any change. bytes: the size of both files.
+    for equal adapters, another after any change. bytes: the size of both files. experts: the forms of weights of
+    experts, by the path of the parameter.
     """
 
     config: AdapterConfig
@@ -67,6 +81,7 @@ class LoadedAdapter(NamedTuple):
     shared: tuple[Tensor, Tensor] | None
     identity: str
     bytes: int
+    experts: Mapping[str, ExpertForm] = MappingProxyType({})
 
 
 def adapter_directory(root: str | os.PathLike[str], name: str) -> Path:
@@ -108,12 +123,6 @@ def _refuse_unserved(config: AdapterConfig, modules: Mapping[str, nn.Module]) ->
             "for example, and rows of other adapters cannot share it; merge the adapter into its base (fastadapt "
             "merge), or load it alone with load_adapter"
         )
-    if config.target_parameters:
-        raise ValueError(
-            f"target_parameters must name no parameter, got {', '.join(config.target_parameters)}: weights of experts "
-            "have a form for each expert, which no batch of many adapters computes; merge the adapter into its base "
-            "(fastadapt merge), or load it alone with load_adapter"
-        )
     if not config.has_forms:
         raise ValueError(
             f"peft_type {config.peft_type} works on the stream of tokens, which adapters of other rows cannot share: "
@@ -131,34 +140,48 @@ def _selected(
 ) -> dict[str, AdapterLayer]:
     """The layers that the config adapts, wrapped apart from the model, which is not changed.
 
-    Raises ValueError for one that is not linear or is to have more ranks than the limit.
+    Raises ValueError for one that no batch of many adapters goes through, or that is to have more ranks than the limit.
     """
     # PEFT's files may name modules that only other models have: the tensors decide.
     paths = target_paths(model, config, every_name=False, modules=modules)
     bases = {path: part.base_layer if isinstance(part, AdapterLayer) else part for path, part in modules.items()}
-    layers = layers_at(paths, bases, config)
+    layers, routers = layers_at(paths, bases, config), routers_of(bases)
     for path, layer in layers.items():
-        if not isinstance(layer, AdapterLinear):
+        keys, why = [path], ""
+        if isinstance(layer, (AdapterExperts, AdapterParameter)):
+            keys = [key for key in parameter_keys(path, layer.base_layer) if config.names_parameter(key)]
+        if isinstance(layer, AdapterExperts):
+            why = why_not_run(layer.base_layer)
+        elif isinstance(layer, AdapterParameter) and path in routers:
+            why = why_not_by_token(layer.base_layer)
+        elif not isinstance(layer, AdapterLinear):
             raise ValueError(
-                f"target_modules: {path} is a {type(layer.base_layer).__name__}, and only Linear and Conv1D layers can "
-                "serve many adapters: merge this adapter or serve it alone"
+                f"target_modules: {path} is a {type(layer.base_layer).__name__}, and only Linear and Conv1D layers, "
+                "stacked experts and their routers can serve many adapters: merge this adapter or serve it alone"
+            )
+        if why:
+            raise ValueError(
+                f"target_parameters: {path} cannot serve many adapters: {why}; merge this adapter or serve it alone"
             )
         if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
             raise ValueError(
                 f"target_modules: {path} is inside of torch's MultiheadAttention, which reads its weight and never "
                 "calls it: nothing can be added to it; leave it out, or merge the adapter"
             )
-        if config.rank(path) > limits.max_rank:
-            raise ValueError(
-                f"the rank of {path} may be {limits.max_rank}, got {config.rank(path)}: export it with a smaller rank, "
-                "or raise the limit"
-            )
+        for key in keys:
+            if config.rank(key) > limits.max_rank:
+                raise ValueError(
+                    f"the rank of {key} may be {limits.max_rank}, got {config.rank(key)}: export it with a smaller "
+                    "rank, or raise the limit"
+                )
     return layers
 
 
 def _without_memory(layer: AdapterLayer) -> AdapterLayer:
     """A layer of the same sizes that stands for this one while its adapter is built."""
-    own, bias = layer.base_layer._parameters.get("weight"), layer.base_layer.bias
+    if isinstance(layer, AdapterExperts):
+        return without_memory(layer)
+    own, bias = layer.base_layer._parameters.get("weight"), getattr(layer.base_layer, "bias", None)
     # A weight of its own need not be fetched where it is offloaded; one of whole numbers has a shape of its own.
     weight = layer.base_weight if own is None or own.dtype not in FLOATING else own
     base = with_tensors(
@@ -201,7 +224,8 @@ def _filled(
             "base (fastadapt merge), or load it alone with load_adapter"
         )
     for path, adapter in adapters.items():
-        _give_memory(adapter, device or layers[path].like.device)
+        for part in adapter.parts.values() if isinstance(adapter, ExpertsAdapter) else [adapter]:
+            _give_memory(part, device or layers[path].like.device)
         adapter.requires_grad_(False).eval()
     for shared in config.shared_tensors(adapters).values():
         _give_memory(shared, device or next(iter(layers.values())).like.device)
@@ -211,24 +235,17 @@ def _filled(
     return adapters
 
 
-def _detached(form: AdapterForm, base_bias: Tensor | None) -> AdapterForm:
+def _detached(form: Form, base_bias: Tensor | None) -> Form:
     """The form without a graph; tensors that are one stay one, and the base layer's bias stays itself."""
     plain: dict[int, Tensor] = {} if base_bias is None else {id(base_bias): base_bias}
 
     def detached(part: T) -> T:
         return plain.setdefault(id(part), part.detach()) if isinstance(part, Tensor) else part  # type: ignore[return-value]
 
-    return form._replace(
-        A=detached(form.A),
-        B=detached(form.B),
-        mid_scale=detached(form.mid_scale),
-        out_scale=detached(form.out_scale),
-        base_scale=detached(form.base_scale),
-        bias=detached(form.bias),
-    )
+    return form._replace(**{name: detached(part) for name, part in form._asdict().items()})
 
 
-def check_finite(forms: Mapping[str, AdapterForm]) -> None:
+def check_finite(forms: Mapping[str, AdapterForm | ExpertForm]) -> None:
     """Raises ValueError for a form that is not finite, though all that it is made of is."""
     checked: set[tuple[int, torch.Size]] = set()  # VeRA's layers share most of theirs
     for path, form in forms.items():
@@ -296,6 +313,7 @@ def check_adapter(
             f"{config_file} must hold only fields that fastadapt knows, got {', '.join(unknown)}: they may "
             "change what the adapter computes; merge it with the library that wrote it, or take them out"
         )
+    config = with_experts(model, config, modules)
     _refuse_unserved(config, modules)
     layers = _selected(model, config, modules, limits)
     tensors = parse_tensors(found, tensor_file)
@@ -316,6 +334,16 @@ def served_form(path: str, config: AdapterConfig, adapter: Adapter, weight: Tens
     return _detached(form, bias)
 
 
+def _expert_forms(path: str, layer: AdapterExperts, adapter: Any) -> dict[str, ExpertForm]:
+    """The forms of the weights that it adapts, by the path of each, detached, with DoRA's g of its norm."""
+    found = {}
+    with torch.no_grad():
+        for name in adapter.parts:
+            weight, bias = layer.weight(name), layer.bias(name)
+            found[f"{path}.{name}"] = _detached(adapter.part(name).expert_form(weight, bias), bias)
+    return found
+
+
 def read_adapter(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -324,7 +352,7 @@ def read_adapter(
     limits: Limits = DEFAULT_LIMITS,
     modules: Mapping[str, nn.Module] | None = None,
 ) -> LoadedAdapter:
-    """The adapter in a PEFT directory, as forms for the linear layers of `model`, which is not changed.
+    """The adapter in a PEFT directory, as forms for the layers of `model`, which is not changed.
 
     What is hashed is what is parsed: the content of both files of one save, see `of_one_save`. root: the directory that
     they must lie in, symlinks resolved; None where the caller answers for `directory`, whose links are then followed.
@@ -338,12 +366,17 @@ def read_adapter(
     path = Path(directory)
     with refused(path), time_limit(limits.max_pattern_seconds):
         found = check_adapter(model, path, modules, root=root, limits=limits)
-        forms = {}
+        forms: dict[str, AdapterForm] = {}
+        experts: dict[str, ExpertForm] = {}
         for name, adapter in found.adapters.items():
             layer = found.layers[name]
-            assert isinstance(layer, AdapterLinear)
-            weight = layer.weight_for(adapter.reads)
-            forms[name] = served_form(name, found.config, adapter, weight, layer.base_bias)
-        check_finite(forms)
+            if isinstance(layer, AdapterExperts):
+                experts |= _expert_forms(name, layer, adapter)
+                continue
+            form = served_form(name, found.config, adapter, layer.weight_for(adapter.reads), layer.base_bias)
+            if isinstance(layer, AdapterParameter) and form.bias is not layer.base_bias:
+                raise ValueError(f"the bias of {name} is trained, and no batch of many adapters has one for each there")
+            forms[name] = form
+        check_finite({**forms, **experts})
     shared = found.config.shared_factors(found.adapters)
-    return LoadedAdapter(found.config, forms, shared, found.identity, found.bytes)
+    return LoadedAdapter(found.config, forms, shared, found.identity, found.bytes, experts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -20,9 +20,12 @@ from ..model.saving import hook_saving, unhook_saving
 from ..model.targets import base_modules
 from ..model.wrappers import check_open, inside
 from ..operators.backends import check_backend
+from .experts import MultiAdapterExperts
 from .linear import MultiAdapterLinear, Readers, runs_directly
 from .pool import AdapterPool
 from .requests import Place, Repeats, Requests, Running
+from .routers import MultiAdapterRouter
+from .served import ServedLayer
 from .trace import main_input, trace
 
 DEFAULT_BUDGET = 1 << 30
@@ -37,11 +40,12 @@ class MultiAdapterModel:
         served.load("adapters/sql")
         served.generate(**tokenizer(prompts, return_tensors="pt", padding=True), adapter_ids=["sql", None])
 
-    The linear layers of `model` are wrapped in place, its parameters frozen and the model put into eval mode; `unwrap`
-    gives it back. Everything else, the generation loop among it, is transformers' own. Methods and ranks may be mixed
-    in a batch; before the first such batch a forward of three short rows shows how the model keeps rows together. Where
-    it does not, as before the experts of a mixture, batches of one adapter run as ever and others are refused. Every
-    thread may have a request of its own; work that the model hands to other threads belongs to its only running one.
+    The linear layers of `model`, experts whose weights are stacked and routers of these are wrapped in place, its
+    parameters frozen and the model put into eval mode; `unwrap` gives it back. Everything else, the generation loop
+    among it, is transformers' own. Methods and ranks may be mixed in a batch; before the first such batch a forward of
+    three short rows shows how the model keeps rows together. Where it does not, as before experts that are linear
+    layers, batches of one adapter run as ever and others are refused. Every thread may have a request of its own; work
+    that the model hands to other threads belongs to its only running one.
     budget: bytes for resident adapters, see AdapterPool, which is `pool`. dtype: of their factors, by default the
     model's. backend: "auto", "triton" or "eager".
     Raises ValueError for a model without linear layers, with injected adapters or with weights that are offloaded, or a
@@ -59,7 +63,7 @@ class MultiAdapterModel:
         check_backend(backend)
         if adapter_configs(model):
             raise ValueError("the model has injected adapters: unload(model) first, and load them here by directory")
-        if any(isinstance(module, MultiAdapterLinear) for module in model.modules()):
+        if any(isinstance(module, ServedLayer) for module in model.modules()):
             raise ValueError("the model is served already: unwrap() the other MultiAdapterModel first")
         check_open(model)
         self.model: Any = model
@@ -73,22 +77,28 @@ class MultiAdapterModel:
                     f"{path}.{away[0]} has no memory: serve a model whose weights are there, or come by accelerate's "
                     "offloading"
                 )
-        self.pool = AdapterPool(model, base_modules(model), budget=budget, dtype=dtype)
+        self.pool = AdapterPool(model, base_modules(model), budget=budget, dtype=dtype, backend=backend)
         self.requests = Requests()
         self._traced: set[tuple[str, ...]] = set()
         self._tracing = threading.Lock()
         model.eval().requires_grad_(False)
         self._places: list[Place] = []
         shared = shared_places(model)
-        for path, base in self.pool.layers.items():
-            layer = MultiAdapterLinear(base, self.pool, path, self.requests, backend)
-            self._places.append(layer.place)
-            replace_module(model, path, layer, shared)
+        kinds: list[tuple[Callable[..., ServedLayer], dict[str, nn.Module]]] = [
+            (MultiAdapterLinear, self.pool.layers),
+            (MultiAdapterExperts, self.pool.experts),
+            (MultiAdapterRouter, self.pool.routers),
+        ]
+        for kind, bases in kinds:
+            for path, base in bases.items():
+                layer = kind(base, self.pool, path, self.requests, backend)
+                self._places.append(layer.place)
+                replace_module(model, path, layer, shared)
         for readers in groups(inside(model).named_modules(), MultiAdapterLinear):
             together = Readers(readers)
-            for layer in readers:
-                layer.readers = together
-        hook_saving(model, MultiAdapterLinear, refuse_saving)
+            for reader in readers:
+                reader.readers = together
+        hook_saving(model, ServedLayer, refuse_saving)
 
     def load(self, directory: str | Path, name: str | None = None, *, root: str | Path | None = None) -> str:
         """Registers the adapter in a PEFT directory: see AdapterPool.load."""
@@ -115,7 +125,7 @@ class MultiAdapterModel:
         """Takes the serving layers out of the model and returns it as it was, frozen."""
         places = shared_places(self.model)
         for path, module in list(inside(self.model).named_modules()):
-            if isinstance(module, MultiAdapterLinear):
+            if isinstance(module, ServedLayer):
                 replace_module(self.model, path, module.base_layer, places)
         unhook_saving(self.model)
         return self.model

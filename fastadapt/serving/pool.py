@@ -5,32 +5,31 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.experts import projections, routers_of, stacked_bias, stacked_weight, why_no_experts
 from ..layers.linear import AdapterLinear
 from ..model.adapted import dtype_around
 from ..model.targets import is_linear
 from ..model.untrusted import AdapterError
-from ..operators.multi_adapter_linear.batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm, added_bias
-from ..operators.multi_adapter_linear.plan import part_cuts, rank_rows
-from ..reference import AdapterForm
+from ..operators.multi_adapter_linear.batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm
+from ..operators.multi_adapter_linear.experts import ExpertPart
+from ..operators.multi_adapter_linear.plan import slot_form
 from .arena import Arena, ArenaFullError, QueuedReads
 from .entries import AdapterInfo, Arrival, Content, Entry, Factors, Taken, pair_key
+from .expert_forms import content_of, parts_of
 from .loader import LoadedAdapter, read_adapter
+from .shelf import Shelf
 from .tables import PoolTables
 
 # Views of this many adapters are kept ready: of a small adapter they take as much memory as the adapter itself.
 _WARM = 256
-
-_VECTOR_BYTES = 4  # scales and biases are fp32, whatever the factors are: in bf16 a g near 1 would be 1
 
 
 class PoolFullError(MemoryError):
@@ -48,8 +47,9 @@ class AdapterPool:
     using the old one finishes with it. All methods may be called from any thread.
 
     modules: the model's modules by path as they were before any was wrapped to serve; `layers` are the linear ones
-    (nn.Linear and Conv1D). dtype: of the factors; by default the base weights'. Raises ValueError for a model without
-    linear layers, or a budget that is too small to hold anything.
+    (nn.Linear and Conv1D), `experts` those whose weights are stacked, `routers` theirs. dtype: of the factors; by
+    default the base weights'. backend: "triton" takes no forms of experts, which it has no kernel for. Raises
+    ValueError for a model without linear layers, or a budget that is too small to hold anything.
     """
 
     def __init__(
@@ -59,25 +59,34 @@ class AdapterPool:
         *,
         budget: int,
         dtype: torch.dtype | None = None,
+        backend: str = "auto",
     ) -> None:
         self.model = model
+        self.backend = backend
         self.modules = dict(modules)
         self.layers = {path: module for path, module in self.modules.items() if is_linear(module)}
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no linear layers: there is nothing to adapt")
+        self.routers = {path: part for path, part in routers_of(self.modules).items() if path not in self.layers}
         shapes = {path: _shape(layer) for path, layer in self.layers.items()}
-        first = AdapterLinear(next(iter(self.layers.values())))
-        first.around = dtype_around(model)
-        self.dtype = dtype or first.like.dtype
-        self.device = first.like.device
-        widest = max(max(shape) for shape in shapes.values())
+        first = AdapterLinear(next(iter(self.layers.values()))).like
+        self.dtype = dtype or first.dtype
+        self.device = first.device
+        self.experts = {path: module for path, module in self.modules.items() if not why_no_experts(module)}
+        self._stacked: dict[str, tuple[nn.Module, str]] = {
+            f"{path}.{name}": (module, name) for path, module in self.experts.items() for name in projections(module)
+        }
+        others = [stacked_weight(module, name).shape[1:] for module, name in self._stacked.values()]
+        others += [router.get_parameter("weight").shape for router in self.routers.values()]
+        widest = max(max(shape) for shape in (*shapes.values(), *others))
         self.arena = Arena(budget, PAGE_RANKS * widest * self.dtype.itemsize, self.device)
-        self._pages = self.arena.memory.view(self.dtype)
-        self._vectors = self.arena.memory.view(torch.float32)
-        self._forms: dict[str, dict[int, SlotForm]] = {path: {} for path in self.layers}
+        self._shelf = Shelf(self.arena, self.dtype)
+        self._forms: dict[str, dict[int, SlotForm]] = {path: {} for path in shapes}
+        # Of experts and routers, which no table is about: parts of forms and forms of all resident adapters.
+        self._kept: dict[str, dict[int, Any]] = {path: {} for path in (*self._stacked, *self.routers)}
         self._warm: dict[int, Entry] = {}  # by slot, the least recently held first
         self._path_sets: dict[tuple[str, ...], tuple[str, ...]] = {}
-        self._tables = PoolTables(shapes, self._pages, self._vectors)
+        self._tables = PoolTables(shapes, self._shelf.pages, self._shelf.vectors)
         self._entries: dict[str, Entry] = {}
         self._leaving: list[Entry] = []  # replaced or removed while in use
         self._shared: dict[tuple[object, ...], Factors] = {}
@@ -230,8 +239,13 @@ class AdapterPool:
         return LayerForms(self._forms[path], self._tables.layer(path), self._tables.max_rank)
 
     def forms(self, path: str) -> Mapping[int, SlotForm]:
-        """The forms of the layer at this module path by slot, of adapters that were held not long ago."""
-        return self._forms[path]
+        """The forms of the layer at this module path by slot, of adapters that were held not long ago; of a router, of
+        all resident ones."""
+        return self._kept[path] if path in self.routers else self._forms[path]
+
+    def parts(self, path: str) -> Mapping[int, tuple[ExpertPart, ...]]:
+        """The forms by slot of the weight of experts at this path of a parameter, of all resident adapters."""
+        return self._kept[path]
 
     # Making room
 
@@ -303,8 +317,8 @@ class AdapterPool:
         idle = [other for other in self._entries.values() if other.resident and not (other.holders or other.pinned)]
         idle.sort(key=lambda other: other.used_at)
         users: dict[object, int] = {key: factors.users for key, factors in self._shared.items()}
-        contents = arrival.layers.values()
-        own = [size for content in contents for size in self._sizes(content.factors, content.vectors)]
+        own = self._shelf.sizes(list(arrival.layers.values()))
+        pair = self._shelf.pair_sizes(arrival.pair)
         trial = self.arena.books()
         for count, other in enumerate(idle, start=1):
             leaving = [other.taken]
@@ -315,9 +329,9 @@ class AdapterPool:
             for taken in leaving:
                 for size, offsets in taken.items():
                     trial.give_back(size, offsets)
-            if trial.has_room([*self._sizes(() if users.get(arrival.key) else arrival.pair), *own]):
+            if trial.has_room([*(() if users.get(arrival.key) else pair), *own]):
                 return idle[:count]
-        pages = [*self._sizes(() if users.get(arrival.key) else arrival.pair), *own]
+        pages = [*(() if users.get(arrival.key) else pair), *own]
         needed = sum([size * count for size, count in pages])
         raise PoolFullError(
             f"adapter {entry.name!r} does not fit: it needs {needed:,} bytes, in slabs of {trial.slab_bytes:,} for "
@@ -337,13 +351,16 @@ class AdapterPool:
         if not entry.resident:
             return
         self._cool(entry)
+        for path in entry.kept:
+            del self._kept[path][entry.slot]
+        entry.kept = ()
         self._tables.clear_slot(entry.slot)
         self._free_slots.append(entry.slot)
         self._give_back(entry)
         entry.slot = entry.group = -1
 
     def _give_back(self, entry: Entry) -> None:
-        self._give_pages_back(entry.taken)
+        self._shelf.give_back(entry.taken)
         if entry.shared_key is None:
             if entry.group >= 0:
                 self._free_group(entry.group)
@@ -352,14 +369,9 @@ class AdapterPool:
         factors.users -= 1
         if not factors.users:
             del self._shared[entry.shared_key]
-            self._give_pages_back(factors.taken)
+            self._shelf.give_back(factors.taken)
             self._free_group(factors.group)
         entry.shared_key = None
-
-    def _give_pages_back(self, taken: Taken) -> None:
-        for size, offsets in taken.items():
-            self.arena.give_back(size, offsets)
-        taken.clear()
 
     def _free_group(self, group: int) -> None:
         self._tables.clear_group(group)
@@ -371,6 +383,7 @@ class AdapterPool:
         self._reads.wait()
         slot = self._free_slots.pop() if self._free_slots else self._new_slot()
         found: dict[str, FormEntry] = {}
+        kept: dict[str, Any] = {}
         shared = None
         try:
             if arrival.key is None:
@@ -379,7 +392,15 @@ class AdapterPool:
                 factors = self._share(arrival.pair, arrival.key)
                 entry.group, entry.shared_key, shared = factors.group, arrival.key, factors.pair
             for path, content in arrival.layers.items():
-                found[path] = self._place(content, shared, entry.taken)
+                placed = self._shelf.put(content, shared, entry.taken)
+                if path in self._stacked:
+                    weight = stacked_weight(*self._stacked[path])
+                    kept[path] = parts_of(self._shelf, placed, content, weight, shared=shared is not None)
+                elif path in self.routers:
+                    n, k = self.routers[path].get_parameter("weight").shape
+                    kept[path] = slot_form(self._shelf.pages, self._shelf.vectors, (n, k), placed)
+                else:
+                    found[path] = placed
         except BaseException:
             self._free_slots.append(slot)
             self._give_back(entry)
@@ -387,6 +408,9 @@ class AdapterPool:
             raise
         entry.slot, entry.true_bytes = slot, sum(content.bytes for content in arrival.layers.values())
         entry.paths = self._path_sets.setdefault(tuple(found), tuple(found))
+        entry.kept = tuple(kept)
+        for path, own in kept.items():
+            self._kept[path][slot] = own
         self._tables.enter(slot, entry.group, found, shared=shared is not None)
 
     def _new_slot(self) -> int:
@@ -403,9 +427,9 @@ class AdapterPool:
         if factors is None:
             taken: Taken = {}
             try:
-                placed = self._put_pair(pair, taken)
+                placed = self._shelf.put_pair(pair, taken)
             except BaseException:
-                self._give_pages_back(taken)
+                self._shelf.give_back(taken)
                 raise
             group = self._free_groups.pop() if self._free_groups else self._new_group()
             factors = self._shared[key] = Factors(group, placed, taken)
@@ -418,82 +442,18 @@ class AdapterPool:
         if loaded.shared is not None:
             A, B = loaded.shared
             key = pair_key(A, B)
-            pair = [self._cast(rows, self.dtype, name) for rows in (A, B.T)]
-        layers = {path: self._content(name, path, form, shared=key is not None) for path, form in loaded.forms.items()}
+            pair = self._shelf.rows((A, B.T), name)
+        shared = key is not None
+        layers: dict[str, Content] = {}
+        for path, form in loaded.forms.items():
+            bias = getattr(self.modules[path], "bias", None)
+            layers[path] = self._shelf.content(name, form, bias, shared=shared)
+        if loaded.experts and self.backend == "triton":
+            raise AdapterError(name, 'backend "triton" has no kernel for weights of experts: take "auto" or "eager"')
+        for path, stack in loaded.experts.items():
+            bias = stacked_bias(*self._stacked[path])
+            layers[path] = content_of(self._shelf, name, stack, bias, shared=shared)
         return Arrival(layers, pair, key)
-
-    def _content(self, name: str, path: str, form: AdapterForm, *, shared: bool) -> Content:
-        """What an adapter's form for one layer puts into the arena. Raises AdapterError for what it cannot hold."""
-        mid, factors = form.mid_scale, list[Tensor]()
-        if not shared:
-            down, up = form.A, form.B.T
-            if mid is not None:  # d goes into A, and what it switches off stays out
-                used = mid != 0
-                down, up, mid = down[used] * mid[used, None], up[used], None
-            factors = [self._cast(rows, self.dtype, name) for rows in (down, up)]
-        scaling, out_scale = form.scaling, form.out_scale
-        if not isinstance(out_scale, Tensor) or out_scale.dim() == 0:
-            scaling *= float(out_scale)
-        h = out_scale if isinstance(out_scale, Tensor) and out_scale.dim() else None
-        base_bias = getattr(self.layers[path], "bias", None)
-        tied = h is not None and h is form.base_scale
-        vectors = (mid, None if tied else h, form.base_scale, added_bias(form.bias, base_bias))
-        cast = (None if vector is None else self._cast(vector, torch.float32, name) for vector in vectors)
-        return Content(factors, list(cast), scaling, tied)
-
-    def _place(self, content: Content, pair: FormEntry | None, taken: Taken) -> FormEntry:
-        """One layer's content in the arena, where its pair is if it shares one."""
-        if pair is None:
-            pair = self._put_pair(content.factors, taken)
-        mid, h, g, added = (-1 if vector is None else self._put_vector(vector, taken) for vector in content.vectors)
-        return pair._replace(
-            scaling=content.scaling,
-            mid_scale=mid,
-            out_scale=g if content.tied else h,
-            base_scale=g,
-            added_bias=added,
-        )
-
-    def _put_pair(self, pair: Sequence[Tensor], taken: Taken) -> FormEntry:
-        """Factors A [R, K] and Bᵀ [R, N] in the arena, without scales."""
-        A, B = pair
-        return FormEntry(A.shape[0], self._put_rows(A, taken), self._put_rows(B, taken), A.shape[1], B.shape[1])
-
-    def _put_rows(self, rows: Tensor, taken: Taken) -> array[int]:
-        """The first element of every page of rank rows [R, width]."""
-        rank, width = rows.shape
-        itemsize = self.dtype.itemsize
-        pages = array("q", (offset // itemsize for offset in self._take(*self._sizes([rows])[0], taken)))
-        cuts = part_cuts(rank, (pages, width))
-        parts = rank_rows(self._pages, cuts, pages, width, width)
-        for part, (first, last) in zip(parts, pairwise(cuts), strict=True):
-            part.copy_(rows[first:last])
-        return pages
-
-    def _put_vector(self, vector: Tensor, taken: Taken) -> int:
-        """The first element of a vector."""
-        (offset,) = self._take(vector.nbytes, 1, taken)
-        start = offset // _VECTOR_BYTES
-        self._vectors[start : start + vector.numel()].copy_(vector)
-        return start
-
-    def _take(self, size: int, count: int, taken: Taken) -> list[int]:
-        offsets = self.arena.take(size, count)
-        taken.setdefault(size, array("q")).extend(offsets)
-        return offsets
-
-    def _sizes(self, factors: Iterable[Tensor], vectors: Iterable[Tensor | None] = ()) -> list[tuple[int, int]]:
-        """(bytes, count) of the pages of rank rows [R, width] and of vectors, in the order in which they are taken."""
-        itemsize = self.dtype.itemsize
-        pages = [(PAGE_RANKS * rows.shape[1] * itemsize, -(-rows.shape[0] // PAGE_RANKS)) for rows in factors]
-        return pages + [(vector.nbytes, 1) for vector in vectors if vector is not None]
-
-    @staticmethod
-    def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-        result = tensor.detach().to(dtype)
-        if not torch.isfinite(result).all():
-            raise AdapterError(name, f"it has values that {dtype} cannot hold: give the pool a wider dtype")
-        return result
 
     def _entry(self, name: str) -> Entry:
         entry = self._entries.get(name)

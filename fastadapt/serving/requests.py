@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from ..operators.multi_adapter_linear.batch import AdapterBatch, SlotForm
+from ..operators.multi_adapter_linear.batch import AdapterBatch
 from .pool import Holding
 
 # How the rows of a request lie in what a layer is called with. "rows": as its first dimension. "tokens": as equal parts
@@ -21,7 +21,7 @@ Layout = Literal["rows", "tokens", "regrouped", "unseen"]
 class Place:
     """Where a layer is in its model, the forms there by slot, and how the rows of a request lie there."""
 
-    def __init__(self, path: str, forms: Mapping[int, SlotForm]) -> None:
+    def __init__(self, path: str, forms: Mapping[int, object]) -> None:
         self.path = path
         self.forms = forms
         self.lie("unseen")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +104,8 @@ def expert_block(
         return _reference(x, experts, routing, up, gate, down)
     found = dispatch(experts, len(up.weight))
     if torch.compiler.is_compiling():  # which cannot trace a gate that is run again
-        return _composed(x, routing, found, up, gate, down)
+        linears = [partial(_projected, offsets=found.offsets, side=side) for side in (up, down)]
+        return composed(x, routing, found, up.weight.dtype, linears[0], gate, linears[1])
     drops = [None if side.form is None or not side.dropout else side.dropout for side in (up, down)]
     drop_up = None if drops[0] is None else draw_dropout(x, drops[0], "eager")
     rows = x.new_empty((), dtype=torch.bool).expand(len(found.order), down.weight.shape[2])
@@ -135,16 +137,20 @@ def _reference(
     return cast(expert_block_reference(rows, experts, routing, linear(up), gate, linear(down)), x.dtype)
 
 
-def _composed(
-    x: Tensor, routing: Tensor, found: Dispatch, up: ExpertProjection, gate: Gate, down: ExpertProjection
+def _projected(rows: Tensor, offsets: Tensor, side: ExpertProjection) -> Tensor:
+    weight, form, bias, dropout = side
+    return expert_linear(rows, weight, form, offsets, bias=bias, dropout=dropout, backend="eager")
+
+
+def composed(
+    x: Tensor, routing: Tensor, found: Dispatch, dtype: torch.dtype, up: Gate, gate: Gate, down: Gate
 ) -> Tensor:
-    """The block of its parts, with what each of them keeps."""
-    rows = cast(x, up.weight.dtype)[found.tokens]
+    """The block of its parts, all three functions of rows in the order of `found`, with what each of them keeps.
+
+    dtype: of the rows that up is given.
+    """
     with without_autocast(x):
-        for side in (up, down):
-            weight, form, bias, dropout = side
-            rows = expert_linear(rows, weight, form, found.offsets, bias=bias, dropout=dropout, backend="eager")
-            rows = gate(rows) if side is up else rows
+        rows = down(gate(up(cast(x, dtype)[found.tokens])))
         weighted = rows * routing.reshape(-1)[found.order][:, None]
         return cast(weighted[found.back].unflatten(0, routing.shape).sum(1), x.dtype)
 

@@ -23,25 +23,37 @@ def expert_linear(x: Tensor, x_dropped: Tensor | None, offsets: Tensor, experts:
             z, products = segments.product(x, experts.weight.mT), base_products(experts.weight, A)
         norm = expert_norm(experts, experts.base_squared, products)
         g = g / norm
-    y = z
-    on_base = g is not None and x_dropped is not None and experts.dropout_on_base
-    if on_base:
-        z = segments.product(low, experts.weight.mT)
-        y = y - z  # W0 x − W0 x̃, to which g ⊙ z comes
-    u = None
+    rest = None
+    if g is not None and x_dropped is not None and experts.dropout_on_base:
+        dropped = segments.product(low, experts.weight.mT)
+        z, rest = dropped, z - dropped  # W0 x − W0 x̃, to which g ⊙ z comes
+    y, u, z = adapted(z, low, experts._replace(base_scale=g), segments, rest)
+    return Outputs(y, u if keep.u else None, z if keep.z else None, norm)
+
+
+def adapted(
+    z: Tensor, x: Tensor, experts: Experts, segments: Segments, rest: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(g ⊙ z + rest + h ⊙ (B (d ⊙ u)) + β, u = A x, what g multiplies): in the memory of z where there is no g.
+
+    Of tied experts g multiplies z + s · B u, which z has become then. Shapes: z and rest [S, N]; x [S, K]; u [S, R].
+    """
+    g, A, u = experts.base_scale, experts.A, None
     if A is not None:
-        u = segments.product(low, cast(A, x.dtype).mT, low_rank=True)
+        u = segments.product(x, cast(A, x.dtype).mT, low_rank=True)
         t = u if experts.mid_scale is None else segments.scaled(u, experts.mid_scale)
         if g is None or experts.tied:
             z = _add_up(z, t, experts, segments)
+    y = z
     if g is not None:
-        scaled = segments.scaled(z, g)
-        y = scaled.add_(y) if on_base else scaled
+        y = segments.scaled(z, g)
+        if rest is not None:
+            y.add_(rest)
         if u is not None and not experts.tied:
             y = _add_up(y, t, experts, segments)
     if experts.bias is not None:
         y = segments.shifted(y, experts.bias)
-    return Outputs(y, u if keep.u else None, z if keep.z else None, norm)
+    return y, u, z
 
 
 def _add_up(y: Tensor, t: Tensor, experts: Experts, segments: Segments) -> Tensor:

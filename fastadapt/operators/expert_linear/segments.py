@@ -77,6 +77,13 @@ class Segments:
         """What a table [E, ...] has for the expert of each row: [S, ...]."""
         return table.index_select(0, self.ids)
 
+    def part(self, start: int, stop: int) -> tuple[slice, Segments]:
+        """The rows of the experts from start up to stop, and how these are sorted: by the sizes, unless it is all."""
+        if stop - start == self.count:
+            return slice(0, self.rows), self
+        before, own = sum(self.sizes[:start]), sum(self.sizes[start:stop])
+        return slice(before, before + own), Segments(self.offsets[start:stop] - before, own)
+
     def product(self, x: Tensor, matrices: Tensor, *, low_rank: bool = False) -> Tensor:
         """x[s] matrices[e]; low_rank: of factors, and no weights of the base.
 
@@ -144,7 +151,7 @@ class Segments:
 
     def scaled(self, v: Tensor, table: Tensor) -> Tensor:
         """table[e] ⊙ v[s], in v's dtype and new memory. Shapes: v [S, N]; table [E, N]."""
-        if not v.is_cpu:
+        if not v.is_cpu or self.rows <= self.count:  # a step of decoding: fewer rows than experts to go through
             return (v * self.spread(table)).to(v.dtype)
         out = torch.empty_like(v)
         for part, row, result in self._parts(v, table, out):
@@ -153,7 +160,7 @@ class Segments:
 
     def shifted(self, v: Tensor, table: Tensor) -> Tensor:
         """v[s] + table[e], in place. Shapes: as for `scaled`."""
-        if not v.is_cpu:
+        if not v.is_cpu or self.rows <= self.count:
             return v.add_(self.spread(table))
         for part, row, _ in self._parts(v, table, v):
             part.add_(row)

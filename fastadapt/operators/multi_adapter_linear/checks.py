@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_device, check_floating, check_vector, shape_error
+from ..expert_linear.checks import check_expert_block, check_expert_weight
 
 
 def check_multi_adapter_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: int) -> None:
@@ -20,10 +21,7 @@ def check_multi_adapter_linear(x: Tensor, weight: Tensor, bias: Tensor | None, t
     check_floating("weight", weight)
     check_device("weight", weight, x.device)
     check_vector("bias", bias, n, x.device)
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError(
-            "x requires grad, but many adapters in one batch are for inference: call under torch.no_grad()"
-        )
+    check_inference(x, "x")
 
 
 def check_tokens(x: Tensor, tokens: int) -> None:
@@ -31,6 +29,13 @@ def check_tokens(x: Tensor, tokens: int) -> None:
     found = x.numel() // max(1, x.shape[-1])
     if found != tokens:
         raise ValueError(f"x has {found} tokens {tuple(x.shape)} but the batch has {tokens}")
+
+
+def check_inference(x: Tensor, names: str, *others: Tensor) -> None:
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (x, *others)]):
+        raise ValueError(
+            f"{names} requires grad, but many adapters in one batch are for inference: call under torch.no_grad()"
+        )
 
 
 def check_multi_adapter_update(y: Tensor, x: Tensor, bias: Tensor | None) -> None:
@@ -53,7 +58,22 @@ def check_multi_adapter_update(y: Tensor, x: Tensor, bias: Tensor | None) -> Non
             f"y must be rows [..., {y.shape[-1]}] that lie contiguously, in equal steps, got strides {y.stride()}: it "
             "is written in place"
         )
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        raise ValueError(
-            "x or y requires grad, but many adapters in one batch are for inference: call under torch.no_grad()"
-        )
+    check_inference(x, "x or y", y)
+
+
+def check_multi_adapter_expert_block(
+    x: Tensor,
+    experts: Tensor,
+    routing: Tensor,
+    up: tuple[Tensor, Tensor | None],
+    down: tuple[Tensor, Tensor | None],
+    tokens: int,
+) -> None:
+    """Raises as `check_multi_adapter_linear`. up and down: weight and bias of the two products of experts."""
+    for name, (weight, bias) in (("up.", up), ("down.", down)):
+        check_expert_weight(weight, bias, None, name)
+    check_expert_block(x, experts, routing, up[0], down[0], (0.0, 0.0))
+    if down[0].dtype != up[0].dtype:
+        raise TypeError(f"down.weight must have up.weight's dtype {up[0].dtype}, got {down[0].dtype}: cast one")
+    check_tokens(x, tokens)
+    check_inference(x, "x or routing", routing)

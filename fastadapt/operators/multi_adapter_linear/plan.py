@@ -433,23 +433,25 @@ def slot_form(pages: Tensor, vectors: Tensor, shape: tuple[int, int], entry: For
     )
 
 
-def part_cuts(rank: int, *sides: tuple[Sequence[int], int]) -> list[int]:
+def part_cuts(rank: int, *sides: tuple[Sequence[int], int], page_ranks: int = PAGE_RANKS) -> list[int]:
     """The ranks at which parts begin, and the last one's end: before each page that, on any side, has a gap before it.
 
-    sides: (pages, stride) of each factor.
+    sides: (pages, stride) of each factor. page_ranks: rank rows of a page.
     """
     starts = [
         first
-        for page, first in enumerate(range(0, rank, PAGE_RANKS))
-        if not page or any(pages[page] - pages[page - 1] != PAGE_RANKS * stride for pages, stride in sides)
+        for page, first in enumerate(range(0, rank, page_ranks))
+        if not page or any(pages[page] - pages[page - 1] != page_ranks * stride for pages, stride in sides)
     ]
     return [*starts, rank]
 
 
-def rank_rows(memory: Tensor, cuts: Sequence[int], pages: Sequence[int], stride: int, width: int) -> tuple[Tensor, ...]:
+def rank_rows(
+    memory: Tensor, cuts: Sequence[int], pages: Sequence[int], stride: int, width: int, page_ranks: int = PAGE_RANKS
+) -> tuple[Tensor, ...]:
     """Rank rows [R, width] as views of the parts between the cuts."""
     offset = memory.storage_offset()
     return tuple(
-        memory.as_strided((last - first, width), (stride, 1), offset + pages[first // PAGE_RANKS])
+        memory.as_strided((last - first, width), (stride, 1), offset + pages[first // page_ranks])
         for first, last in pairwise(cuts)
     )
