@@ -47,6 +47,47 @@ def projections(module: Any) -> tuple[str, str]:
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 
+def stacked_weight(module: Any, name: str) -> Tensor:
+    """A weight of experts as a view [E, out, in]."""
+    stored: Tensor = module._parameters[name]
+    return stored.mT if module.is_transposed else stored
+
+
+def stacked_bias(module: Any, name: str) -> Tensor | None:
+    """The bias [E, out] that goes with a weight of experts, None where they have none."""
+    found: Tensor | None = module._parameters[f"{name}_bias"] if module.has_bias else None
+    return found
+
+
+def gate_of(module: Any) -> Callable[[Tensor], Tensor]:
+    """What experts do between their two products."""
+    gate: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
+    return gate
+
+
+def experts_output(
+    module: Any,
+    args: Sequence[Any],
+    form_of: Callable[[str], ExpertForm | None],
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """What experts give for args, (x, the experts of each token, their weights), with a form on each of their products.
+
+    form_of: the form by the name of the product, bias included; None for the frozen product alone.
+    """
+    x, experts, routing = args
+    sides = []
+    for name in projections(module):
+        form = form_of(name)
+        bias = stacked_bias(module, name) if form is None else None
+        sides.append(ExpertProjection(stacked_weight(module, name), form, bias, dropout))
+    up, down = sides
+    return expert_block(x, experts, routing, up, gate_of(module), down, training=training, backend=backend)
+
+
 class ExpertsAdapter(Adapter):
     """One adapter of experts: an adapter for each of their weights that it adapts, by the weight's name.
 
@@ -62,13 +103,19 @@ class ExpertsAdapter(Adapter):
         """The adapter of the weight of that name."""
         return self.parts[name]
 
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """What PEFT's names of a part's tensors begin with: wrappers nest in the order of the module's parameters, the
+        last of them outermost."""
+        return {name: "base_layer." * depth for depth, name in enumerate(reversed(list(self.parts)))}
+
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """By PEFT's names: wrappers nest in the order of the module's parameters, the last of them outermost."""
-        found = {}
-        for depth, name in enumerate(reversed(list(self.parts))):
-            for suffix, tensor in self.part(name).checkpoint_tensors().items():
-                found["base_layer." * depth + suffix] = tensor
-        return found
+        """By PEFT's names."""
+        return {
+            prefix + suffix: tensor
+            for name, prefix in self.prefixes.items()
+            for suffix, tensor in self.part(name).checkpoint_tensors().items()
+        }
 
     def forget(self) -> None:
         super().forget()
@@ -96,13 +143,11 @@ class AdapterExperts(AdapterLayer):
 
     def weight(self, name: str) -> Tensor:
         """A weight of the experts as a view [E, out, in]."""
-        stored = self.stored(name)
-        return stored.mT if self.base_layer.is_transposed else stored
+        return stacked_weight(self.base_layer, name)
 
     def bias(self, name: str) -> Tensor | None:
         """The bias [E, out] that goes with a weight."""
-        found: Tensor | None = self.base_layer._parameters[f"{name}_bias"] if self.base_layer.has_bias else None
-        return found
+        return stacked_bias(self.base_layer, name)
 
     @property
     def like(self) -> Tensor:
@@ -139,16 +184,14 @@ class AdapterExperts(AdapterLayer):
         if base._is_expert_parallel or is_hooked(base):
             why = "its experts are shared out among processes" if base._is_expert_parallel else "it has hooks"
             raise ValueError(f"{self.name} cannot run with an adapter: {why}; name it in exclude_modules, or merge")
-        if kwargs:
-            args = self._signature.bind(base, *args, **kwargs).args[1:]
-        x, experts, routing = args
-        sides = [self._side(name) for name in self.parameter_names]
-        gate: Callable[[Tensor], Tensor] = base._apply_gate if base.has_gate else base.act_fn
-        return expert_block(x, experts, routing, sides[0], gate, sides[1], training=self.training, backend=self.backend)
+        given = self.given(args, kwargs)
+        return experts_output(
+            base, given, self.expert_form, dropout=self.dropout, training=self.training, backend=self.backend
+        )
 
-    def _side(self, name: str) -> ExpertProjection:
-        form = self.expert_form(name)
-        return ExpertProjection(self.weight(name), form, self.bias(name) if form is None else None, self.dropout)
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of a call in their order: x, the experts of each token, their weights."""
+        return self._signature.bind(self.base_layer, *args, **kwargs).args[1:] if kwargs else args
 
     def merge(self, *, dequantize: bool = False, requantize: bool = False) -> float:
         """Writes the active adapters into the weights of the experts: W'[e] = diag(g) W0[e] + diag(h) B diag(d) A.
@@ -202,6 +245,22 @@ class AdapterExperts(AdapterLayer):
             parameter.data = parameter.data.to(now.device, now.dtype)
             self.base_layer._parameters[name] = parameter
         self._unmerged = None
+
+
+# Where a model's config says how many experts the router gives each token to.
+_ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+
+
+def experts_per_token(module: Any) -> int:
+    """How many experts the router gives each token to. Raises ValueError where their config does not say it."""
+    for name in _ACTIVE:
+        found = getattr(getattr(module, "config", None), name, None)
+        if type(found) is int and found > 0:
+            return found
+    raise ValueError(
+        f"{type(module).__name__}'s config does not say how many experts a token goes to (one number by the name of "
+        f"{' or '.join(_ACTIVE)}): leave share_rank out, and give the ranks in rank_pattern"
+    )
 
 
 def parameter_keys(path: str, module: nn.Module) -> Sequence[str]:
