@@ -33,7 +33,7 @@ from .adapted import (
     saved_modules,
 )
 from .bypassed import why_refused
-from .experts import with_experts
+from .experts import with_experts, with_shared_ranks
 from .places import shared_places
 from .saving import hook_saving, save_pretrained, unhook_saving
 from .targets import parameter_targets, saved_paths, shared_inputs, target_paths, warn_of_rest
@@ -163,7 +163,7 @@ def prepare(
     ends: list[str] = []
     if isinstance(config, LoRAConfig) and config.ensure_weight_tying:
         config, ends = with_ties(model, config)
-    config = with_experts(model, config)
+    config = with_shared_ranks(model, with_experts(model, config), config)
     paths = target_paths(model, config, every_name=not from_file)
     if str(config.target_modules).lower() == "all-linear" and not from_file:
         warn_of_rest(modules, config)
