@@ -292,6 +292,22 @@ def test_nothing_of_the_size_of_the_weights_is_made_and_a_is_not_copied() -> Non
     assert {part.lora_B["default"].weight.untyped_storage().data_ptr() for part in (up, down)} <= places
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_few_rows_are_pefts(tokens: int, blocks: list[int]) -> None:
+    """Of fewer rows than experts B is read where it lies; 0 rows go through as well."""
+    model = theirs(qwen3_moe, target_parameters=BOTH, target_modules=[])
+    layer, (x, chosen, routing) = experts_of(model), inputs(model, tokens)
+    leaves = [x.requires_grad_(), *[p for p in layer.parameters() if p.requires_grad]]
+    results = []
+    for _ in range(2):
+        y = layer(x, chosen, routing)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+        fastadapt.accelerate_peft(model)
+    assert blocks == [2]
+    for mine, other in zip(results[1], results[0], strict=True):
+        assert (mine - other).norm() <= 1e-5 * other.norm()
+
+
 def test_experts_that_are_called_by_name_and_calls_of_other_kinds(blocks: list[int]) -> None:
     model = theirs(qwen3_moe, target_parameters=BOTH, target_modules=[])
     own = copy.deepcopy(model)
@@ -344,6 +360,16 @@ def one_dtype(layer: Any) -> None:
     layer.get_base_layer().down_proj.data = layer.get_base_layer().down_proj.data.bfloat16()
 
 
+class Special(Tensor):
+    """A tensor that may compute something else, as those of sharding and quantising libraries do."""
+
+
+def special(layer: Any) -> None:
+    experts = layer.get_base_layer()
+    own = experts.down_proj.data.as_subclass(Special)
+    experts.down_proj = nn.Parameter(own, requires_grad=False)
+
+
 LEFT: dict[str, Callable[[Any], None]] = {
     "the base weight trains": trained_base,
     "the experts have hooks": hook_on("base_layer.base_layer"),
@@ -354,6 +380,7 @@ LEFT: dict[str, Callable[[Any], None]] = {
     "its scaling is a tensor": tensor_scaling,
     "A reads what the experts give, and not what they are given": reversed_in_peft,
     "the experts' weights are not of one dtype in floating point": one_dtype,
+    "the experts' weights are tensors of a kind of their own": special,
     "disabled": lambda layer: layer.base_layer.enable_adapters(False),
     "merged": lambda layer: layer.base_layer.merge(),
     "no adapter is active": lambda layer: [part.set_adapter([]) for part in (layer, layer.base_layer)] and None,

@@ -325,6 +325,30 @@ def test_a_rank_that_cannot_be_shared_is_refused() -> None:
         fastadapt.inject(model, LoRAConfig(target_parameters=BOTH, share_rank=True))
 
 
+# Routers.
+
+
+def test_a_router_is_exported_and_combined_by_its_weight(tmp_path: Path) -> None:
+    names = {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"], "init_lora_weights": False}
+    model = fastadapt.inject(qwen3_moe(), LoRAConfig(r=3, rank_pattern={"q_proj": 5}, **names), "one")
+    expected = logits(model)
+    fastadapt.export_lora(model, tmp_path / "one", "one")
+    fastadapt.inject(model, LoRAConfig(r=2, **names), "two")
+    fastadapt.add_weighted_adapter(model, ["one", "two"], [1.0, 0.0], "both", "cat")
+    fastadapt.set_adapter(model, "both")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    fastadapt.save_adapter(model, tmp_path / "both", "both")
+    for directory in ("one", "both"):
+        for back in (
+            fastadapt.load_adapter(qwen3_moe(), tmp_path / directory),
+            peft.PeftModel.from_pretrained(qwen3_moe(), tmp_path / directory).eval(),
+        ):
+            torch.testing.assert_close(logits(back), expected, rtol=1e-4, atol=1e-5)
+    fastadapt.inject(model, LoRAConfig(r=2, target_parameters=BOTH), "experts")
+    with pytest.raises(ValueError, match=r"experts \(Qwen3MoeExperts\) has a form for each expert.*exclude_modules"):
+        fastadapt.add_weighted_adapter(model, ["one", "experts"], [1.0, 1.0], "all")
+
+
 # Experts as lists of modules, which models with code of their own have.
 
 

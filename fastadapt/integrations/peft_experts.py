@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import FLOATING
 from ..forms import stacked_experts
@@ -60,6 +60,8 @@ class AcceleratedExperts(LoraParts, lora.ParamWrapper):
         if is_hooked(experts):
             return "the experts have hooks"
         weights = [experts._parameters[name] for name in projections(experts)]
+        if any([type(weight) is not nn.Parameter for weight in weights]):
+            return "the experts' weights are tensors of a kind of their own"
         if weights[0].dtype not in FLOATING or weights[0].dtype != weights[1].dtype:
             return "the experts' weights are not of one dtype in floating point"
         if len(weights[0]) == 1:
@@ -87,8 +89,9 @@ class AcceleratedExperts(LoraParts, lora.ParamWrapper):
         if given is None or not _fits(x, nested):
             return lora.ParamWrapper.forward(self, x, *args, **kwargs)
         layers = {layer.parameter_name: layer for layer in nested}
-        # Fewer rows than experts: each takes a copy of its own expert's B, sooner than there is one of all.
-        few = given[1].numel() < self.num_experts
+        # Fewer rows than experts: each takes a copy of its own expert's B, sooner than there is one of all. What is
+        # compiled is not to depend on how many they are.
+        few = not torch.compiler.is_compiling() and given[1].numel() < self.num_experts
 
         def form_of(name: str) -> ExpertForm | None:
             return layers[name].expert_form(experts, few) if name in layers else None

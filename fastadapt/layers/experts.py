@@ -166,7 +166,10 @@ class AdapterExperts(AdapterLayer):
         return ""
 
     def settled_form(self, adapter: Adapter) -> Any:
-        raise ValueError(f"{self.name} has a form for each expert, and not one")
+        raise ValueError(
+            f"{self.name} has a form for each expert, and not one that could be combined or exported with others: name "
+            "it in exclude_modules, or merge the adapters one after the other"
+        )
 
     def expert_form(self, name: str) -> ExpertForm | None:
         """The form that the active adapters have on a weight, None where none of them is on it."""

@@ -354,7 +354,7 @@ class LoRAConfig(AdapterConfig):
                 }
                 found[path] = ExpertsAdapter(parts, self.lora_dropout)
             else:
-                key = f"{path}.weight" if isinstance(layer, AdapterParameter) else path
+                key = _key(path, layer)
                 found[path] = kind(layer, self, self.rank(key), self.alpha(key), dtype)
         return found
 
@@ -370,19 +370,32 @@ class DoRAConfig(LoRAConfig):
     use_dora: bool = True
 
 
+def _key(path: str, layer: AdapterLayer) -> str:
+    """What the patterns of ranks call the layer at a path: a router's by its weight, as target_parameters does."""
+    return f"{path}.weight" if isinstance(layer, AdapterParameter) else path
+
+
 def lora_of(
     layers: dict[str, AdapterLayer], factors: Mapping[str, PlainLoRA], **fields: Any
 ) -> tuple[LoRAConfig, dict[str, Adapter]]:
     """(config, adapters) of the LoRA that has these factors, of any rank and scale, at these module paths.
 
-    `fields` are more of LoRAConfig's, target_modules among them. Raises ValueError for no layers.
+    `fields` are more of LoRAConfig's, target_modules among them; the weights of routers get into target_parameters.
+    Raises ValueError for no layers.
     """
     if not factors:
         raise ValueError("the adapter adds nothing to any layer: there is no LoRA to make of it")
-    ranks = {path: lora.A.shape[0] for path, lora in factors.items()}
+    keys = {path: _key(path, layers[path]) for path in factors}
+    ranks = {keys[path]: lora.A.shape[0] for path, lora in factors.items()}
     r = max(ranks.values())
-    alphas = {path: lora.scaling * lora.A.shape[0] for path, lora in factors.items()}
-    config = LoRAConfig(r=r, rank_pattern=pattern_of(ranks, r), alpha_pattern=pattern_of(alphas, 8.0), **fields)
+    alphas = {keys[path]: lora.scaling * lora.A.shape[0] for path, lora in factors.items()}
+    config = LoRAConfig(
+        r=r,
+        rank_pattern=pattern_of(ranks, r),
+        alpha_pattern=pattern_of(alphas, 8.0),
+        target_parameters=[key for path, key in keys.items() if key != path] or None,
+        **fields,
+    )
     dtypes = {id(layers[path].like): lora.A.dtype for path, lora in factors.items()}
     adapters = config.build(layers, lambda weight: dtypes[id(weight)])
     with torch.no_grad():

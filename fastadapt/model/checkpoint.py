@@ -27,7 +27,7 @@ from .layouts.source import foreign_file
 from .matching import check_names, respell
 from .peft_files import TENSOR_FILE, method_of, read_directory
 from .saving import write_adapter
-from .targets import base_modules, output_head, selection_of
+from .targets import base_modules, modules_of, output_head, selection_of
 from .tying import check_equal, tie_adapters, tied_ends
 from .unstacked import unstacked
 from .untrusted import DEFAULT_LIMITS, Limits, bounded
@@ -73,7 +73,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         config, adapters = lora_of(
             {path: injection.layers[path] for path in factors},
             factors,
-            **selection_of(model, list(factors)),
+            **selection_of(model, modules_of(injection.layers, factors)),
             bias="lora_only" if biases else "none",
             modules_to_save=old.modules_to_save,
             task_type=old.task_type,
@@ -84,7 +84,8 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         for path, bias in biases.items():
             adapters[path].get_parameter("bias").copy_(bias)
     exported = injection._replace(config=config, adapters=adapters)
-    write_adapter(model, Path(directory), config.to_peft(list(factors)), exported.named_tensors)
+    paths = modules_of(injection.layers, factors)
+    write_adapter(model, Path(directory), config.to_peft(paths), exported.named_tensors)
 
 
 def export_glora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
