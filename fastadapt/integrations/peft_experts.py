@@ -48,8 +48,8 @@ class AcceleratedExperts(LoraParts, lora.ParamWrapper):
         if why := why_no_experts(experts) or self._why_experts_left(experts):
             return why
         for layer in nested:
-            if why := "" if isinstance(layer, AcceleratedExperts) else "a layer inside of it has a forward of its own":
-                return why
+            if not isinstance(layer, AcceleratedExperts):
+                return "a layer inside of it has a forward of its own"
             if layer is not self and is_hooked(layer):
                 return "a layer inside of it has hooks"
             if why := layer._why_left_alone(experts):

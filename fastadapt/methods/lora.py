@@ -354,7 +354,7 @@ class LoRAConfig(AdapterConfig):
                 }
                 found[path] = ExpertsAdapter(parts, self.lora_dropout)
             else:
-                key = _key(path, layer)
+                key = pattern_key(path, layer)
                 found[path] = kind(layer, self, self.rank(key), self.alpha(key), dtype)
         return found
 
@@ -370,7 +370,7 @@ class DoRAConfig(LoRAConfig):
     use_dora: bool = True
 
 
-def _key(path: str, layer: AdapterLayer) -> str:
+def pattern_key(path: str, layer: AdapterLayer) -> str:
     """What the patterns of ranks call the layer at a path: a router's by its weight, as target_parameters does."""
     return f"{path}.weight" if isinstance(layer, AdapterParameter) else path
 
@@ -385,7 +385,7 @@ def lora_of(
     """
     if not factors:
         raise ValueError("the adapter adds nothing to any layer: there is no LoRA to make of it")
-    keys = {path: _key(path, layers[path]) for path in factors}
+    keys = {path: pattern_key(path, layers[path]) for path in factors}
     ranks = {keys[path]: lora.A.shape[0] for path, lora in factors.items()}
     r = max(ranks.values())
     alphas = {keys[path]: lora.scaling * lora.A.shape[0] for path, lora in factors.items()}

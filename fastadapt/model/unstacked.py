@@ -34,7 +34,7 @@ def unstacked(model: nn.Module, injection: Injection) -> tuple[dict[str, Any], d
         kind = getattr(getattr(inside(model), "config", None), "model_type", type(model).__name__)
         raise ValueError(
             f"adapter {injection.name!r} is on experts, and in models of type {kind} their layers have no names of "
-            "their own: save it with save_adapter, whose stacks vLLM reads for such models"
+            "their own: save it as stacks, with save_adapter"
         )
     # Experts and routers, which have other names here and in the pattern of ranks of a newer transformers.
     renamed: dict[str, PlainLoRA] = {}

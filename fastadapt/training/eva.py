@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from ..checks import shape_error
 from ..layers.experts import AdapterExperts, ExpertsAdapter
-from ..layers.kinds import AdapterParameter
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear
 from ..methods import EVAConfig, LoRAConfig, LoRADropConfig
 from ..methods.config import pattern_of
+from ..methods.lora import pattern_key
 from ..model.adapted import adapter_configs, adapter_layers, check_known, check_unmerged, present
 from ..model.inject import disable_adapter, exchange, in_mode
 from ..model.targets import selection_of
@@ -158,10 +158,7 @@ def initialize_eva(
     keys = {
         path: [f"{path}.{name}" for name in _adapter_of(layer, adapter_name).parts] for path, layer in stacks.items()
     }
-    keys |= {
-        path: [f"{path}.weight" if isinstance(injection.layers[path], AdapterParameter) else path]
-        for path in (*layers, *others)
-    }
+    keys |= {path: [pattern_key(path, injection.layers[path])] for path in (*layers, *others)}
     every = [key for path in injection.layers for key in keys[path]]
     alphas, ranks = {key: config.alpha(key) for key in every}, {key: config.rank(key) for key in every}
     for path in layers:
