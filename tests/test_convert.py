@@ -271,7 +271,8 @@ def test_embeddings_and_equal_names_have_no_place_in_kohyas_layout(tmp_path: Pat
 def test_what_the_command_needs_is_said(tmp_path: Path) -> None:
     there = saved(tmp_path / "peft", LoRAConfig(r=2, target_modules=["to_q"]))
     out = tmp_path / "out"
-    assert "--to must be one of peft, diffusers, kohya, lora, got 'comfy'" in refused(there, out, "--to", "comfy")
+    listed = "--to must be one of peft, diffusers, kohya, lora, experts, got"
+    assert f"{listed} 'comfy'" in refused(there, out, "--to", "comfy")
     assert "give --component unet" in refused(there, out, "--to", "diffusers")
     assert "must be one of 'unet'" in refused(there, out, "--to", "diffusers", "--component", "vae")
     file = tmp_path / "k.safetensors"
@@ -325,3 +326,21 @@ def test_a_file_of_strangers_takes_bounded_time_and_ends_in_one_line(
 
     monkeypatch.setattr(convert_module, "_read", greedy)
     assert "there is no room for what it asks for: no room" in refused(there, tmp_path / "out", "--to", "peft")
+
+
+def test_stacked_experts_as_the_layers_that_they_were(tmp_path: Path) -> None:
+    from test_experts import logits, qwen3_moe
+
+    qwen3_moe().save_pretrained(tmp_path / "base")
+    both = ["experts.gate_up_proj", "experts.down_proj"]
+    there = saved(tmp_path / "lora", LoRAConfig(r=2, target_modules=["q_proj"], target_parameters=both), qwen3_moe())
+    said = convert(there, tmp_path / "layers", "--to", "experts", "--model", tmp_path / "base")
+    assert "converted" in said
+    names = load_file(tmp_path / "layers" / TENSOR_FILE)
+    assert "base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_B.weight" in names
+    want = logits(load_adapter(qwen3_moe(), there))
+    torch.testing.assert_close(logits(load_adapter(qwen3_moe(), tmp_path / "layers")), want, rtol=1e-4, atol=1e-5)
+    assert (want - logits(qwen3_moe())).abs().max() > 1e-3
+    assert "give --model" in refused(there, tmp_path / "x", "--to", "experts")
+    plain = saved(tmp_path / "plain", LoRAConfig(r=2, target_modules=["q_proj"]), llama())
+    assert "has no stacked experts in target_parameters" in refused(plain, tmp_path / "x", "--to", "experts")

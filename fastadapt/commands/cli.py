@@ -235,7 +235,7 @@ def convert(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="A directory; a .safetensors file for kohya.")],
     to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")],
     model: Annotated[
-        str | None, typer.Option(help="Base model: its names for kohya's flat ones, its sizes for --to lora.")
+        str | None, typer.Option(help="Base model: names for kohya's flat ones, sizes for --to lora and experts.")
     ] = None,
     component: Annotated[
         str | None, typer.Option(help="Part of the pipeline: unet, transformer, text_encoder, ...")

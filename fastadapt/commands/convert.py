@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from ..model.layouts.layout import Spelled
     from ..model.layouts.names import Names
 
-TARGETS = ("peft", "diffusers", "kohya", "lora")
+TARGETS = ("peft", "diffusers", "kohya", "lora", "experts")
+# Those that are a PEFT directory; in that of "experts" each linear layer of each expert has a LoRA.
+DIRECTORIES = ("peft", "lora", "experts")
 
 
 def convert_to(
@@ -44,8 +46,14 @@ def _converted(
     report(f"reading {source}")
     adapters = _read(source, model, component, whole=to in ("diffusers", "kohya"))
     report(f"writing {output}")
-    if to in ("peft", "lora"):
+    if to in DIRECTORIES:
         spelled = _only(adapters, source)
+        if to == "experts":
+            if not spelled.fields.get("target_parameters"):
+                raise ValueError(
+                    f"{source} has no stacked experts in target_parameters to take apart: --to peft keeps it as it is"
+                )
+            return _exported(source, output, spelled, model)
         if to == "lora" and spelled.fields.get("peft_type") != "LORA":
             return _exported(source, output, spelled, model)
         if to == "lora" and spelled.fields.get("use_dora"):
@@ -73,7 +81,7 @@ def _output_file(output: Path, to: str) -> Path:
     from ..model.peft_files import TENSOR_FILE
 
     is_file = output.suffix == ".safetensors"
-    if to in ("peft", "lora"):
+    if to in DIRECTORIES:
         if is_file:
             raise ValueError(f"OUT must be a directory for --to {to}, which has two files, got {output}")
         return output / TENSOR_FILE
@@ -164,7 +172,7 @@ def _exported(source: Path, output: Path, spelled: Spelled, model: str | None) -
     kind = spelled.fields.get("peft_type")
     if model is None:
         raise ValueError(
-            f"{source} is a {kind}, and as a LoRA it has the sizes of its base model's layers: give --model, the "
+            f"{source} is a {kind}, and what is made of it has the sizes of its base model's layers: give --model, the "
             "directory or hub name of a transformers model"
         )
     with quiet_transformers():

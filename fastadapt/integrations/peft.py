@@ -36,6 +36,12 @@ _KNOWN_ON_BITSANDBYTES = dict.fromkeys(
     "lora_variant to forward",
 )
 
+# The same of those on weights of experts: where they do more they are left alone, and no others with them.
+_KNOWN_ON_EXPERTS = {
+    "lora.layer:ParamWrapper": "_check_forward_args pop disable_adapters merged unmerge base_layer get ValueError "
+    "__class__ __name__ _activate_lora active_adapters",
+}
+
 
 class PeftReport(NamedTuple):
     """What `accelerate_peft` did with PEFT's layers, by their paths in the model. Prints as a sentence.
@@ -63,8 +69,10 @@ def accelerate_peft(model: nn.Module, *, mixed_batches: bool = False) -> PeftRep
     Only the class of each layer changes, to a subclass with a forward of ours on PEFT's own parameters: saving and
     loading, merging, switching, disabling, mixed batches, optimizers, Trainer and TRL go on unchanged. Projections that
     read the same input (q, k and v; gate and up) run as one. On quantised weights (bitsandbytes', quanto's) the form
-    goes onto what the base layer gives, DoRA's with the norm of the dequantised weight. What a forward does not cover
-    is PEFT's own, call by call: merged and disabled layers, adapter_names without mixed_batches, aLoRA and the other
+    goes onto what the base layer gives, DoRA's with the norm of the dequantised weight. LoRA on the stacked weights of
+    experts (target_parameters) goes onto the rows of each expert, where PEFT adds it to all of every expert's weights
+    in each forward; experts that transformers does not decorate stay PEFT's. What a forward does not cover is PEFT's
+    own, call by call: merged and disabled layers, adapter_names without mixed_batches, aLoRA and the other
     variants, DoRA together with other adapters, dropouts that differ, a base weight that trains, hooks on the base
     layer or the factors.
     Call it again after PEFT has made new layers (add_adapter, load_adapter), and after a write to a base weight that
@@ -94,9 +102,10 @@ def accelerate_peft(model: nn.Module, *, mixed_batches: bool = False) -> PeftRep
             f"{type(model).__name__} has no layers of PEFT's: make them first, with peft.get_peft_model, or take "
             "fastadapt.inject for adapters of our own"
         )
-    unknown = _unknown()
+    unknown = _unknown(_KNOWN | (_KNOWN_ON_BITSANDBYTES if _BITSANDBYTES in sys.modules else {}))
+    more = f"in PEFT {__version__} they do more than is known here"
     if unknown:
-        why = f"in PEFT {__version__} they do more than is known here ({', '.join(sorted(unknown))})"
+        why = f"{more} ({', '.join(sorted(unknown))})"
         warnings.warn(f"accelerate_peft leaves all layers to PEFT: {why}", stacklevel=2)
         return PeftReport({}, dict.fromkeys(layers, why))
 
@@ -104,9 +113,13 @@ def accelerate_peft(model: nn.Module, *, mixed_batches: bool = False) -> PeftRep
 
     if _BITSANDBYTES in sys.modules:
         importlib.import_module(f"{__package__}.peft_bitsandbytes")
-    for layer in layers.values():
+    unknown = _unknown(_KNOWN_ON_EXPERTS)
+    if not unknown:
+        importlib.import_module(f"{__package__}.peft_experts")
+    left_whole = {path for path, layer in layers.items() if unknown and type(layer).__name__ == "ParamWrapper"}
+    for path, layer in layers.items():
         kind = ACCELERATED.get(type(layer))
-        if kind is not None:
+        if kind is not None and path not in left_whole:
             layer.__class__ = kind
     for own in _accelerated(model):
         own.start(mixed_batches)
@@ -117,7 +130,12 @@ def accelerate_peft(model: nn.Module, *, mixed_batches: bool = False) -> PeftRep
             member.group = group
     taken, left = {}, {}
     for path, layer in layers.items():
-        why = layer.why_left() if isinstance(layer, Accelerated) else f"{_name(layer)} has a forward of its own"
+        if isinstance(layer, Accelerated):
+            why = layer.why_left()
+        elif path in left_whole:
+            why = f"{more} ({', '.join(sorted(unknown))})"
+        else:
+            why = f"{_name(layer)} has a forward of its own"
         if why:
             left[path] = why
         elif isinstance(layer, Accelerated):
@@ -135,10 +153,9 @@ def restore_peft(model: nn.Module) -> None:
     _hand_on_names(model, False)
 
 
-def _unknown() -> set[str]:
-    """What PEFT's forwards, as they are now, speak of that is not known here."""
+def _unknown(classes: Mapping[str, str]) -> set[str]:
+    """What PEFT's forwards, as they are now, speak of that is not known of these classes."""
     found = set()
-    classes = _KNOWN | (_KNOWN_ON_BITSANDBYTES if _BITSANDBYTES in sys.modules else {})
     for path, known in classes.items():
         module, name = path.split(":")
         try:

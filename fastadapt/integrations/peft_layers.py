@@ -188,7 +188,7 @@ class Accelerated(nn.Module):
         """Whether x is one that our operators take; PEFT's own forward takes others, or says why not."""
         if not isinstance(x, Tensor) or x.dim() == 0 or x.dtype not in FLOATING or x.is_nested:
             return False
-        if not torch.compiler.is_compiling() and _transformed():
+        if not torch.compiler.is_compiling() and is_transformed():
             return False
         weight: Any = self.base_layer._parameters.get("weight")
         dtypes = {x.dtype} if weight is None or weight.dtype not in FLOATING else {x.dtype, weight.dtype}
@@ -348,7 +348,7 @@ def _active(dropout: nn.Module) -> float | None:
     return p if p < 1.0 else None
 
 
-def _transformed() -> bool:
+def is_transformed() -> bool:
     """Whether somebody traces, or differentiates by other means than a backward."""
     level: int = forward_ad._current_level
     return torch._C._are_functorch_transforms_active() or level >= 0 or torch._C._get_tracing_state() is not None

@@ -73,6 +73,29 @@ def gate_of(module: Any) -> Callable[[Tensor], Tensor]:
     return gate
 
 
+def experts_output(
+    module: Any,
+    args: Sequence[Any],
+    form_of: Callable[[str], ExpertForm | None],
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """What experts give for args, (x, the experts of each token, their weights), with a form on each of their products.
+
+    form_of: the form by the name of the product, bias included; None for the frozen product alone.
+    """
+    x, experts, routing = args
+    sides = []
+    for name in projections(module):
+        form = form_of(name)
+        bias = stacked_bias(module, name) if form is None else None
+        sides.append(ExpertProjection(stacked_weight(module, name), form, bias, dropout))
+    up, down = sides
+    return expert_block(x, experts, routing, up, gate_of(module), down, training=training, backend=backend)
+
+
 class ExpertsAdapter(Adapter):
     """One adapter of experts: an adapter for each of their weights that it adapts, by the weight's name.
 
@@ -88,13 +111,19 @@ class ExpertsAdapter(Adapter):
         """The adapter of the weight of that name."""
         return self.parts[name]
 
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """What PEFT's names of a part's tensors begin with: wrappers nest in the order of the module's parameters, the
+        last of them outermost."""
+        return {name: "base_layer." * depth for depth, name in enumerate(reversed(list(self.parts)))}
+
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """By PEFT's names: wrappers nest in the order of the module's parameters, the last of them outermost."""
-        found = {}
-        for depth, name in enumerate(reversed(list(self.parts))):
-            for suffix, tensor in self.part(name).checkpoint_tensors().items():
-                found["base_layer." * depth + suffix] = tensor
-        return found
+        """By PEFT's names."""
+        return {
+            prefix + suffix: tensor
+            for name, prefix in self.prefixes.items()
+            for suffix, tensor in self.part(name).checkpoint_tensors().items()
+        }
 
     def forget(self) -> None:
         super().forget()
@@ -145,7 +174,10 @@ class AdapterExperts(AdapterLayer):
         return ""
 
     def settled_form(self, adapter: Adapter) -> Any:
-        raise ValueError(f"{self.name} has a form for each expert, and not one")
+        raise ValueError(
+            f"{self.name} has a form for each expert, and not one that could be combined or exported with others: name "
+            "it in exclude_modules, or merge the adapters one after the other"
+        )
 
     def expert_form(self, name: str) -> ExpertForm | None:
         """The form that the active adapters have on a weight, None where none of them is on it."""
@@ -162,16 +194,14 @@ class AdapterExperts(AdapterLayer):
             return base(*args, **kwargs)
         if why := why_not_run(base):
             raise ValueError(f"{self.name} cannot run with an adapter: {why}; name it in exclude_modules, or merge")
-        if kwargs:
-            args = self._signature.bind(base, *args, **kwargs).args[1:]
-        x, experts, routing = args
-        sides = [self._side(name) for name in self.parameter_names]
-        gate: Callable[[Tensor], Tensor] = base._apply_gate if base.has_gate else base.act_fn
-        return expert_block(x, experts, routing, sides[0], gate, sides[1], training=self.training, backend=self.backend)
+        given = self.given(args, kwargs)
+        return experts_output(
+            base, given, self.expert_form, dropout=self.dropout, training=self.training, backend=self.backend
+        )
 
-    def _side(self, name: str) -> ExpertProjection:
-        form = self.expert_form(name)
-        return ExpertProjection(self.weight(name), form, self.bias(name) if form is None else None, self.dropout)
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of a call in their order: x, the experts of each token, their weights."""
+        return self._signature.bind(self.base_layer, *args, **kwargs).args[1:] if kwargs else args
 
     def merge(self, *, dequantize: bool = False, requantize: bool = False) -> float:
         """Writes the active adapters into the weights of the experts: W'[e] = diag(g) W0[e] + diag(h) B diag(d) A.
@@ -271,6 +301,22 @@ def why_not_by_token(router: nn.Module) -> str:
 def tensors_of(given: Any) -> tuple[Tensor, ...]:
     """What a module gives, one tensor or several."""
     return given if isinstance(given, tuple) else (given,)
+
+
+# Where a model's config says how many experts the router gives each token to.
+_ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+
+
+def experts_per_token(module: Any) -> int:
+    """How many experts the router gives each token to. Raises ValueError where their config does not say it."""
+    for name in _ACTIVE:
+        found = getattr(getattr(module, "config", None), name, None)
+        if type(found) is int and found > 0:
+            return found
+    raise ValueError(
+        f"{type(module).__name__}'s config does not say how many experts a token goes to (one number by the name of "
+        f"{' or '.join(_ACTIVE)}): leave share_rank out, and give the ranks in rank_pattern"
+    )
 
 
 def parameter_keys(path: str, module: nn.Module) -> Sequence[str]:

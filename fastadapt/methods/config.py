@@ -281,7 +281,8 @@ class AdapterConfig:
             )
         if self.target_parameters and AdapterExperts not in self.layer_kinds:
             raise ValueError(
-                f"target_parameters goes with LoRA, DoRA and VeRA alone, and this is {type(self).__name__}"
+                f"target_parameters goes with LoRA, DoRA and VeRA alone, and this is {type(self).__name__}: take one "
+                "of these, or leave target_parameters out"
             )
         for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)

@@ -46,10 +46,21 @@ class ExpertLoRA(Adapter):
             A = torch.randn(rows, k) / r
         else:
             A = torch.empty(rows, k).uniform_(-1 / math.sqrt(k), 1 / math.sqrt(k))
-        add("lora_A", A)
+        add("lora_A", A, frozen=config.freeze_A)
         add("lora_B", (torch.randn(rows, n) if init is False else torch.zeros(rows, n)).T)
         if config.use_dora:
             add("lora_magnitude_vector", self._norm(weight.detach()))
+
+    @property
+    def up(self) -> nn.Parameter:
+        """B, in the shape that it has in a file."""
+        up: nn.Parameter = self.get_parameter("lora_B")
+        return up
+
+    @property
+    def freezes_A(self) -> bool:  # noqa: N802 (A is the factor's name)
+        """Whether A is a constant and B a parameter (LoRA-FA)."""
+        return "lora_A" in self._buffers and "lora_B" in self._parameters
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -202,11 +202,14 @@ class LoRAConfig(AdapterConfig):
     `initialize_eva` is called, which goes by eva_config), or False (B is not zero).
     freeze_A: LoRA-FA, A stays as it was drawn, so that nothing needs to keep x for a backward (Zhang et al. 2023,
         arXiv:2308.03303); its optimizer is optim.LoRAFAAdamW. An adapter file does not say it: it is an ordinary LoRA.
+    share_rank: weights of experts have rank max(1, ⌊r / k⌋), k the experts that the router gives each token to, so that
+        a token meets about r ranks in all (Schulman et al. 2025, doi:10.64434/tml.20250929); lora_alpha stays. A key of
+        rank_pattern that names such a weight goes before it. A file has the ranks in rank_pattern, and not this.
     ensure_weight_tying: what target_modules or modules_to_save name of tied embeddings and heads stands for all of
         them: they are adapted by the same parameters, a head by those of the embedding turned round.
     Linear and Conv1D layers; Embedding and Conv2d without use_dora and lora_bias, Embedding without freeze_A too. By
     target_parameters the stacked weights of experts, each expert with an A, a B and, with use_dora, a norm of its own,
-    without lora_bias and freeze_A; and the weights of routers, on whose input no dropout acts. lora_dropout draws one
+    without lora_bias; and the weights of routers, on whose input no dropout acts. lora_dropout draws one
     mask a token before the experts and one a row between their products. In models whose experts PEFT has a rule for,
     "all-linear" and the names that the layers of one expert had stand for them.
     Raises ValueError for a value outside its range, by name.
@@ -247,7 +250,7 @@ class LoRAConfig(AdapterConfig):
     narrowing_options: ClassVar[dict[str, tuple[type[AdapterLayer], ...]]] = {
         "use_dora": (AdapterLinear, AdapterExperts, AdapterParameter),
         "lora_bias": (AdapterLinear,),
-        "freeze_A": (AdapterLinear, AdapterConv2d, AdapterParameter),
+        "freeze_A": (AdapterLinear, AdapterConv2d, AdapterExperts, AdapterParameter),
     }
     neutral_fields: ClassVar[dict[str, tuple[Any, ...]]] = {
         name: (None, False, {}, [])
@@ -278,6 +281,7 @@ class LoRAConfig(AdapterConfig):
     eva_config: EVAConfig | None = None
     freeze_A: bool = False
     ensure_weight_tying: bool = False
+    share_rank: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -324,7 +328,7 @@ class LoRAConfig(AdapterConfig):
 
     def to_peft(self, paths: list[str]) -> dict[str, Any]:
         fields = super().to_peft(paths)
-        del fields["freeze_A"]
+        del fields["freeze_A"], fields["share_rank"]
         if self.target_parameters and self.lora_dropout:
             # PEFT refuses a dropout beside parameters, though it means nothing once the adapter is trained.
             fields |= {"lora_dropout": 0.0, DROPOUT: self.lora_dropout}
@@ -350,7 +354,7 @@ class LoRAConfig(AdapterConfig):
                 }
                 found[path] = ExpertsAdapter(parts, self.lora_dropout)
             else:
-                key = f"{path}.weight" if isinstance(layer, AdapterParameter) else path
+                key = pattern_key(path, layer)
                 found[path] = kind(layer, self, self.rank(key), self.alpha(key), dtype)
         return found
 
@@ -366,19 +370,32 @@ class DoRAConfig(LoRAConfig):
     use_dora: bool = True
 
 
+def pattern_key(path: str, layer: AdapterLayer) -> str:
+    """What the patterns of ranks call the layer at a path: a router's by its weight, as target_parameters does."""
+    return f"{path}.weight" if isinstance(layer, AdapterParameter) else path
+
+
 def lora_of(
     layers: dict[str, AdapterLayer], factors: Mapping[str, PlainLoRA], **fields: Any
 ) -> tuple[LoRAConfig, dict[str, Adapter]]:
     """(config, adapters) of the LoRA that has these factors, of any rank and scale, at these module paths.
 
-    `fields` are more of LoRAConfig's, target_modules among them. Raises ValueError for no layers.
+    `fields` are more of LoRAConfig's, target_modules among them; the weights of routers get into target_parameters.
+    Raises ValueError for no layers.
     """
     if not factors:
         raise ValueError("the adapter adds nothing to any layer: there is no LoRA to make of it")
-    ranks = {path: lora.A.shape[0] for path, lora in factors.items()}
+    keys = {path: pattern_key(path, layers[path]) for path in factors}
+    ranks = {keys[path]: lora.A.shape[0] for path, lora in factors.items()}
     r = max(ranks.values())
-    alphas = {path: lora.scaling * lora.A.shape[0] for path, lora in factors.items()}
-    config = LoRAConfig(r=r, rank_pattern=pattern_of(ranks, r), alpha_pattern=pattern_of(alphas, 8.0), **fields)
+    alphas = {keys[path]: lora.scaling * lora.A.shape[0] for path, lora in factors.items()}
+    config = LoRAConfig(
+        r=r,
+        rank_pattern=pattern_of(ranks, r),
+        alpha_pattern=pattern_of(alphas, 8.0),
+        target_parameters=[key for path, key in keys.items() if key != path] or None,
+        **fields,
+    )
     dtypes = {id(layers[path].like): lora.A.dtype for path, lora in factors.items()}
     adapters = config.build(layers, lambda weight: dtypes[id(weight)])
     with torch.no_grad():

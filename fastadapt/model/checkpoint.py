@@ -13,21 +13,23 @@ from torch import Tensor, nn
 
 from ..checks import shown
 from ..forms import PlainLoRA, plain_lora
+from ..layers.experts import AdapterExperts
 from ..methods import AdapterConfig, LoRAConfig
 from ..methods.glora import glora_of
 from ..methods.lora import lora_of
 from ..methods.lora_drop import recognised
 from ..methods.patterns import time_limit
 from .adapted import PREFIX, Injection, adapter_configs, check_unmerged, present
-from .experts import stack_experts
+from .experts import stack_experts, turn_experts
 from .inject import ModelType, attach, prepare, replace_base
 from .layouts.reading import read_for_model
 from .layouts.source import foreign_file
 from .matching import check_names, respell
 from .peft_files import TENSOR_FILE, method_of, read_directory
 from .saving import write_adapter
-from .targets import base_modules, output_head, selection_of
+from .targets import base_modules, modules_of, output_head, selection_of
 from .tying import check_equal, tie_adapters, tied_ends
+from .unstacked import unstacked
 from .untrusted import DEFAULT_LIMITS, Limits, bounded
 from .wrappers import inside
 
@@ -37,12 +39,18 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
 
     ΔW is the same: A' = diag(d) A, B' = diag(h) B, with each layer's rank and lora_alpha in the patterns (Delta-LoRA
     has rank 2r, AdaLoRA the triplets that it kept; LoRA-drop's shared pairs are repeated). A layer of rank 0 is left
-    out. Raises ValueError for an unknown name, a merged adapter, a moved base (literal Delta-LoRA), a method that
+    out. Experts, whose weights are stacked, get a LoRA for each linear layer of each of them, by the names that
+    transformers 4 had for these: vLLM wants them so for Mixtral, Qwen3-MoE or DeepSeek, while for gpt-oss or Qwen3-VL
+    it reads the stacks that save_adapter writes.
+    Raises ValueError for an unknown name, a merged adapter, a moved base (literal Delta-LoRA), a method that
     scales the base path (DoRA, DVoRA) or a bias where the base has none; OSError where the directory cannot be written.
     """
     injection = present(model, adapter_name)
     injection.config.to_peft(list(injection.layers))  # raises for what no adapter file can hold
     check_unmerged(injection.layers.values(), "exporting it")
+    if any(isinstance(layer, AdapterExperts) for layer in injection.layers.values()):
+        write_adapter(model, Path(directory), *unstacked(model, injection))
+        return
     factors: dict[str, PlainLoRA] = {}
     biases: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -65,7 +73,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         config, adapters = lora_of(
             {path: injection.layers[path] for path in factors},
             factors,
-            **selection_of(model, list(factors)),
+            **selection_of(model, modules_of(injection.layers, factors)),
             bias="lora_only" if biases else "none",
             modules_to_save=old.modules_to_save,
             task_type=old.task_type,
@@ -76,7 +84,8 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         for path, bias in biases.items():
             adapters[path].get_parameter("bias").copy_(bias)
     exported = injection._replace(config=config, adapters=adapters)
-    write_adapter(model, Path(directory), config.to_peft(list(factors)), exported.named_tensors)
+    paths = modules_of(injection.layers, factors)
+    write_adapter(model, Path(directory), config.to_peft(paths), exported.named_tensors)
 
 
 def export_glora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -274,6 +283,7 @@ def load_adapter(
     autocast_adapter_dtype: bool = True,
     limits: Limits = DEFAULT_LIMITS,
     component: str | None = None,
+    swapped_experts: bool | None = None,
 ) -> ModelType:
     """Loads an adapter into `model` in place under that name, activates it and freezes the base.
 
@@ -284,18 +294,19 @@ def load_adapter(
     into modules_to_save the model may lack those that the file has no tensors of. trainable: whether the adapter's
     parameters require grad. limits: what the files may ask for, as in serving. component: which part of a pipeline
     ("unet", "text_encoder") this model is, in a file that holds several; None takes the one whose modules it has, and
-    warns of the others. Returns the model. Raises
+    warns of the others. swapped_experts: whether A and B of experts are in each other's places, as PEFT before 0.19.1
+    had them; None tells by their shapes, of square matrices by the file's peft_version. Returns the model. Raises
     FileNotFoundError or ValueError that names the file, the tensor or the field and the cure, an AdapterError where it
     asks for more than there is; the model is then as it was.
     """
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     # What is drawn at random is overwritten: the caller's own numbers go on as if nothing had been drawn.
     with bounded(directory), time_limit(limits.max_pattern_seconds), torch.random.fork_rng(cuda):
-        file, others = foreign_file(directory), list[str]()
+        file, others, fields = foreign_file(directory), list[str](), dict[str, Any]()
         if file is not None:
             config, tensors, others = read_for_model(model, file, component, limits)
         elif component is None:
-            config, _, tensors = read_directory(directory, limits)
+            config, fields, tensors = read_directory(directory, limits)
         else:
             raise ValueError(f"component goes with a file of a pipeline, and {directory} is PEFT's: leave it out")
         config = recognised(config, tensors)
@@ -308,6 +319,7 @@ def load_adapter(
             from_file=True,  # whose tensors decide
         )
         source = Path(directory, TENSOR_FILE) if file is None else file
+        turn_experts(injection, tensors, fields, source, swapped_experts)
         changed = check_tensors(injection, tensors, source, base_modules(model), output_head(model))
         if changed and adapter_configs(model):
             raise ValueError(

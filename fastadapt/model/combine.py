@@ -13,7 +13,7 @@ from ..layers.layer import AdapterLayer
 from ..methods.lora import lora_of
 from .adapted import Injection, active_adapters, present
 from .inject import attach, check_new, set_adapter
-from .targets import selection_of
+from .targets import modules_of, selection_of
 
 COMBINATIONS = ("svd", "linear", "cat")
 
@@ -72,7 +72,7 @@ def add_weighted_adapter(
         config, built = lora_of(
             layers,
             {path: PlainLoRA(A, B, 1.0) for path, (A, B) in combined.items()},
-            **selection_of(model, list(layers)),
+            **selection_of(model, modules_of(layers, layers)),
             task_type=first.task_type,
             base_model_name_or_path=first.base_model_name_or_path,
             revision=first.revision,

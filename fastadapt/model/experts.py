@@ -1,22 +1,27 @@
-"""Weights of experts by the names that their layers had: PEFT's rule for configs and files of older transformers.
+"""Weights of experts in configs and files: by the names that their layers had, in older layouts, and their ranks.
 
-Up to transformers 4 every expert was a module of linear layers, and the router was one; from 5 on the weights of all
-experts are two stacked parameters, gate and up together in one of them.
+PEFT has a rule for configs and files of older transformers. Up to transformers 4 every expert was a module of linear
+layers, and the router was one; from 5 on the weights of all experts are two stacked parameters, gate and up together in
+one of them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.experts import AdapterExperts
+from ..layers.experts import AdapterExperts, ExpertsAdapter, experts_per_token
 from ..methods import AdapterConfig, LoRAConfig
-from .targets import base_modules
+from ..methods.config import pattern_value
+from ..methods.experts import ExpertLoRA
+from .adapted import PREFIX, Injection
+from .targets import base_modules, parameter_targets
 from .wrappers import inside
 
 # The parameter that each of the old names has become a part of, by the family of models, and the families' models by
@@ -43,7 +48,14 @@ _FAMILIES: dict[str, str] = {
     ),
 }
 # The two that are one now, in the order in which they lie in it.
-_FUSED = "gate_up_proj"
+FUSED = "gate_up_proj"
+
+
+def names_in_layers(model: nn.Module) -> dict[str, str]:
+    """The parameter of experts, or of their router, that each of the old names has become a part of; empty for models
+    without a rule."""
+    kind = getattr(getattr(inside(model), "config", None), "model_type", "")
+    return _NAMES.get(_FAMILIES.get(kind, ""), {})
 
 
 def with_experts(
@@ -56,8 +68,7 @@ def with_experts(
     its own of both. modules: the model's by path as they were before any was wrapped; by default `base_modules`. Raises
     ValueError where one of these two is named without the other.
     """
-    bare = inside(model)
-    names = _NAMES.get(_FAMILIES.get(getattr(getattr(bare, "config", None), "model_type", ""), ""), {})
+    bare, names = inside(model), names_in_layers(model)
     if not names or not isinstance(config, LoRAConfig) or AdapterExperts not in config.layer_kinds:
         return config
     targets = config.target_modules
@@ -72,23 +83,52 @@ def with_experts(
     ]
     if not found:
         return config
-    fused = [old for old in names if names[old] == _FUSED]
+    fused = [old for old in names if names[old] == FUSED]
     given = [old for old in fused if old in found]
     if given and given != fused:
         missing = ", ".join(old for old in fused if old not in given)
         raise ValueError(
             f"target_modules names {', '.join(given)} without {missing}, and both are one weight of the experts, "
-            f"{_FUSED}: name both, or none"
+            f"{FUSED}: name both, or none"
         )
     changes: dict[str, Any] = {"target_parameters": sorted({*(config.target_parameters or ()), *map(names.get, found)})}
     if not isinstance(targets, str):
         known = {end for path in modules for end in _ends(path)}
         changes["target_modules"] = [t for t in targets or () if t in known or t.rpartition(".")[2] not in found]
     if given:
-        key = rf".*\.{_FUSED}"
+        key = rf".*\.{FUSED}"
         changes["rank_pattern"] = {**config.rank_pattern, key: len(fused) * config.r}
         changes["alpha_pattern"] = {**config.alpha_pattern, key: len(fused) * config.lora_alpha}
     return replace(config, **changes)
+
+
+def with_shared_ranks(model: nn.Module, config: AdapterConfig, own: AdapterConfig) -> AdapterConfig:
+    """The config with the ranks that share_rank means for weights of experts in its rank_pattern.
+
+    own: the config as the user gave it, whose rank_pattern goes before. Raises ValueError where target_parameters names
+    no weights of experts, or their model does not say how many of them a token goes to.
+    """
+    if not isinstance(config, LoRAConfig) or not isinstance(own, LoRAConfig) or not config.share_rank:
+        return config
+    modules = base_modules(inside(model))
+    experts = {
+        f"{path}.{name}": module
+        for path, names in parameter_targets(modules, config, every_name=False).items()
+        for module in [getattr(modules[path], "base_layer", modules[path])]
+        for name in names
+        if module.get_parameter(name).dim() == 3
+    }
+    if not experts:
+        raise ValueError(
+            f"share_rank is for weights of experts, and target_parameters, {config.target_parameters!r}, names none: "
+            "name them there, or leave share_rank out"
+        )
+    ranks = {
+        key: max(1, config.rank(key) // experts_per_token(module))
+        for key, module in experts.items()
+        if not pattern_value("rank_pattern", own.rank_pattern, key, 0)
+    }
+    return replace(config, rank_pattern={**ranks, **config.rank_pattern})
 
 
 def _ends(path: str) -> list[str]:
@@ -121,7 +161,7 @@ def stack_experts(tensors: dict[str, Tensor], wanted: Collection[str]) -> None:
             key = match["outer"], match["name"], match["side"]
             found.setdefault(key, {})[int(match["expert"])] = name
     for names in _NAMES.values():
-        fused = [old for old, new in names.items() if new == _FUSED]
+        fused = [old for old, new in names.items() if new == FUSED]
         (down,) = [old for old, new in names.items() if new == "down_proj"]
         for outer in {key[0] for key in found}:
             # The last of the wrappers is down_proj's, where both are adapted.
@@ -169,3 +209,77 @@ def _stack(
     tensors[f"{place}A.weight"] = A
     # [E, out, r] as [out, r·E], the rank first.
     tensors[f"{place}B.weight"] = B.permute(1, 2, 0).flatten(1)
+
+
+class _Pair(NamedTuple):
+    """A and B of one stack in a file by their names, and the shapes that they have to have."""
+
+    A: str
+    B: str
+    experts: int
+    shapes: tuple[torch.Size, torch.Size]
+
+    def shapes_in(self, tensors: Mapping[str, Tensor]) -> tuple[torch.Size, torch.Size]:
+        return tensors[self.A].shape, tensors[self.B].shape
+
+    @property
+    def turned_shapes(self) -> tuple[torch.Size, torch.Size]:
+        (rows, k), (n, _) = self.shapes
+        return torch.Size((rows, n)), torch.Size((k, rows))
+
+
+def _pairs(injection: Injection) -> Iterator[_Pair]:
+    for path, adapter in injection.adapters.items():
+        if not isinstance(adapter, ExpertsAdapter):
+            continue
+        for name, prefix in adapter.prefixes.items():
+            part = adapter.part(name)
+            if isinstance(part, ExpertLoRA):
+                stem = f"{PREFIX}model.{path}.{prefix}"
+                A, B = part.tensor("lora_A"), part.tensor("lora_B")
+                yield _Pair(f"{stem}lora_A.weight", f"{stem}lora_B.weight", part.count, (A.shape, B.shape))
+
+
+# From then on PEFT has A read what experts are given.
+_FIRST_RIGHT = (0, 19, 1)
+
+
+def turn_experts(
+    injection: Injection, tensors: dict[str, Tensor], fields: Mapping[str, Any], source: Path, told: bool | None = None
+) -> None:
+    """Gives A and B of experts their places, in a file in which they have those of each other, in place.
+
+    Before 0.19.1 PEFT took the first of the two dimensions of an expert's weight for its input, whichever it is: A then
+    reads what the expert gives, s·(A[e]ᵀ B[e]ᵀ) is what is added, and all that differs are the shapes. told: whether
+    they are turned; None goes by the shapes, which tell for all of a file, and where each expert's matrix is square by
+    the peft_version of its config. fields: that config's.
+    Raises ValueError for square matrices of a PEFT whose version does not tell.
+    """
+    pairs = [pair for pair in _pairs(injection) if {pair.A, pair.B} <= tensors.keys()]
+    fits = [[pair.shapes_in(tensors) == shapes for shapes in (pair.shapes, pair.turned_shapes)] for pair in pairs]
+    told_by_shape = {turned for right, turned in fits if right != turned}
+    if told is None and told_by_shape:
+        told = told_by_shape == {True}
+    elif told is None:
+        told = False
+        square = next((pair.A for pair, (right, _) in zip(pairs, fits, strict=True) if right), None)
+        # Every config of PEFT's has an auto_mapping; its version since 0.18.
+        if square is not None and "auto_mapping" in fields and _version(fields) < _FIRST_RIGHT:
+            raise ValueError(
+                f"{source}: {square} is of experts with square matrices, and PEFT before 0.19.1 had A and B of experts "
+                f"in each other's places, got peft_version {fields.get('peft_version')!r}: say which it is with "
+                "load_adapter(..., swapped_experts=True), or False where transformers had set them right"
+            )
+    for pair, (_, turned) in zip(pairs, fits, strict=True):
+        if not told or not turned:  # what fits in no way is told of by the check of shapes
+            continue
+        out_first, in_last = tensors[pair.A], tensors[pair.B]
+        # [E·r, out] and [in, r·E] as [E·r, in] and [out, r·E].
+        tensors[pair.A] = in_last.T.unflatten(0, (-1, pair.experts)).transpose(0, 1).flatten(0, 1)
+        tensors[pair.B] = out_first.unflatten(0, (pair.experts, -1)).permute(2, 1, 0).flatten(1)
+
+
+def _version(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """The numbers of the PEFT that wrote a config, none where it does not say it."""
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version") or ""))
+    return tuple(map(int, found.groups())) if found else ()

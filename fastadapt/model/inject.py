@@ -35,7 +35,7 @@ from .adapted import (
     saved_modules,
 )
 from .bypassed import why_refused
-from .experts import with_experts
+from .experts import with_experts, with_shared_ranks
 from .places import shared_places
 from .quantized import half_plain, made_plain, mark_adapted, say_plain, unmark_adapted
 from .saving import hook_saving, new_biases, save_pretrained, unhook_saving
@@ -166,7 +166,7 @@ def prepare(
     ends: list[str] = []
     if isinstance(config, LoRAConfig) and config.ensure_weight_tying:
         config, ends = with_ties(model, config)
-    config = with_experts(model, config)
+    config = with_shared_ranks(model, with_experts(model, config), config)
     paths = target_paths(model, config, every_name=not from_file)
     if str(config.target_modules).lower() == "all-linear" and not from_file:
         warn_of_rest(modules, config)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.experts import parameter_keys
-from ..layers.kinds import AdapterModule
+from ..layers.kinds import AdapterModule, AdapterParameter
 from ..layers.layer import AdapterLayer
 from ..layers.linear import AdapterLinear
 from ..layers.saved import ModuleToSave
@@ -79,6 +79,11 @@ def selection_of(model: nn.Module, paths: list[str]) -> dict[str, Any]:
     # A name in a list also matches every path that ends in it; a regular expression must match the whole.
     pattern = "|".join(map(re.escape, paths))
     return {"target_modules": pattern, "layers_to_transform": None, "layers_pattern": None}
+
+
+def modules_of(layers: Mapping[str, AdapterLayer], paths: Iterable[str]) -> list[str]:
+    """Those of the paths that target_modules can name: not the routers, whose weights are parameters."""
+    return [path for path in paths if not isinstance(layers[path], AdapterParameter)]
 
 
 def _base(module: nn.Module) -> nn.Module:

@@ -69,9 +69,10 @@ class AdapterPool:
             raise ValueError(f"{type(model).__name__} has no linear layers: there is nothing to adapt")
         self.routers = {path: part for path, part in routers_of(self.modules).items() if path not in self.layers}
         shapes = {path: _shape(layer) for path, layer in self.layers.items()}
-        first = AdapterLinear(next(iter(self.layers.values()))).like
-        self.dtype = dtype or first.dtype
-        self.device = first.device
+        first = AdapterLinear(next(iter(self.layers.values())))
+        first.around = dtype_around(model)
+        self.dtype = dtype or first.like.dtype
+        self.device = first.like.device
         self.experts = {path: module for path, module in self.modules.items() if not why_no_experts(module)}
         self._stacked: dict[str, tuple[nn.Module, str]] = {
             f"{path}.{name}": (module, name) for path, module in self.experts.items() for name in projections(module)

@@ -81,6 +81,11 @@ class IncrementalPCA:
         """Which components are directions in which the rows do not vary: any orthonormal choice is as good. [n]"""
         return self.singular_values <= _NOISE * self.singular_values.amax() if self.n_seen else torch.zeros(0).bool()
 
+    @property
+    def whitened(self) -> Tensor:
+        """The components, each by the root of its singular value; one in noise has no scale to take out. [n, K]"""
+        return self.components / self.singular_values.where(~self.in_noise, 1.0)[:, None].sqrt()
+
     def converged(self, previous: Tensor, tau: float) -> Tensor:
         """Which components have a cosine similarity of at least tau with those of before a batch; [n], boolean.
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.experts import ExpertsAdapter
 from ..layers.kinds import AdapterEmbedding
+from ..methods.experts import ExpertLoRA
 from ..methods.lora import LoRAAdapter
 from ..model.adapted import adapter_layers
 from ..operators.calls import without_autocast
@@ -73,8 +75,9 @@ class LoRAFAAdamW(torch.optim.Optimizer):
 
         g' = g_B (A Aᵀ)⁻¹ / s²      so that s·g' A is the least-squares projection of dL/dW onto the rows of A
 
-    The inverse is computed once, in fp32, since A does not change. Other trainable parameters (DoRA's magnitude,
-    biases, modules_to_save) get plain AdamW. Bias correction is on; the decay follows the step, by lr · weight_decay.
+    The inverse is computed once, in fp32, since A does not change; each expert has one of its own. Other trainable
+    parameters (DoRA's magnitude, biases, modules_to_save) get plain AdamW. Bias correction is on; the decay follows the
+    step, by lr · weight_decay.
     `model` has an active adapter with LoRAConfig(freeze_A=True). Raises ValueError where it has none, and for values
     outside their range.
     Source: Zhang et al. 2023, arXiv:2308.03303, version 2, section 3.
@@ -101,13 +104,16 @@ class LoRAFAAdamW(torch.optim.Optimizer):
             raise ValueError("no active adapter has a frozen A: inject one with LoRAConfig(freeze_A=True) first")
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def _with_frozen_A(self) -> dict[nn.Parameter, LoRAAdapter]:  # noqa: N802
+    def _with_frozen_A(self) -> dict[nn.Parameter, LoRAAdapter | ExpertLoRA]:  # noqa: N802
         """The adapters whose A is frozen, by their B."""
+        adapters = [adapter for layer in adapter_layers(self._model).values() for adapter in layer.adapters.values()]
+        experts = [
+            part for adapter in adapters if isinstance(adapter, ExpertsAdapter) for part in adapter.parts.values()
+        ]
         return {
             adapter.up: adapter
-            for layer in adapter_layers(self._model).values()
-            for adapter in layer.adapters.values()
-            if isinstance(adapter, LoRAAdapter) and adapter.freezes_A
+            for adapter in (*adapters, *experts)
+            if isinstance(adapter, (LoRAAdapter, ExpertLoRA)) and adapter.freezes_A
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -163,10 +169,15 @@ class LoRAFAAdamW(torch.optim.Optimizer):
         def make() -> Tensor:
             rows = A.double()
             # A may have more rows than columns: what it does not span must not answer to the rounding of the gradient.
-            inverse: Tensor = torch.linalg.pinv(rows @ rows.T, hermitian=True, rtol=1e-6) / adapter.scaling**2
+            inverse: Tensor = torch.linalg.pinv(rows @ rows.mT, hermitian=True, rtol=1e-6) / adapter.scaling**2
             return inverse.to(torch.float64 if A.dtype == torch.float64 else torch.float32)
 
         inverse = adapter.memo("inverse", (A,), make, adapter.scaling, trained=False)
         with without_autocast(grad):  # a step inside an autocast block
-            corrected: Tensor = grad.flatten(1).to(inverse.dtype) @ inverse
-            return corrected.to(grad.dtype).view_as(grad)
+            if A.dim() == 2:
+                corrected: Tensor = grad.flatten(1).to(inverse.dtype) @ inverse
+                return corrected.to(grad.dtype).view_as(grad)
+            # [out, r·E], the rank first, as [E, r, out]: the inverse is symmetric.
+            stack = grad.T.unflatten(0, (A.shape[1], A.shape[0])).transpose(0, 1)
+            corrected = (inverse @ stack.to(inverse.dtype)).to(grad.dtype)
+            return corrected.transpose(0, 1).flatten(0, 1).T
