@@ -351,7 +351,10 @@ def expert_shrink(x: Tensor, E: int, R: int) -> Config:
     """Tiles of _expert_shrink_kernel for x [S, K] of E experts and R ranks."""
     if _interpreted():
         return {"BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": 32}
-    return _shrink(x, _block(x.shape[0] // max(E, 256), 16, 64), R, masked=False)
+    config = _shrink(x, _block(x.shape[0] // max(E, 256), 16, 64), R, masked=False)
+    if x.dtype == torch.float32:
+        config["num_stages"] = 2  # where an expert begins takes registers as well
+    return config
 
 
 def expert_product(y: Tensor, operands: Sequence[Tensor], E: int, R: int, *, two_products: bool) -> Config:
@@ -370,6 +373,8 @@ def expert_grads(wide: Tensor, E: int, R: int, *, vector_sums: bool, shared: boo
     """Tiles of _expert_grads_kernel for wide [S, N] of E experts and R ranks; the groups that the experts are cut into,
     and how many a group has: one, but where all experts share the factors whose gradients are summed up."""
     config, *_ = output_grads([wide], min(R, 64), want_q=False, vector_sums=vector_sums)
+    if wide.dtype == torch.float32 and not _interpreted():
+        config["num_warps"] = 8  # sums of four kinds, in products that no matrix unit makes
     if not shared:
         return config, E, 1
     if _interpreted():
