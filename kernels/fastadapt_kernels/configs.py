@@ -366,21 +366,20 @@ def expert_product(y: Tensor, operands: Sequence[Tensor], E: int, R: int, *, two
     config = _product(
         operands[0], max(S // E, 1), [N] * E, operands, two_products=two_products, masked=False, plain=False, wide=False
     )
+    if (two_products or operands[0].dtype == torch.float32) and not _interpreted():
+        config["BLOCK_N"] //= 2  # two accumulators, or no matrix unit: what lies behind the loop takes registers too
     return {"BLOCK_R": _block(R, 16, 32), **config}
 
 
-def expert_grads(wide: Tensor, E: int, R: int, *, vector_sums: bool, shared: bool) -> tuple[Config, int, int]:
-    """Tiles of _expert_grads_kernel for wide [S, N] of E experts and R ranks; the groups that the experts are cut into,
-    and how many a group has: one, but where all experts share the factors whose gradients are summed up."""
-    config, *_ = output_grads([wide], min(R, 64), want_q=False, vector_sums=vector_sums)
-    if wide.dtype == torch.float32 and not _interpreted():
-        config["num_warps"] = 8  # sums of four kinds, in products that no matrix unit makes
-    if not shared:
-        return config, E, 1
+def expert_grads(wide: Tensor, R: int, *, vector_sums: bool) -> Config:
+    """Tiles of _expert_grads_kernel for wide [S, N] and R ranks."""
     if _interpreted():
-        return config, *_splits(1, E, 1, wanted=2)
-    programs = triton.cdiv(wide.shape[1], config["BLOCK_N"]) * max(triton.cdiv(R, config["BLOCK_R"]), 1)
-    return config, *_splits(programs, E, 1)
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 32}
+    full = wide.dtype == torch.float32
+    stages = 3 if _shared_memory(wide.device) >= _HOPPER and not full else 2
+    tiles = {"BLOCK_M": 32 if vector_sums or full else 64, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 32 if full else 64)}
+    # Sums of four kinds: more threads share them.
+    return {**tiles, "num_warps": 8, "num_stages": stages}
 
 
 def hadamard_linear(x: Tensor, operands: Sequence[Tensor], N: int, Q: int) -> Config:

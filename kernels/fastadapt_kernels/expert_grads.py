@@ -24,7 +24,7 @@ def _expert_grads_kernel(
     mid_scales,  # [E, R] or None; these tables are contiguous
     out_scales,  # [E, N] or None
     base_scales,  # [E, N] or None
-    outer,  # [groups, R, N] or None
+    outer,  # [E, R, N] or None
     low_rank_dots,  # [tiles_r, E, N] or None
     dots,  # [E, N], or None without other
     sums,  # [E, N] or None
@@ -35,7 +35,6 @@ def _expert_grads_kernel(
     N,
     R,
     tiles_r,
-    experts_of_a_group,
     stride_vm,
     stride_vn,
     stride_fe,
@@ -47,68 +46,63 @@ def _expert_grads_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # A program owns columns of wide and walks down the rows of one expert after the other. Tiles along r are
-    # neighbours: those that share columns find them in L2.
+    # A program owns columns of wide and walks down the rows of one expert. Tiles along r are neighbours: those that
+    # share columns find them in L2.
     program = tl.program_id(0)
-    group = tl.program_id(1)
+    e = tl.program_id(1).to(tl.int64)
     tile_r = program % tiles_r
     columns = program // tiles_r * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     # What does not depend on r is the first tile's to write.
     own_columns = tl.where(tile_r == 0, N, 0)
-    total = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
-    for expert in range(group * experts_of_a_group, tl.minimum((group + 1) * experts_of_a_group, E)):
-        e = tl.cast(expert, tl.int64)
-        first, end = expert_rows(offsets, e, S)
+    first, end = expert_rows(offsets, e, S)
+    if base_scales is not None:
+        base_scale = load_scale(base_scales + e * N, columns, N) - base_shift
+    # Transposed: the large tile then goes to the dot as it was loaded.
+    product = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    # Two-dimensional until the loop is over: a reduction across threads in every step costs more than it saves.
+    sum_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    dot_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(first, end, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        tile = load_tile(wide, rows, columns, end, N, stride_vm, stride_vn)  # [BLOCK_M, BLOCK_N]
         if base_scales is not None:
-            base_scale = load_scale(base_scales + e * N, columns, N) - base_shift
-        # Transposed: the large tile then goes to the dot as it was loaded.
-        product = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
-        # Two-dimensional until the loop is over: a reduction across threads in every step costs more than it saves.
-        sum_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        dot_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for start in range(first, end, BLOCK_M):
-            rows = start + tl.arange(0, BLOCK_M)
-            tile = load_tile(wide, rows, columns, end, N, stride_vm, stride_vn)  # [BLOCK_M, BLOCK_N]
-            if base_scales is not None:
-                scaled_tile = tile.to(tl.float32) * base_scale[None, :]
-                store_tile(scaled, scaled_tile, rows, columns, end, own_columns, N, 1)
-            if row_scale is not None:
-                weight = tl.load(row_scale + rows, mask=rows < end, other=0.0).to(tl.float32)[:, None]
-            if thin is not None:
-                thin_tile = load_tile(thin, rows, ranks, end, R, R, 1)  # [BLOCK_M, BLOCK_R]
-                if row_scale is not None:
-                    thin_tile = (thin_tile.to(tl.float32) * weight).to(tile.dtype)
-                product = tl.dot(tl.trans(thin_tile), tile, product, input_precision="ieee")
-            if sums is not None:
-                value = tile.to(tl.float32)
-                if row_scale is not None:
-                    value *= weight
-                sum_acc += value
-            if other is not None:
-                value = tile.to(tl.float32) * load_tile(other, rows, columns, end, N, N, 1).to(tl.float32)
-                if row_scale is not None:
-                    value *= weight
-                dot_acc += value
-
-        if sums is not None:
-            tl.store(sums + e * N + columns, tl.sum(sum_acc, axis=0), mask=columns < own_columns)
-        if other is not None:
-            tl.store(dots + e * N + columns, tl.sum(dot_acc, axis=0), mask=columns < own_columns)
+            scaled_tile = tile.to(tl.float32) * base_scale[None, :]
+            store_tile(scaled, scaled_tile, rows, columns, end, own_columns, N, 1)
+        if row_scale is not None:
+            weight = tl.load(row_scale + rows, mask=rows < end, other=0.0).to(tl.float32)[:, None]
         if thin is not None:
-            product *= scaling
-            if mid_scales is not None:
-                product *= load_scale(mid_scales + e * R, ranks, R)[:, None]
-            if low_rank_dots is not None:
-                factor_tile = load_tile(factors + e * stride_fe, ranks, columns, R, N, stride_fr, stride_fn)
-                part = low_rank_dots + tile_r.to(tl.int64) * E * N + e * N
-                tl.store(part + columns, tl.sum(product * factor_tile.to(tl.float32), axis=0), mask=columns < N)
-            if outer is not None:
-                if out_scales is not None:
-                    product *= load_scale(out_scales + e * N, columns, N)[None, :]
-                total += product
-    if outer is not None:
-        store_tile(outer + group.to(tl.int64) * R * N, total, ranks, columns, R, N, N, 1)
+            thin_tile = load_tile(thin, rows, ranks, end, R, R, 1)  # [BLOCK_M, BLOCK_R]
+            if row_scale is not None:
+                thin_tile = (thin_tile.to(tl.float32) * weight).to(tile.dtype)
+            product = tl.dot(tl.trans(thin_tile), tile, product, input_precision="ieee")
+        if sums is not None:
+            value = tile.to(tl.float32)
+            if row_scale is not None:
+                value *= weight
+            sum_acc += value
+        if other is not None:
+            value = tile.to(tl.float32) * load_tile(other, rows, columns, end, N, N, 1).to(tl.float32)
+            if row_scale is not None:
+                value *= weight
+            dot_acc += value
+
+    if sums is not None:
+        tl.store(sums + e * N + columns, tl.sum(sum_acc, axis=0), mask=columns < own_columns)
+    if other is not None:
+        tl.store(dots + e * N + columns, tl.sum(dot_acc, axis=0), mask=columns < own_columns)
+    if thin is not None:
+        product *= scaling
+        if mid_scales is not None:
+            product *= load_scale(mid_scales + e * R, ranks, R)[:, None]
+        if low_rank_dots is not None:
+            factor_tile = load_tile(factors + e * stride_fe, ranks, columns, R, N, stride_fr, stride_fn)
+            part = low_rank_dots + tile_r.to(tl.int64) * E * N + e * N
+            tl.store(part + columns, tl.sum(product * factor_tile.to(tl.float32), axis=0), mask=columns < N)
+        if outer is not None:
+            if out_scales is not None:
+                product *= load_scale(out_scales + e * N, columns, N)[None, :]
+            store_tile(outer + e * R * N, product, ranks, columns, R, N, N, 1)
 
 
 class ExpertSums(NamedTuple):
@@ -173,10 +167,9 @@ def expert_grads(
         thin = factors = outer = low_rank_dots = None
         if found.low_rank_dots is not None:
             found.low_rank_dots.zero_()
-    shared = shared and outer is not None
-    config, groups, each = configs.expert_grads(wide, E, R, vector_sums=other is not None or want_sums, shared=shared)
+    config = configs.expert_grads(wide, R, vector_sums=other is not None or want_sums)
     tiles_r = max(triton.cdiv(R, config["BLOCK_R"]), 1)
-    outer_parts = partial_buffer(outer[0], groups) if shared and outer is not None else outer
+    outer_parts = partial_buffer(outer[0], E) if shared and outer is not None else outer
     dot_parts = None if low_rank_dots is None else partial_buffer(low_rank_dots, tiles_r)
     arguments = {
         "wide": wide,
@@ -198,7 +191,6 @@ def expert_grads(
         "N": N,
         "R": R,
         "tiles_r": tiles_r,
-        "experts_of_a_group": each,
         "stride_vm": wide.stride(0),
         "stride_vn": wide.stride(1),
         **strides_of_factors(factors),
@@ -206,7 +198,7 @@ def expert_grads(
         "base_shift": base_shift,
     }
     grid = triton.cdiv(N, config["BLOCK_N"]) * tiles_r
-    configs.launch(_expert_grads_kernel, (grid, groups), arguments, config)
+    configs.launch(_expert_grads_kernel, (grid, E), arguments, config)
     if shared and outer is not None and outer_parts is not None:
         sum_partials(outer_parts, outer[0])
     if dot_parts is not None and low_rank_dots is not None:
