@@ -82,10 +82,16 @@ COLUMNS = {
 }
 
 # Arguments that are sizes of tensors: where 16 divides them, rows begin on 16-byte boundaries.
-SIZES = {"M", "N", "K", "Q", "R", "Ns", "Rs", "Ks"}
+SIZES = {"M", "N", "K", "Q", "R", "S", "Ns", "Rs", "Ks"}
 
 # The kernels of a training step's products: here a matrix unit that stands still is a fault; elsewhere it is shown.
-MAIN_PATH = ("_adapter_linear_kernel", "_adapter_linear_dx_kernel", "_shrink_kernel")
+MAIN_PATH = (
+    "_adapter_linear_kernel",
+    "_adapter_linear_dx_kernel",
+    "_shrink_kernel",
+    "_expert_product_kernel",
+    "_expert_shrink_kernel",
+)
 
 # Columns of tensor memory that one block may take on sm_100.
 TENSOR_MEMORY = 512
@@ -252,6 +258,62 @@ RECOMPOSED_BY_OPERANDS: list[Recomposed] = [
 QUICK_RECOMPOSED = [Recomposed(8192), Recomposed(16, Q=64, R=0, bias=False)]
 
 
+class Segmented(NamedTuple):
+    """Layers of `experts` with a form, each with `rows` rows on average; `dropped`: x̃ is a tensor of its own."""
+
+    rows: int
+    R: int = 16
+    vectors: str = "dhgb"  # as a form's
+    dropped: bool = False
+    on_base: bool = False
+    tied: bool = False  # h is s · g
+    shared: bool = False  # one pair of factors for all
+    experts: int = 64
+    K: int = 2048
+    N: int = 1536
+    parameters: torch.dtype | None = torch.float32  # None: as the activations
+    transposed: bool = False  # stored as [E, in, out]
+
+
+EXPERT_ROWS = (512, 128, 32, 16)
+SEGMENTED_BY_CONFIG: list[Segmented] = [
+    *(
+        Segmented(rows, R, dropped=drops, on_base=drops)
+        for drops in (True, False)
+        for rows in EXPERT_ROWS
+        for R in RANKS
+    ),
+    # Few experts of narrow layers; a single one.
+    *(
+        Segmented(rows, R, dropped=drops, on_base=drops, experts=E, K=768, N=768)
+        for drops in (True, False)
+        for E, rows in ((8, 64), (8, 16), (1, 64), (1, 16))
+        for R in RANKS
+    ),
+    # Widths and ranks that divide by nothing.
+    *(
+        Segmented(rows, R, dropped=drops, on_base=drops, K=577, N=193)
+        for drops in (True, False)
+        for rows in (512, 16)
+        for R in RANKS
+    ),
+    *(Segmented(rows, R) for rows in (512, 16) for R in (8, 24, 40, 100, 200)),
+]
+SEGMENTED_BY_OPERANDS: list[Segmented] = [
+    *(Segmented(rows, vectors="", parameters=None) for rows in (512, 16)),
+    *(Segmented(rows, vectors="b", dropped=True) for rows in (512, 16)),
+    *(
+        Segmented(rows, vectors="gb", tied=True, on_base=drops, dropped=drops)
+        for rows in (512, 16)
+        for drops in (False, True)
+    ),
+    *(Segmented(rows, 256, "dh", shared=True) for rows in (512, 16)),
+    *(Segmented(rows, vectors="b", transposed=True) for rows in (512, 16)),
+    Segmented(0, 3, "dhgb", K=577, N=193, shared=True),
+]
+QUICK_SEGMENTED = [Segmented(512, vectors=""), Segmented(16, 8, "gb", tied=True)]
+
+
 def launch_group(dtype: torch.dtype, case: Case) -> None:
     """Forward by every strategy, and backward, of M tokens through a group."""
     from fastadapt_kernels import configs
@@ -374,6 +436,36 @@ def launch_bottleneck(dtype: torch.dtype, case: Bottleneck) -> None:
     bottleneck_backward(out, v, layer, seed, p, case.stream is None, Wants())
 
 
+def launch_experts(dtype: torch.dtype, case: Segmented) -> None:
+    """Forward and backward of layers of experts, with all that they can be asked for, and DoRA's products."""
+    from fastadapt_kernels.expert_linear import base_products, expert_linear, expert_linear_backward
+
+    from fastadapt.operators.expert_linear.parameters import Experts, Keep, Saved, Wants
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    rows, E, R, K, N, own = case.rows, case.experts, case.R, case.K, case.N, case.parameters or dtype
+    S, pairs = max(rows * E, 1), 1 if case.shared else E
+
+    def table(vector: str, width: int) -> Tensor | None:
+        return tensor(E, width, dtype=own) if vector in case.vectors else None
+
+    weight = tensor(E, K, N).mT if case.transposed else tensor(E, N, K)
+    A, B = tensor(pairs, R, K, dtype=own), tensor(pairs, R, N, dtype=own)
+    vectors = table("d", R), None if case.tied else table("h", N), table("g", N), table("b", N)
+    experts = Experts(weight, A, B, *vectors, None, 2.0, case.tied, case.on_base)
+    d, h, g, b = (vector is not None for vector in vectors)
+    offsets, x, dy = tensor(E, dtype=torch.int32), tensor(S, K), tensor(S, N)
+    _, u, z = expert_linear(x, tensor(S, K) if case.dropped else None, offsets, experts, Keep(True, g))
+    expert_linear(x, tensor(S, K) if case.dropped else None, offsets, experts, Keep(False, False))
+    wants = Wants(True, case.dropped, True, True, d, h, g, b)
+    # The rows of a block's second product are weighted by its routing.
+    for row_scale in (tensor(S), None):
+        expert_linear_backward(dy, offsets, experts, Saved(x, u, z, row_scale), wants)
+    base_products(weight, A)
+
+
 class Suite(NamedTuple):
     """What launches a kind of cases, the operators of the registry that it stands for, and the cases."""
 
@@ -412,6 +504,13 @@ SUITES = (
         BOTTLENECKS_BY_CONFIG,
         BOTTLENECKS_BY_OPERANDS,
         QUICK_BOTTLENECKS,
+    ),
+    Suite(
+        ("expert_linear", "expert_linear_backward"),
+        launch_experts,
+        SEGMENTED_BY_CONFIG,
+        SEGMENTED_BY_OPERANDS,
+        QUICK_SEGMENTED,
     ),
 )
 

@@ -25,6 +25,10 @@ Layers whose weights are scaled by themselves, whose names begin with "hadamard"
 
 Bottlenecks, whose names begin with "bottleneck", forward and backward: mib and minimum_mib as above; split_target_mib
 has v and dy twice in the backward pass, whose sums over tokens are launches of their own.
+
+Experts, whose names begin with "experts", forward and backward of one linear layer of theirs, M tokens at several
+experts each: mib and minimum_mib as above, norm_mib apart; split_target_mib has x twice in the forward pass, and in the
+backward dy three times.
 """
 
 from __future__ import annotations
@@ -69,7 +73,7 @@ SHARED_MEMORY = {
 _SMALL = ((40, 72, 128), (50, 104, 118))
 _DROPOUT = 0.1
 # Operands that one launch makes for another, and no part of a split sum: they live within a pass, and count.
-_PASSED_ON = {"scaled_dys": "scaled_dy", "kept": "mask"}
+_PASSED_ON = {"scaled_dys": "scaled_dy", "scaled": "scaled_dy", "kept": "mask"}
 # Widths of the square layer for the two counts of a batch of many adapters.
 _NARROW = (72, 104)
 
@@ -169,6 +173,21 @@ BOTTLENECKS = {
     "bottleneck_repadapter": BottleneckCase(8, groups=2, on_itself=True),
 }
 
+
+class Placed(NamedTuple):
+    """Tokens that each go to `top` of as many experts as `experts` says, through one linear layer of theirs."""
+
+    dora: bool = False
+    experts: int = 128
+    top: int = 8
+    K: int = 2048
+    N: int = 1536
+    R: int = 16
+
+
+# Qwen3's mixture of experts: the product of gate and up.
+EXPERTS = {"experts_lora": Placed(), "experts_dora": Placed(dora=True)}
+
 # Ranks of U V.
 HADAMARD = {"hadamard_8": 8, "hadamard_32": 32}
 
@@ -183,6 +202,8 @@ COVERS: dict[str, Mapping[str, Any]] = {
     "bottleneck_backward": BOTTLENECKS,
     "hadamard_linear": HADAMARD,
     "hadamard_linear_backward": HADAMARD,
+    "expert_linear": EXPERTS,
+    "expert_linear_backward": EXPERTS,
 }
 _NAMES = list(dict.fromkeys([name for cases in COVERS.values() for name in cases]))
 
@@ -685,6 +706,72 @@ def bottleneck_row(name: str, case: BottleneckCase, tokens: int, device: str) ->
     }, found.touched
 
 
+def run_experts(case: Placed, S: int, E: int, K: int, N: int, device: str, launches: list[Any]) -> Passes:
+    """Call the launchers for one forward and one backward pass of S rows on E experts; each adds to `launches`."""
+    from fastadapt_kernels.expert_linear import base_products, expert_linear, expert_linear_backward
+
+    from fastadapt.operators.expert_linear.parameters import Experts, Keep, Saved, Wants
+
+    passes = Passes([("norm", len(launches))], {}, [])
+
+    def new(role: str, *shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+        tensor = torch.zeros(shape, dtype=dtype, device=device)
+        passes.known(role, tensor)
+        return tensor
+
+    x, dy, weight = new("x", S, K), new("dy", S, N), new("weight", E, N, K)
+    A, B = (new("factor", E, case.R, width, dtype=torch.float32) for width in (K, N))
+    g = new("vector", E, N, dtype=torch.float32) if case.dora else None
+    experts = Experts(weight, A, B, None, None, g, None, None, 1.0, case.dora, case.dora)
+    offsets = (torch.arange(1, E + 1, device=device) * S // E).int()
+    if case.dora:
+        base_products(weight, A)
+    passes.phases.append(("forward", len(launches)))
+    y, u, z = expert_linear(x, None, offsets, experts, Keep(True, case.dora))
+    for role, tensor in (("y", y), ("u", u), ("z", z)):
+        passes.known(role, tensor)
+    passes.phases.append(("backward", len(launches)))
+    wants = Wants(True, False, True, True, False, False, case.dora, False)
+    grads = expert_linear_backward(dy, offsets, experts, Saved(x, u, z, None), wants)
+    passes.known("dx", grads.dx)
+    passes.known("gradient", *grads[1:])
+    return passes
+
+
+def experts_row(name: str, case: Placed, tokens: int, device: str) -> tuple[report.Row, list[Touched]]:
+    """The row of a layer of experts, and its operands."""
+    S, K, N = tokens * case.top, case.K, case.N
+    small = [partial(run_experts, case, rows, 4, narrow, width) for rows, narrow, width in _SMALL]
+    found = measure(small, partial(run_experts, case, S, case.experts, K, N), SHARED_MEMORY[device])
+    moved = {
+        phase: sum(o.read + o.written for o in found.touched if o.phase == phase and o.role != "scratch") / MIB
+        for phase in found.launches
+    }
+    weight = 2 * case.experts * N * K
+    # In fp32 A and B are read in both passes and their gradients written, and so is g.
+    parameters = 3 * 4 * case.experts * (case.R * (K + N) + case.dora * N)
+    # x and y; z, which is kept; dy, dx and x again.
+    rows = 2 * S * ((K + N) + 2 * case.dora * N + (2 * K + N) + 2 * 2 * case.R)
+    # The shrink's x; dy for q, for dB and for dx, g ⊙ dy in its place.
+    again = 2 * S * (K + 2 * N + case.dora * N)
+    minimum = 2 * weight + parameters + rows
+    return {
+        "case": name,
+        "mib": moved["forward"] + moved["backward"],
+        "minimum_mib": minimum / MIB,
+        "split_target_mib": (minimum + again) / MIB,
+        "norm_mib": moved["norm"],
+        "partials_mib": sum(o.read + o.written for o in found.touched if o.role == "scratch") / MIB,
+        "launches_norm": found.launches["norm"],
+        "launches_forward": found.launches["forward"],
+        "launches_backward": found.launches["backward"],
+        "device": device,
+        "M": tokens,
+        "K": K,
+        "r": case.R,
+    }, found.touched
+
+
 def restart_in_interpreter() -> None:
     """Replace this process by one in which Triton interprets its kernels: it decides when it is imported."""
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -703,11 +790,14 @@ def main(
     if device not in SHARED_MEMORY:
         raise ValueError(f"unknown device {device!r}: choose from {', '.join(SHARED_MEMORY)}")
     names = [name.strip() for name in cases.split(",") if name.strip()] or _NAMES
-    rows, bottlenecks = [], []
+    rows, bottlenecks, experts = [], [], []
     for name in names:
         if name in BOTTLENECKS:
             row, touched = bottleneck_row(name, BOTTLENECKS[name], tokens, device)
             bottlenecks.append(row)
+        elif name in EXPERTS:
+            row, touched = experts_row(name, EXPERTS[name], tokens, device)
+            experts.append(row)
         elif name in CASES:
             row, touched = row_of(name, CASES[name], tokens, device)
             rows.append(row)
@@ -723,11 +813,16 @@ def main(
         report.print_table("Many adapters behind one base product, MiB, 16 bit", batches, _BATCH_COLUMNS)
     if bottlenecks:
         report.print_table(f"Bottlenecks, MiB, M {tokens}, 16 bit, tiles of {device}", bottlenecks, _BOTTLENECK_COLUMNS)
+    if experts:
+        report.print_table(
+            f"A layer of experts, MiB, {tokens} tokens, 16 bit, tiles of {device}", experts, _EXPERT_COLUMNS
+        )
     if hadamard:
         report.print_table(f"W0 ⊙ (1 + U V), MiB, M {tokens}, 16 bit, tiles of {device}", hadamard, _HADAMARD_COLUMNS)
     missing = coverage.not_covered("traffic", COVERS)
     if json_file is not None:
-        write_json(json_file, "traffic", rows + batches + bottlenecks + hadamard, not_covered=missing)
+        every = rows + batches + bottlenecks + experts + hadamard
+        write_json(json_file, "traffic", every, not_covered=missing)
 
 
 def operand_row(operand: Touched) -> report.Row:
@@ -766,6 +861,16 @@ _BOTTLENECK_COLUMNS = {
     "mib": "moved",
     "minimum_mib": "least",
     "split_target_mib": "target",
+    "partials_mib": "partials",
+    "launches_forward": "fwd",
+    "launches_backward": "bwd",
+}
+_EXPERT_COLUMNS = {
+    "case": "case",
+    "mib": "moved",
+    "minimum_mib": "least",
+    "split_target_mib": "target",
+    "norm_mib": "norm",
     "partials_mib": "partials",
     "launches_forward": "fwd",
     "launches_backward": "bwd",

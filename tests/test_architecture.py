@@ -30,7 +30,7 @@ FLOORS = [
 ]
 
 # The operators that are eager alone: there is no kernel for them.
-EAGER_ALONE = {"adapter_update", "expert_linear"}
+EAGER_ALONE = {"adapter_update"}
 
 # What every operator's folder has.
 ROOMS = {"__init__.py", "checks.py", "eager.py", "op.py", "function.py"}

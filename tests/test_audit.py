@@ -166,7 +166,9 @@ def test_every_kernel_compiles_for_real_gpus(pair: str, tmp_path: Path) -> None:
     assert {row["kernel"] for row in many} == {"_multi_shrink_kernel", "_multi_expand_kernel"}
     streams = [row for row in rows if row["kernel"].startswith("_bottleneck_")]
     assert {row["kernel"] for row in streams} == {"_bottleneck_kernel", "_bottleneck_backward_kernel"}
-    for row in products + recomposed + many + streams:
+    experts = [row for row in rows if row["kernel"].startswith("_expert_")]
+    assert {row["kernel"] for row in experts} == {f"_expert_{name}_kernel" for name in ("shrink", "product", "grads")}
+    for row in products + recomposed + many + streams + experts:
         if row["dtype"] != "fp32":
             assert (row["matrix_ops"] > 0) == ("BLOCK_M=1 " not in row["config"]), row
             # Ranks that 16 does not divide take small tiles: AMD's wider warps get four elements of them a thread.
@@ -244,6 +246,26 @@ def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
         for _ in range(80)
     ]
 
+    segmented = []
+    for step in [1, 16] * 30:
+        K, N = (step * generator.randint(100, 8_000 // step) for _ in range(2))
+        dropped, vectors = generator.random() < 0.5, generator.choice(["", "dh", "gb", "dhgb"])
+        segmented.append(
+            audit.Segmented(
+                generator.choice([0, 2 ** generator.randint(0, 10)]),
+                generator.randint(1, 256),
+                vectors,
+                dropped,
+                dropped and generator.random() < 0.5,
+                vectors == "gb",
+                generator.random() < 0.3,
+                generator.randint(1, 130),
+                K,
+                N,
+                transposed=generator.random() < 0.3,
+            )
+        )
+
     def found(dtype: torch.dtype, shared_limit: int, cases: dict[Callable[..., None], Any]) -> set[tuple[str, str]]:
         with configs.recorded_launches(shared_limit) as launches:
             for launch, own in cases.items():
@@ -257,6 +279,7 @@ def test_no_shape_gets_a_config_that_was_not_compiled() -> None:
         audit.launch_batch: batches,
         audit.launch_recomposed: layers,
         audit.launch_bottleneck: bottlenecks,
+        audit.launch_experts: segmented,
     }
     full: dict[Callable[..., None], Any] = {suite.launch: suite.by_config for suite in audit.SUITES}
     assert drawn.keys() == full.keys()

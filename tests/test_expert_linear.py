@@ -21,6 +21,7 @@ from fastadapt.operators.masks import dropout_mask
 from fastadapt.reference import expert_linear_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("eager", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Values = dict[str, Tensor]
 # What a form can have beside A and B. "shared": one pair for all experts; "dora": the norm is made.
@@ -113,7 +114,13 @@ def without_grouped_mm() -> Iterator[None]:
 
 
 def check(
-    split: list[int], sizes: tuple[int, int, int], name: str, dtype: torch.dtype, factors: torch.dtype, p: float
+    split: list[int],
+    sizes: tuple[int, int, int],
+    name: str,
+    dtype: torch.dtype,
+    factors: torch.dtype,
+    p: float,
+    backend: str,
 ) -> None:
     values, parts = operands(split, *sizes, dtype, factors), FORMS[name]
     dy = torch.randn(sum(split), sizes[1], generator=torch.Generator().manual_seed(9)).to(DEVICE, dtype)
@@ -122,7 +129,8 @@ def check(
 
     def ours(leaves: Values) -> Tensor:
         torch.manual_seed(3)
-        return expert_linear(leaves["x"], leaves["weight"], form_of(leaves, parts), ends(split), dropout=p)
+        form = form_of(leaves, parts)
+        return expert_linear(leaves["x"], leaves["weight"], form, ends(split), dropout=p, backend=backend)
 
     def formula(dtype: torch.dtype) -> Values:
         cast = {key: value.to(dtype) for key, value in values.items()}
@@ -137,19 +145,21 @@ def check(
     assert_follows(results(ours, values, parts, dy), formula, dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_values_and_gradients(split: str, name: str, p: float) -> None:
-    check(SPLITS[split], (16, 12, 4), name, torch.float32, torch.float32, p)
+def test_values_and_gradients(split: str, name: str, p: float, backend: str) -> None:
+    check(SPLITS[split], (16, 12, 4), name, torch.float32, torch.float32, p, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("sizes", [(20, 12, 3), (33, 7, 1), (64, 48, 16)])
-def test_dtypes_and_sizes(dtype: torch.dtype, name: str, sizes: tuple[int, int, int]) -> None:
+def test_dtypes_and_sizes(dtype: torch.dtype, name: str, sizes: tuple[int, int, int], backend: str) -> None:
     """Odd ones, of which rows are not aligned, beside those that grouped_mm takes; fp32 factors beside 16 bits."""
-    check(SPLITS["some"], sizes, name, dtype, torch.float32, 0.0)
+    check(SPLITS["some"], sizes, name, dtype, torch.float32, 0.0, backend)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -163,7 +173,8 @@ def test_both_ways_of_multiplying_agree(name: str, p: float) -> None:
 
     def run(leaves: Values) -> Tensor:
         torch.manual_seed(3)
-        return expert_linear(leaves["x"], leaves["weight"], form_of(leaves, parts), ends(split), dropout=p)
+        form = form_of(leaves, parts)
+        return expert_linear(leaves["x"], leaves["weight"], form, ends(split), dropout=p, backend="eager")
 
     ours = results(run, values, parts, dy)
     with without_grouped_mm():
@@ -363,7 +374,7 @@ def test_a_frozen_block_keeps_what_its_gate_needs() -> None:
     assert kept(run, [x, block.leaves["routing"], *block.weights]) == 7 * block.top * 2 * block.n
 
 
-@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_a_linear_of_experts_keeps_what_it_needs(backend: str) -> None:
     split = SPLITS["some"]
     values = operands(split, 16, 12, 4, torch.float32, torch.float32)
@@ -377,7 +388,8 @@ def test_a_linear_of_experts_keeps_what_it_needs(backend: str) -> None:
     assert kept(lambda: run(form_of(values, ())), own) == 0
 
 
-def test_operators_tell_their_layout() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operators_tell_their_layout(backend: str) -> None:
     split, count = SPLITS["some"], 4
     values = operands(split, 16, 12, 4, torch.float32, torch.float32)
     offsets, dy = ends(split).int(), torch.randn(sum(split), 12, device=DEVICE)
@@ -385,34 +397,36 @@ def test_operators_tell_their_layout() -> None:
         experts = experts_of(values["weight"], form_of(values, parts), None)
         low = values["x"] * 2
         for x_dropped in (None, low):
-            args: tuple[Any, ...] = (values["x"], x_dropped, offsets, experts, Keep(True, True), "eager")
+            args: tuple[Any, ...] = (values["x"], x_dropped, offsets, experts, Keep(True, True), backend)
             layout_is_told(op.expert_linear.registered, tuple(op.expert_linear.flat(*args)))
             wants = Wants(True, x_dropped is not None, *[True] * 6)
             wants = wants._replace(out_scale="out_scale" in parts, mid_scale="mid_scale" in parts)
             made = experts._replace(base_squared=None)
             z = dy if "base_scale" in parts else None
             saved = Saved(low, torch.randn(sum(split), 4, device=DEVICE), z, None)
-            args = (dy, offsets, made, saved, wants, "eager")
+            args = (dy, offsets, made, saved, wants, backend)
             layout_is_told(op.expert_linear_backward.registered, tuple(op.expert_linear_backward.flat(*args)))
     assert count == len(values["weight"])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_compiled_in_one_graph(p: float) -> None:
+def test_compiled_in_one_graph(p: float, backend: str) -> None:
     """Under dropout the masks are others: that it runs and trains is what can be said."""
     block = Block(torch.float32)
     leaves = {name: value.requires_grad_(name in block.names()) for name, value in block.leaves.items()}
-    compiled = torch.compile(lambda leaves: block.run(leaves, p), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda leaves: block.run(leaves, p, backend), fullgraph=True, backend="aot_eager")
     names = block.names()
 
     def grads(run: Callable[[Values], Tensor]) -> list[Tensor]:
         y = run(leaves)
         return [y, *torch.autograd.grad(y.sin().sum(), [leaves[name] for name in names])]
 
+    ours = lambda leaves: block(leaves, backend=backend)  # noqa: E731
     found = grads(compiled)
     assert all([torch.isfinite(value).all() for value in found])
     if not p:
-        for name, mine, other in zip(["y", *names], found, grads(block), strict=True):
+        for name, mine, other in zip(["y", *names], found, grads(ours), strict=True):
             torch.testing.assert_close(mine, other, msg=name)
 
 
@@ -425,9 +439,10 @@ def test_autocast_takes_the_weights_dtype() -> None:
     torch.testing.assert_close(y, block({**leaves, "x": leaves["x"].bfloat16()}).float(), rtol=0.05, atol=0.05)
 
 
-def test_the_same_bits_each_time() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits_each_time(backend: str) -> None:
     block = Block(torch.float32, kind="DoRA")
-    first, second = block.grads(), block.grads()
+    first, second = block.grads(backend=backend), block.grads(backend=backend)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -439,7 +454,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "offsets of floats": ({"offsets": torch.zeros(4)}, "offsets must be integers"),
     "a pair for some experts": ({"A": torch.zeros(2, 4, 16)}, r"form.A must have shape \[4, r, 16\]"),
     "B as a layer has it": ({"B": torch.zeros(4, 12, 4)}, r"form.B must have shape \[4, 4, 12\]"),
-    "no kernel": ({"backend": "triton"}, "has no kernel of expert_linear"),
+    "float64": (
+        {"backend": "triton", "x": torch.zeros(9, 16).double(), "weight": torch.zeros(4, 12, 16).double()},
+        "has no float64 kernels",
+    ),
     "both biases": ({"bias": torch.zeros(4, 12)}, "form.bias is the whole β"),
     "dropout": ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
     "squares alone": ({"base_squared": torch.zeros(4, 12)}, "base_squared goes with base_scale"),
@@ -478,7 +496,7 @@ def test_a_block_refuses_what_does_not_fit() -> None:
         ({"x": x[:, :3]}, "x must have shape"),
         ({"down": down._replace(weight=down.weight[:2], form=None)}, "down.weight must have shape"),
         ({"down": down._replace(weight=down.weight.double())}, "down.weight must have up.weight's dtype"),
-        ({"backend": "triton"}, "has no kernel of expert_block"),
+        ({"backend": "triton", "x": x.double()}, "has no float64 kernels"),
         ({"backend": "reference", "up": up._replace(dropout=0.5)}, "has no dropout here"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

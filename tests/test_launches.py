@@ -50,6 +50,7 @@ def test_a_call_is_few_calls_of_python(case: str, found: dict[str, Any]) -> None
 LINEAR = ["adapter_linear", "adapter_linear_backward"]
 HADAMARD = ["hadamard_linear", "hadamard_linear_backward"]
 BOTTLENECK = ["bottleneck", "bottleneck_backward"]
+EXPERTS = ["base_products", "expert_linear", "expert_linear_backward"]
 # Cases of main() and the launchers that each of them is to prepare.
 PREPARED = {
     "plain": LINEAR,
@@ -61,6 +62,8 @@ PREPARED = {
     "bottleneck": BOTTLENECK,
     "bottleneck in groups": BOTTLENECK,
     "weight norm": ["weight_norm"],
+    "experts": EXPERTS,
+    "experts that share a pair": EXPERTS,
     "many adapters in one memory": ["_add_adapters"],
     "many adapters in two memories": ["_add_adapters"],
 }
@@ -269,12 +272,44 @@ def served_steps(x: Tensor, memories: int) -> list[Tensor]:
     return [x, *tensors_of([weights, both, tokens])]
 
 
+def expert_steps(x: Tensor, shared: bool) -> list[Tensor]:
+    """A forward and a backward of experts, and their norm's products; gives their inputs."""
+    from fastadapt_kernels import expert_linear as kernels
+
+    from fastadapt.operators.expert_linear.parameters import Experts, Keep, Saved, Wants
+
+    normal, E, N, r = normals(24), 3, 48, 16
+    pairs = 1 if shared else E
+    # A table with gaps is copied before the launch.
+    tables = normal(E, r), None if shared else normal(E, N), normal(E, N), normal(E, 2 * N)[:, ::2]
+    weight, A, B = normal(E, N, 64, dtype=x.dtype), normal(pairs, r, 64), normal(pairs, r, N)
+    experts: Any = Experts(weight, A, B, *tables, None, 0.5, shared, False)
+    offsets, low = torch.tensor([5, 5, len(x)], dtype=torch.int32), x.clone()
+    products = kernels.base_products(weight, A)
+    y, u, z = kernels.expert_linear(x, low, offsets, experts, Keep(True, True))
+    dy, row_scale = torch.ones_like(y), torch.ones(len(x))
+    wants = Wants(True, True, True, True, True, not shared, True, True)
+    grads = kernels.expert_linear_backward(dy, offsets, experts, Saved(low, u, z, row_scale), wants)
+    likes = [like for like in (x, x, A, B, *tables) if like is not None]
+    assert [grad.shape for grad in tensors_of(grads)] == [like.shape for like in likes]
+    assert products.shape == (E, r, N)
+    return [x, low, offsets, row_scale, *tensors_of(experts)]
+
+
 def launchers() -> list[tuple[Any, str]]:
     """Module and name of every launcher that is prepared."""
-    from fastadapt_kernels import adapter_linear, bottleneck, hadamard_linear, launch, multi_adapter, weight_norm
+    from fastadapt_kernels import (
+        adapter_linear,
+        bottleneck,
+        expert_linear,
+        hadamard_linear,
+        launch,
+        multi_adapter,
+        weight_norm,
+    )
 
     prepared = launch.prepared(list).__code__
-    modules: list[Any] = [adapter_linear, bottleneck, hadamard_linear, multi_adapter, weight_norm]
+    modules: list[Any] = [adapter_linear, bottleneck, expert_linear, hadamard_linear, multi_adapter, weight_norm]
     return [
         (module, name)
         for module in modules
@@ -332,6 +367,8 @@ def main() -> dict[str, Any]:
             "bottleneck": lambda: bottleneck_steps(x, 1),
             "bottleneck in groups": lambda: bottleneck_steps(x, 2),
             "weight norm": lambda: norm_steps(mixed[0].weight),
+            "experts": lambda: expert_steps(x, False),
+            "experts that share a pair": lambda: expert_steps(x, True),
             "many adapters in one memory": lambda: served_steps(x, 1),
             "many adapters in two memories": lambda: served_steps(x, 2),
         }

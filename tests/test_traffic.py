@@ -101,6 +101,8 @@ def test_the_cases_launch_the_kernels_of_the_operators_that_they_cover() -> None
             traffic.run_bottleneck(bottleneck, 8192, bottleneck.K, "meta", launches)
         for Q in traffic.HADAMARD.values():
             traffic.run_hadamard(8192, 4096, 4096, Q, "meta", launches)
+        for placed in traffic.EXPERTS.values():
+            traffic.run_experts(placed, 65536, placed.experts, placed.K, placed.N, "meta", launches)
     with traffic.metered() as counted:
         traffic.count_batch(traffic.BATCHES["many_small_decode"], 72)
     launched = {launch.kernel.fn.__name__ for launch in launches} | {launch.kernel for launch in counted}
@@ -144,6 +146,20 @@ def test_a_recomposed_weight_is_never_written() -> None:
         assert row[f"{phase}_mib"] == pytest.approx(row[f"{phase}_minimum_mib"], rel=1e-3)
     assert row["partials_mib"] <= 16
     assert (row["launches_forward"], row["launches_dx"], row["launches_grads"]) == (1, 1, 3)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", traffic.EXPERTS)
+def test_experts_read_every_weight_once_a_pass(name: str) -> None:
+    case = traffic.EXPERTS[name]
+    row, touched = traffic.experts_row(name, case, 8192, "H100-SXM")
+    assert row["minimum_mib"] < row["mib"] == pytest.approx(row["split_target_mib"], rel=0.01)
+    # q and, of DoRA, W0 Aᵀ.
+    assert row["partials_mib"] < 0.1 * row["mib"]
+    assert (row["launches_norm"], row["launches_forward"], row["launches_backward"]) == (int(case.dora), 2, 4)
+    weights = [(operand.phase, operand.read) for operand in touched if operand.role == "weight"]
+    size = 2 * case.experts * case.N * case.K
+    assert weights == [(phase, size) for phase in (["norm"] if case.dora else []) + ["forward", "backward"]]
 
 
 def moved(peer: str, w: Workload) -> float:

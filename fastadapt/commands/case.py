@@ -30,6 +30,7 @@ class Case(ABC):
     launchers; a kernel is called _name_kernel; none where there is only the eager implementation. limits: where "auto"
     takes another backend on a GPU than Triton.
     in_dtype: the arguments that have the tested dtype; the others are in fp32.
+    draws_in_kernels: whether Triton has a dropout mask of its own.
     frozen: the arguments that take no gradient, beside the weight.
     """
 
@@ -39,6 +40,7 @@ class Case(ABC):
     limits: ClassVar[str] = ""
     in_dtype: ClassVar[tuple[str, ...]] = ("x", "weight")
     has_gradients: ClassVar[bool] = True
+    draws_in_kernels: ClassVar[bool] = True
 
     name: str
     frozen: tuple[str, ...] = ()

@@ -465,6 +465,8 @@ def _mask(case: Case, values: Values, backend: str) -> tuple[Tensor | None, floa
     """The dropout mask that the operator draws right after torch.manual_seed(0), and its exact probability."""
     if not case.dropout:
         return None, 0.0
+    if not case.draws_in_kernels:
+        backend = "eager"
     p = 1.0 - keep_probability(case.dropout, backend)
     dropped = case.dropped(values)
     torch.manual_seed(0)

@@ -21,7 +21,8 @@ class ExpertLinearCase(Case):
 
     operator = "expert_linear"
     covers = ("expert_linear", "expert_linear_backward")
-    kernels = ()
+    kernels = ("expert_shrink", "expert_product", "expert_grads")
+    draws_in_kernels = False
 
     parts: tuple[str, ...] = ()
     shared: bool = False
@@ -63,7 +64,7 @@ class ExpertLinearCase(Case):
     def ours(self, values: Values, backend: str) -> Tensor:
         offsets = torch.tensor(self._ends(values), dtype=torch.int32, device=values["x"].device)
         return expert_linear(
-            values["x"], values["weight"], self._form(values), offsets, dropout=self.dropout, backend="eager"
+            values["x"], values["weight"], self._form(values), offsets, dropout=self.dropout, backend=backend
         )
 
     def reference(self, values: Values, mask: Tensor | None, p: float) -> Tensor:

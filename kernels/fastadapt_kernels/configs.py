@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.jit import mangle_type
 
-Config = dict[str, int]
+from .recorded import Config, Launch
 
 # Enough programs to fill every GPU twice (an H100 has 132 multiprocessors, an MI300X 304 compute units).
 _WANTED_PROGRAMS = 512
@@ -36,39 +35,6 @@ MOST_HIDDEN = 128
 _HOPPER = 227 * 1024
 _LARGE = 160 * 1024
 _MEDIUM = 99 * 1024
-
-
-class Launch(NamedTuple):
-    """One kernel launch as a launcher asked for it: kernel, grid, arguments by name and the chosen config."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: Mapping[str, Any]
-    config: Config
-
-    def source(self) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-        """(signature, constexprs, attrs) for triton.compiler.ASTSource, specialised as the just-in-time path would.
-
-        The signature of a tuple is a tuple; its entries are known to constexprs and attrs by their path.
-        """
-        constexprs: dict[tuple[int, ...], Any] = {}
-        attrs: dict[tuple[int, ...], Any] = {}
-
-        def specialise(value: Any, path: tuple[int, ...], parameter: Any) -> Any:
-            if isinstance(value, tuple) and not parameter.is_constexpr:
-                return tuple(specialise(entry, (*path, i), parameter) for i, entry in enumerate(value))
-            specialised_integer = isinstance(value, int) and not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (specialised_integer and value == 1):
-                constexprs[path] = value
-                return "constexpr"
-            if isinstance(value, Tensor) or (specialised_integer and value % 16 == 0):
-                attrs[path] = [["tt.divisibility", 16]]
-            return mangle_type(value)
-
-        values = {**self.arguments, **self.config}
-        parameters = enumerate(self.kernel.params)
-        signature = {item.name: specialise(values[item.name], (position,), item) for position, item in parameters}
-        return signature, constexprs, attrs
 
 
 class Recorder(NamedTuple):
@@ -155,32 +121,33 @@ def shrink(xs: Sequence[Tensor], sizes: Sequence[int], *, masked: bool) -> tuple
     masked: the dropout mask is drawn, in registers that wide tiles would want as well.
     """
     M, K = xs[0].shape[0], max(x.shape[1] for x in xs)
-    dtype, widest = xs[0].dtype, max(sizes)
     if _interpreted():
         splits, _ = _splits(_WANTED_PROGRAMS // 2, triton.cdiv(K, 64), 1)
         return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 32}, splits
-    shared_memory = _shared_memory(xs[0].device)
     # Fewer tokens: smaller tiles, so that more programs stream x.
-    block_m = _block(M // 256, 16, 64)
-    if dtype == torch.float32:
+    config = _shrink(xs[0], _block(M // 256, 16, 64), max(sizes), masked=masked)
+    programs = triton.cdiv(M, config["BLOCK_M"]) * sum(triton.cdiv(size, config["BLOCK_R"]) for size in sizes)
+    splits, _ = _splits(programs, triton.cdiv(K, config["BLOCK_K"]), 4, wanted=_WANTED_PROGRAMS // 2)
+    return config, splits
+
+
+def _shrink(x: Tensor, block_m: int, widest: int, *, masked: bool) -> Config:
+    shared_memory = _shared_memory(x.device)
+    if x.dtype == torch.float32:
         block_r = _block(widest, 16, 64)
         # The mask is kept in words of 32 columns.
         block_k, warps = (16 if block_r == 64 and not masked else 32, 8 if block_r == 64 else 4)
-        config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
-    else:
-        block_r = _block(widest, 16, 128)
-        large = shared_memory >= _LARGE
-        block_k = {
-            16: 64 if masked else 128,
-            32: 128 if large and not masked else 64,
-            64: 32 if block_m == 16 else 64,
-            128: 32,
-        }[block_r]
-        stages = 3 if large else 2
-        config = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
-    programs = triton.cdiv(M, block_m) * sum(triton.cdiv(size, block_r) for size in sizes)
-    splits, _ = _splits(programs, triton.cdiv(K, config["BLOCK_K"]), 4, wanted=_WANTED_PROGRAMS // 2)
-    return config, splits
+        return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
+    block_r = _block(widest, 16, 128)
+    large = shared_memory >= _LARGE
+    block_k = {
+        16: 64 if masked else 128,
+        32: 128 if large and not masked else 64,
+        64: 32 if block_m == 16 else 64,
+        128: 32,
+    }[block_r]
+    stages = 3 if large else 2
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
 
 
 def adapter_linear(
@@ -206,7 +173,9 @@ def adapter_linear(
     plain = not masked and ((plain and (hopper or not fused)) or few_vectors)
     Ns = [weight.shape[0] for weight in weights]
     wide = fused and (R > 32 or two_products)
-    config = _product(x, Ns, [x, *weights], two_products=two_products, masked=masked, plain=plain, wide=wide)
+    config = _product(
+        x, x.shape[0], Ns, [x, *weights], two_products=two_products, masked=masked, plain=plain, wide=wide
+    )
     if fused:
         # The whole rank at once.
         return {**config, "BLOCK_R": _block(R, 16, MOST_FUSED_RANKS)}
@@ -235,7 +204,14 @@ def adapter_linear_dx(
     hopper = _shared_memory(dx.device) >= _HOPPER
     plain = not masked and ((plain and (hopper or len(dys) == 1)) or (hopper and R % 16 == 0))
     config = _product(
-        dx, [dx.shape[1]], [*dys, *weights], two_products=two_products, masked=masked, plain=plain, wide=False
+        dx,
+        dx.shape[0],
+        [dx.shape[1]],
+        [*dys, *weights],
+        two_products=two_products,
+        masked=masked,
+        plain=plain,
+        wide=False,
     )
     shared_memory = _shared_memory(dx.device)
     small, short = shared_memory < _LARGE, dx.shape[0] <= 32
@@ -255,6 +231,7 @@ def _aligned(tensors: Sequence[Tensor]) -> bool:
 
 def _product(
     x: Tensor,
+    M: int,
     Ns: Sequence[int],
     operands: Sequence[Tensor],
     *,
@@ -267,7 +244,6 @@ def _product(
 
     wide: its loop also has a product of many ranks, or of any ranks beside two others.
     """
-    M = x.shape[0]
     if _interpreted():
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 32, "GROUP_M": 2}
 
@@ -369,6 +345,41 @@ def input_grads(x: Tensor, R: int) -> tuple[Config, int, int]:
     programs = triton.cdiv(K, block_k) * triton.cdiv(R, rank)
     splits = _splits(programs, triton.cdiv(M, block_m), 1024 // block_m, wanted=_WANTED_PROGRAMS // 4)
     return {**tiles, "num_warps": warps, "num_stages": stages}, *splits
+
+
+def expert_shrink(x: Tensor, E: int, R: int) -> Config:
+    """Tiles of _expert_shrink_kernel for x [S, K] of E experts and R ranks."""
+    if _interpreted():
+        return {"BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": 32}
+    config = _shrink(x, _block(x.shape[0] // max(E, 256), 16, 64), R, masked=False)
+    if x.dtype == torch.float32:
+        config["num_stages"] = 2  # where an expert begins takes registers as well
+    return config
+
+
+def expert_product(y: Tensor, operands: Sequence[Tensor], E: int, R: int, *, two_products: bool) -> Config:
+    """Tiles of _expert_product_kernel for y [S, N] of E experts and R ranks, by the rows that an expert has on average.
+
+    operands: those of the base product, the rows first.
+    """
+    S, N = y.shape
+    config = _product(
+        operands[0], max(S // E, 1), [N] * E, operands, two_products=two_products, masked=False, plain=False, wide=False
+    )
+    if (two_products or operands[0].dtype == torch.float32) and not _interpreted():
+        config["BLOCK_N"] //= 2  # two accumulators, or no matrix unit: what lies behind the loop takes registers too
+    return {"BLOCK_R": _block(R, 16, 32), **config}
+
+
+def expert_grads(wide: Tensor, R: int, *, vector_sums: bool) -> Config:
+    """Tiles of _expert_grads_kernel for wide [S, N] and R ranks."""
+    if _interpreted():
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 32}
+    full = wide.dtype == torch.float32
+    stages = 3 if _shared_memory(wide.device) >= _HOPPER and not full else 2
+    tiles = {"BLOCK_M": 32 if vector_sums or full else 64, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 32 if full else 64)}
+    # Sums of four kinds: more threads share them.
+    return {**tiles, "num_warps": 8, "num_stages": stages}
 
 
 def hadamard_linear(x: Tensor, operands: Sequence[Tensor], N: int, Q: int) -> Config:

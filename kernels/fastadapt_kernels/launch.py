@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
 from . import configs
+from .recorded import Launch
 
 # Programs are small; a launcher that has met more outlines than this starts anew.
 _MOST = 4096
@@ -155,7 +156,7 @@ def _flat(value: Any) -> list[Any]:
 class _Launched:
     """A launch of a program."""
 
-    def __init__(self, launch: configs.Launch, placed: Callable[[Any], Any]) -> None:
+    def __init__(self, launch: Launch, placed: Callable[[Any], Any]) -> None:
         self.kernel, self.config = launch.kernel, launch.config
         self.grid = (*launch.grid, 1, 1)[:3]
         self.arguments = {name: _mapped(placed, value) for name, value in launch.arguments.items()}
@@ -281,7 +282,7 @@ class _Program:
         self.memory = [(new.shape, new.stride(), new.dtype) for new in rehearsal.memory.values()]
         self.steps = [
             _Launched(step, placed)
-            if isinstance(step, configs.Launch)
+            if isinstance(step, Launch)
             else step._replace(
                 args=_mapped(placed, step.args),
                 options={name: _mapped(placed, value) for name, value in step.options.items()},

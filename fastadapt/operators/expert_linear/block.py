@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...reference import ExpertForm, adapter_linear_reference, expert_block_reference
 from ..arithmetic import cast
+from ..backends import resolve_backend
 from ..calls import applied, once_differentiable, without_autocast
 from ..dropout import draw_dropout, keep_probability
 from ..masks import dropped, zero_dropped
@@ -18,7 +19,6 @@ from . import op
 from .checks import check_expert_block, check_expert_weight
 from .function import (
     by_norm,
-    check_no_kernel,
     expert_linear,
     experts_of,
     keep_for,
@@ -84,8 +84,8 @@ def expert_block(
     takes [S, N] to [S, I]; down [E, K, I].
     Dtypes: products are in up's weight's dtype, as transformers has it; y has x's. Backends: as for `expert_linear`.
     Gradients flow to x, routing and every tensor of the forms but base_squared. Once differentiable.
-    Raises ValueError on mismatched shapes or devices, a weight that requires grad, backend "triton"; TypeError on
-    dtypes that cannot be mixed. An expert that is none of the E is not looked for, which would wait for the device.
+    Raises ValueError on mismatched shapes or devices, a weight that requires grad, a backend that cannot run; TypeError
+    on dtypes that cannot be mixed. An expert that is none of the E is not looked for, which would wait for the device.
 
     >>> up, down = ExpertProjection(torch.randn(3, 8, 16)), ExpertProjection(torch.randn(3, 16, 4))
     >>> experts, routing = torch.tensor([[0, 2], [2, 1]]), torch.ones(2, 2)
@@ -97,14 +97,14 @@ def expert_block(
     check_expert_block(x, experts, routing, up.weight, down.weight, (up.dropout, down.dropout))
     if down.weight.dtype != up.weight.dtype:
         raise TypeError(f"down.weight must have up.weight's dtype {up.weight.dtype}, got {down.weight.dtype}: cast one")
-    check_no_kernel("expert_block", backend)
+    backend = resolve_backend(backend, x, up.weight)
     if not training:
         up, down = up._replace(dropout=0.0), down._replace(dropout=0.0)
     if backend == "reference":
         return _reference(x, experts, routing, up, gate, down)
     found = dispatch(experts, len(up.weight))
     if torch.compiler.is_compiling():  # which cannot trace a gate that is run again
-        linears = [partial(_projected, offsets=found.offsets, side=side) for side in (up, down)]
+        linears = [partial(_projected, offsets=found.offsets, side=side, backend=backend) for side in (up, down)]
         return composed(x, routing, found, up.weight.dtype, linears[0], gate, linears[1])
     drops = [None if side.form is None or not side.dropout else side.dropout for side in (up, down)]
     drop_up = None if drops[0] is None else draw_dropout(x, drops[0], "eager")
@@ -112,7 +112,7 @@ def expert_block(
     drop_down = None if drops[1] is None else draw_dropout(rows, drops[1], "eager")
     sides = [experts_of(side.weight, side.form, side.bias) for side in (up, down)]
     plain = sides[0][TENSORS:], sides[1][TENSORS:]
-    call = _Call(plain, (drops[0] or 0.0, drops[1] or 0.0), gate, torch.is_grad_enabled())
+    call = _Call(plain, (drops[0] or 0.0, drops[1] or 0.0), gate, torch.is_grad_enabled(), backend)
     tensors = *sides[0][:TENSORS], *sides[1][:TENSORS]
     y: Tensor = applied(ExpertBlockFunction, x, routing, *found, drop_up, drop_down, call, *tensors)
     return y
@@ -137,9 +137,9 @@ def _reference(
     return cast(expert_block_reference(rows, experts, routing, linear(up), gate, linear(down)), x.dtype)
 
 
-def _projected(rows: Tensor, offsets: Tensor, side: ExpertProjection) -> Tensor:
+def _projected(rows: Tensor, offsets: Tensor, side: ExpertProjection, backend: str) -> Tensor:
     weight, form, bias, dropout = side
-    return expert_linear(rows, weight, form, offsets, bias=bias, dropout=dropout, backend="eager")
+    return expert_linear(rows, weight, form, offsets, bias=bias, dropout=dropout, backend=backend)
 
 
 def composed(
@@ -156,12 +156,13 @@ def composed(
 
 
 class _Call(NamedTuple):
-    """What the Function has to know beside tensors, of up and of down, and whether a backward can follow."""
+    """What the Function has to know beside tensors, of up and of down; whether a backward can follow; what runs it."""
 
     plain: tuple[tuple[Any, ...], tuple[Any, ...]]
     p: tuple[float, float]
     gate: Gate
     backward: bool
+    backend: str
 
     def sides(self, tensors: Any) -> tuple[Experts, Experts]:
         """What travels of up and of down, from the tensors of both."""
@@ -204,12 +205,14 @@ class ExpertBlockFunction(torch.autograd.Function):
             rows = cast(x, up.weight.dtype)
             low = None if drop_up is None else dropped(rows, drop_up, call.factors[0]).index_select(0, tokens)
             h: Tensor | None
-            h, u_up, z_up, norm_up = op.expert_linear(rows.index_select(0, tokens), low, offsets, up, keep_up, "eager")
+            h, u_up, z_up, norm_up = op.expert_linear(
+                rows.index_select(0, tokens), low, offsets, up, keep_up, call.backend
+            )
             a = call.gate(h)
             if z_up is not None and _rebuilds(up, drop_up):
                 h = None
             low = None if drop_down is None else dropped(a, drop_down, call.factors[1])
-            y, u_down, z_down, norm_down = op.expert_linear(a, low, offsets, down, keep_down, "eager")
+            y, u_down, z_down, norm_down = op.expert_linear(a, low, offsets, down, keep_down, call.backend)
             weights = routing.reshape(-1).index_select(0, order)[:, None]
             y = y.mul_(weights) if weights.dtype == y.dtype else y * weights
             out = cast(_combined(y, back, routing.shape), x.dtype)
@@ -250,7 +253,7 @@ class ExpertBlockFunction(torch.autograd.Function):
                 low = dropped(a, drop_down, factor_down)
             wants = wants_of(need_down, True, drop_down is not None)
             saved = Saved(low if need_down.A else None, u_down, z_down, weights)
-            grads_down = op.expert_linear_backward(rows, offsets, down, saved, wants, "eager")
+            grads_down = op.expert_linear_backward(rows, offsets, down, saved, wants, call.backend)
             da = _whole(grads_down, drop_down, factor_down)
             d_routing = None
             if needs_routing:
@@ -268,7 +271,8 @@ class ExpertBlockFunction(torch.autograd.Function):
                 whole = whole if drop_up is None else dropped(whole, drop_up, factor_up)
                 gathered = whole.index_select(0, tokens)
             wants = wants_of(need_up, needs_x, drop_up is not None)
-            grads_up = op.expert_linear_backward(dh, offsets, up, Saved(gathered, u_up, z_up, None), wants, "eager")
+            saved = Saved(gathered, u_up, z_up, None)
+            grads_up = op.expert_linear_backward(dh, offsets, up, saved, wants, call.backend)
             dx = None
             if grads_up.x is not None:
                 dx = _combined(grads_up.x, back, routing.shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...reference import ExpertForm, expert_linear_reference
 from ..arithmetic import cast
-from ..backends import check_backend
+from ..backends import resolve_backend
 from ..calls import applied, check_same_dtype, compute_dtype, in_widest, once_differentiable, without_autocast
 from ..dropout import draw_dropout, keep_probability
 from ..masks import dropout_mask, dropped, zero_dropped
@@ -36,14 +36,15 @@ def expert_linear(
     form as ExpertForm states it; None for W0[e] x_s + bias[e] alone. Nothing of the size of W0 is made or kept. Weights
     that are stored as [E, K, N] go in as weight.mT, a view. dropout, while training, drops elements of x on the
     low-rank path.
-    Eager PyTorch on every device: F.grouped_mm where it computes in these dtypes and strides, else one product an
-    expert, for which a GPU waits. There is no Triton kernel of it yet, and "auto" is "eager".
+    Triton kernels on a GPU, without a word to the host; else eager PyTorch: F.grouped_mm where it computes in these
+    dtypes and strides, one product an expert elsewhere. The mask of dropout is PyTorch's for both, and x̃ a tensor
+    of its own.
     Shapes: x [S, K]; weight [E, N, K], any strides; offsets [E] of integers, the last of them S; bias [E, N];
     y [S, N].
     Dtypes: weight has x's dtype, or autocast's takes the place of both; the form's tensors may be fp32 beside 16 bits.
     Gradients flow to x and to every tensor of the form but base_squared; weight is frozen. Once differentiable.
-    Raises ValueError on mismatched shapes or devices, a weight that requires grad, backend "triton"; TypeError on
-    dtypes that cannot be mixed.
+    Raises ValueError on mismatched shapes or devices, a weight that requires grad, a backend that cannot run; TypeError
+    on dtypes that cannot be mixed.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1, for each expert of Shazeer et al. 2017, arXiv:1701.06538.
 
     >>> x, weight = torch.randn(5, 16), torch.randn(3, 8, 16)
@@ -53,7 +54,7 @@ def expert_linear(
     """
     check_expert_linear(x, weight, form, offsets, bias, dropout)
     check_same_dtype(x, weight)
-    check_no_kernel("expert_linear", backend)
+    backend = resolve_backend(backend, x, weight)
     dropping = form is not None and training and dropout > 0.0
     if backend == "reference":
         mask = dropout_mask(draw_dropout(x, dropout, "eager"), x.shape) if dropping else None
@@ -61,15 +62,9 @@ def expert_linear(
         return in_widest(expert_linear_reference, x, weight, form, offsets.tolist(), bias=bias, mask=mask, p=p)
     experts = experts_of(weight, form, bias)
     drop = draw_dropout(x, dropout, "eager") if dropping else None
-    call = _Call(experts[TENSORS:], dropout if dropping else 0.0, compute_dtype(x), torch.is_grad_enabled())
+    call = _Call(experts[TENSORS:], dropout if dropping else 0.0, compute_dtype(x), torch.is_grad_enabled(), backend)
     y: Tensor = applied(ExpertLinearFunction, x, cast(offsets, torch.int32), drop, call, *experts[:TENSORS])
     return y
-
-
-def check_no_kernel(name: str, backend: str) -> None:
-    check_backend(backend)
-    if backend == "triton":
-        raise ValueError(f'backend "triton" has no kernel of {name}: take backend="auto" or "eager"')
 
 
 def experts_of(weight: Tensor, form: ExpertForm | None, bias: Tensor | None) -> Experts:
@@ -100,12 +95,14 @@ def experts_of(weight: Tensor, form: ExpertForm | None, bias: Tensor | None) -> 
 
 class _Call(NamedTuple):
     """What the Function has to know beside tensors: plain values, the drop probability, the dtype of the products,
-    and whether a backward can follow."""
+    whether a backward can follow, and what runs it.
+    """
 
     plain: tuple[Any, ...]
     p: float
     dtype: torch.dtype
     backward: bool
+    backend: str
 
 
 def keep_for(experts: Experts, needs: Experts) -> Keep:
@@ -134,7 +131,7 @@ class ExpertLinearFunction(torch.autograd.Function):
             low = None if drop is None else dropped(rows, drop, 1.0 / keep_probability(call.p, "eager"))
             # needs_input_grad does not know of no_grad, where nothing needs to be kept.
             keep = keep_for(experts, needs) if call.backward else Keep(False, False)
-            y, u, z, norm = op.expert_linear(rows, low, offsets, experts, keep, "eager")
+            y, u, z, norm = op.expert_linear(rows, low, offsets, experts, keep, call.backend)
         if call.backward:
             ctx.save_for_backward(rows if needs.A else None, u, z, norm, offsets, drop, *without_shift(tensors))
             ctx.call = call
@@ -154,7 +151,7 @@ class ExpertLinearFunction(torch.autograd.Function):
             wants = wants_of(needs, ctx.needs_input_grad[0], drop is not None)
             saved = Saved(low, u, z, None)
             grads = op.expert_linear_backward(
-                cast(dy, call.dtype).contiguous(), offsets, experts, saved, wants, "eager"
+                cast(dy, call.dtype).contiguous(), offsets, experts, saved, wants, call.backend
             )
             dx = grads.x
             if grads.x_dropped is not None and dx is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arithmetic import sum_dtype
+from ..backends import kernels
 from ..registry import operator
 from . import eager
 from .parameters import Experts, Grads, Keep, Outputs, Saved, Wants
@@ -25,8 +26,16 @@ def _outline(x: Tensor, x_dropped: Tensor | None, offsets: Tensor, experts: Expe
 def expert_linear(
     x: Tensor, x_dropped: Tensor | None, offsets: Tensor, experts: Experts, keep: Keep, backend: str
 ) -> Outputs:
-    """y [S, N] of rows sorted by expert, and what is to be kept. There is no kernel yet: the backend is "eager"."""
-    return eager.expert_linear(x, x_dropped, offsets, experts, keep)
+    """y [S, N] of rows sorted by expert, and what is to be kept."""
+    if backend == "eager":
+        return eager.expert_linear(x, x_dropped, offsets, experts, keep)
+    module, norm = kernels("expert_linear"), None
+    if experts.base_squared is not None and experts.base_scale is not None and experts.A is not None:
+        # Of W0's size are the products alone: the norm that they are made into is small work for PyTorch.
+        norm = eager.expert_norm(experts, experts.base_squared, module.base_products(experts.weight, experts.A))
+        experts = experts._replace(base_scale=experts.base_scale / norm)
+    y, u, z = module.expert_linear(x, x_dropped, offsets, experts, keep)
+    return Outputs(y, u, z, norm)
 
 
 def _backward_outline(dy: Tensor, offsets: Tensor, experts: Experts, saved: Saved, wants: Wants, backend: str) -> Any:
@@ -53,4 +62,6 @@ def expert_linear_backward(
     dy: Tensor, offsets: Tensor, experts: Experts, saved: Saved, wants: Wants, backend: str
 ) -> Grads:
     """The gradients that are wanted, dA where x̃ is saved, dB, dd and dh where u is, dg where z is."""
-    return eager.expert_linear_backward(dy, offsets, experts, saved, wants)
+    if backend == "eager":
+        return eager.expert_linear_backward(dy, offsets, experts, saved, wants)
+    return Grads(*kernels("expert_linear").expert_linear_backward(dy, offsets, experts, saved, wants))
