@@ -366,8 +366,10 @@ def expert_product(y: Tensor, operands: Sequence[Tensor], E: int, R: int, *, two
     config = _product(
         operands[0], max(S // E, 1), [N] * E, operands, two_products=two_products, masked=False, plain=False, wide=False
     )
-    if (two_products or operands[0].dtype == torch.float32) and not _interpreted():
-        config["BLOCK_N"] //= 2  # two accumulators, or no matrix unit: what lies behind the loop takes registers too
+    # Two accumulators, or no matrix unit: what lies behind the loop takes registers too.
+    narrow = _shared_memory(y.device) < _HOPPER if operands[0].dtype == torch.float32 else two_products
+    if narrow and not _interpreted():
+        config["BLOCK_N"] //= 2
     return {"BLOCK_R": _block(R, 16, 32), **config}
 
 
