@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_experts import gpt_oss, logits, mixtral, quiet, qwen3_moe, theirs
+from test_experts import TOKENS, gpt_oss, logits, mixtral, quiet, qwen3_moe, theirs
 from torch import Tensor
 
 import fastadapt
 from fastadapt import DoRAConfig, LoRAConfig, VeRAConfig
+from fastadapt.serving import AdapterError, MultiAdapterModel
 
 peft = pytest.importorskip("peft", minversion="0.21")
 pytest.importorskip("transformers", minversion="5.5")
@@ -70,6 +71,10 @@ def test_shapes_tell_that_a_and_b_are_turned(
     fastadapt.save_adapter(ours, tmp_path / "new")
     back = peft.PeftModel.from_pretrained(make(), tmp_path / "new").eval()
     torch.testing.assert_close(logits(back), expected, rtol=1e-4, atol=1e-5)
+    served = MultiAdapterModel(make())
+    served.load(tmp_path, "old")
+    given = served(input_ids=TOKENS, adapter_ids="old").logits
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_that_is_right_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -94,6 +99,8 @@ def test_square_matrices_of_an_old_peft_have_to_be_told(version: dict[str, Any],
             fastadapt.load_adapter(square(), tmp_path)
         loaded = fastadapt.load_adapter(square(), tmp_path, swapped_experts=turned)
         torch.testing.assert_close(logits(loaded), expected[turned], rtol=1e-4, atol=1e-5)
+        with pytest.raises(AdapterError, match=r"lora_A.weight is of experts with square"):
+            MultiAdapterModel(square()).load(tmp_path)
     assert (expected[True] - expected[False]).abs().max() > 1e-3
 
 

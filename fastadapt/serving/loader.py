@@ -37,7 +37,7 @@ from ..methods import AdapterConfig, DeltaLoRAConfig
 from ..methods.patterns import time_limit
 from ..model.adapted import Injection, adapter_layers, check_unmerged
 from ..model.checkpoint import check_tensors, fill
-from ..model.experts import with_experts
+from ..model.experts import turn_experts, with_experts
 from ..model.inject import adapter_dtype, layers_at
 from ..model.peft_files import (
     CONFIG_FILE,
@@ -200,6 +200,7 @@ def _give_memory(module: nn.Module, device: torch.device) -> None:
 
 def _filled(
     config: AdapterConfig,
+    fields: Mapping[str, Any],
     layers: dict[str, AdapterLayer],
     tensors: dict[str, Tensor],
     source: Path,
@@ -216,6 +217,7 @@ def _filled(
     with torch.device("meta"):
         adapters = config.build(empty, lambda weight: adapter_dtype(weight, True))
     injection = Injection("", config, layers, adapters, {})
+    turn_experts(injection, tensors, fields, source)
     changed = check_tensors(injection, tensors, source, modules, head)
     if changed:
         raise ValueError(
@@ -318,7 +320,7 @@ def check_adapter(
     layers = _selected(model, config, modules, limits)
     tensors = parse_tensors(found, tensor_file)
     del found
-    adapters = _filled(config, layers, tensors, tensor_file, modules, output_head(model), device)
+    adapters = _filled(config, fields, layers, tensors, tensor_file, modules, output_head(model), device)
     return CheckedAdapter(config, layers, adapters, identity.hexdigest(), size)
 
 
