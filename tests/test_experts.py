@@ -190,6 +190,21 @@ def test_old_names_of_experts_mean_their_weights() -> None:
         fastadapt.inject(qwen3_moe(), LoRAConfig(target_modules=["q_proj", "gate_proj"]))
 
 
+def test_what_peft_would_leave_out_of_a_file_is_told(tmp_path: Path) -> None:
+    """It takes the names of the dense layer and of shared experts for those of experts."""
+    model = fastadapt.inject(deepseek(), LoRAConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    with pytest.warns(UserWarning, match=r"layers.0.mlp.gate_proj and others like it, which PEFT leaves out"):
+        fastadapt.save_adapter(model, tmp_path / "all")
+    back = fastadapt.load_adapter(deepseek(), tmp_path / "all")
+    torch.testing.assert_close(logits(back), logits(model))
+    left = r".*\.(layers\.0\.mlp|shared_experts)\..*"
+    config = LoRAConfig(r=4, target_modules="all-linear", exclude_modules=left, init_lora_weights=False)
+    model = fastadapt.inject(deepseek(), config)
+    fastadapt.save_adapter(model, tmp_path / "read")
+    theirs = peft.PeftModel.from_pretrained(deepseek(), tmp_path / "read").eval()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-6)
+
+
 def old_file(directory: Path, names: tuple[str, str, str], block: str, sizes: tuple[int, int]) -> None:
     """An adapter as transformers 4 had it: a LoRA for each linear layer of each expert, and the router."""
     generator = torch.Generator().manual_seed(1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.experts import AdapterExperts, ExpertsAdapter, experts_per_token
+from ..layers.linear import AdapterLinear
 from ..methods import AdapterConfig, LoRAConfig
 from ..methods.config import pattern_value
 from ..methods.experts import ExpertLoRA
@@ -56,6 +57,17 @@ def names_in_layers(model: nn.Module) -> dict[str, str]:
     without a rule."""
     kind = getattr(getattr(inside(model), "config", None), "model_type", "")
     return _NAMES.get(_FAMILIES.get(kind, ""), {})
+
+
+def lost_in_peft(model: nn.Module, injection: Injection) -> list[str]:
+    """The linear layers that PEFT leaves out where it reads the adapter: in models with a rule it takes every target
+    that ends in one of the old names for that of experts."""
+    names = names_in_layers(model) if injection.config.peft_type == LoRAConfig.peft_type else {}
+    return [
+        path
+        for path, layer in injection.layers.items()
+        if path.rpartition(".")[2] in names and isinstance(layer, AdapterLinear)
+    ]
 
 
 def with_experts(

@@ -21,6 +21,7 @@ from ..layers.layer import AdapterLayer
 from ..layers.saved import ModuleToSave
 from ..methods import AdapterConfig
 from .adapted import PREFIX, Injection, active_adapters, adapter_layers, base_tensor, part_of, present
+from .experts import lost_in_peft
 from .peft_files import CONFIG_FILE, OWN_CONFIG, REPLACED, TENSOR_FILE
 from .quantized import half_plain, made_plain, saved_as_they_are
 from .sharded import is_first, is_sharded, whole
@@ -48,6 +49,13 @@ def _save(model: nn.Module, target: Path, injection: Injection) -> None:
         warnings.warn(
             f"adapter {injection.name!r} is saved as the whole supernet, without the supports that are chosen now: "
             "export_glora saves the subnet",
+            stacklevel=3,
+        )
+    if lost := lost_in_peft(model, injection):
+        warnings.warn(
+            f"adapter {injection.name!r} is on {lost[0]}{' and others like it' if len(lost) > 1 else ''}, which PEFT "
+            "leaves out when it reads the file: it takes the name for that of the experts; name such layers in "
+            "exclude_modules where PEFT is to read it",
             stacklevel=3,
         )
     write_adapter(model, target, injection.config.to_peft(injection.module_paths), injection.named_tensors)
