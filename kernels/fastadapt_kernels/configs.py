@@ -379,8 +379,9 @@ def expert_grads(wide: Tensor, R: int, *, vector_sums: bool) -> Config:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 32}
     full, shared_memory = wide.dtype == torch.float32, _shared_memory(wide.device)
     block_m = 32 if vector_sums or full or shared_memory < _LARGE else 64
-    # Sums of four kinds: more threads share them.
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 32), "num_warps": 8}
+    # Sums of four kinds: more threads share them. AMD's warps are wider, and its loads would be narrower.
+    warps = 4 if shared_memory < _MEDIUM and not full else 8
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 32), "num_warps": warps}
     return {**tiles, "num_stages": 3 if shared_memory >= _HOPPER and not full else 2}
 
 
