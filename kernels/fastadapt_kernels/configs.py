@@ -367,9 +367,9 @@ def expert_product(y: Tensor, operands: Sequence[Tensor], E: int, R: int, *, two
         operands[0], max(S // E, 1), [N] * E, operands, two_products=two_products, masked=False, plain=False, wide=False
     )
     # Two accumulators, or no matrix unit: what lies behind the loop takes registers too.
-    narrow = _shared_memory(y.device) < _HOPPER if operands[0].dtype == torch.float32 else two_products
-    if narrow and not _interpreted():
-        config["BLOCK_N"] //= 2
+    small = operands[0].dtype == torch.float32 and _shared_memory(y.device) < _HOPPER
+    if not _interpreted():
+        config["BLOCK_N"] = min(config["BLOCK_N"], 32 if small else 64 if two_products else 128)
     return {"BLOCK_R": _block(R, 16, 32), **config}
 
 
@@ -377,11 +377,12 @@ def expert_grads(wide: Tensor, R: int, *, vector_sums: bool) -> Config:
     """Tiles of _expert_grads_kernel for wide [S, N] and R ranks."""
     if _interpreted():
         return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 32}
-    full = wide.dtype == torch.float32
-    stages = 3 if _shared_memory(wide.device) >= _HOPPER and not full else 2
-    tiles = {"BLOCK_M": 32 if vector_sums or full else 64, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 32 if full else 64)}
-    # Sums of four kinds: more threads share them.
-    return {**tiles, "num_warps": 8, "num_stages": stages}
+    full, shared_memory = wide.dtype == torch.float32, _shared_memory(wide.device)
+    block_m = 32 if vector_sums or full or shared_memory < _LARGE else 64
+    # Sums of four kinds: more threads share them. AMD's warps are wider, and its loads would be narrower.
+    warps = 4 if shared_memory < _MEDIUM and not full else 8
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": _block(R, 16, 32), "num_warps": warps}
+    return {**tiles, "num_stages": 3 if shared_memory >= _HOPPER and not full else 2}
 
 
 def hadamard_linear(x: Tensor, operands: Sequence[Tensor], N: int, Q: int) -> Config:

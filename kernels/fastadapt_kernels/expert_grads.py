@@ -138,7 +138,8 @@ def expert_grads(
         low_rank_dots = s · Σ c v ⊙ (factorsᵀ (d ⊙ t)), given factors and t
         dots = Σ c v ⊙ other, given other     sums = Σ c v, with want_sums     scaled = (base_scales − base_shift) ⊙ v
 
-    d, h: mid_scales, out_scales; what is None is one. Every sum is in fp32 and in a fixed order.
+    d, h: mid_scales, out_scales; what is None is one. Every sum is in fp32 and in a fixed order; that of a shared pair
+    takes a part for each expert, E times the memory of the pair, for as long as it is made.
     Shapes: wide, other and scaled [S, N]; thin [S, R]; row_scale [S]; factors [E or 1, R, N]; mid_scales [E, R];
     out_scales and base_scales [E, N]; outer [E, R, N], of a shared pair [1, R, N]; the other sums [E, N].
     """
