@@ -3,11 +3,14 @@
 A Qwen3-MoE of four layers (hidden 512, experts of 256, 64 of them, top 4, random fp32 weights): A and B on both stacked
 weights of every layer's experts and on q_proj. Forward and backward without an optimizer, to the embeddings; a decoding
 step is a forward of one token a row in eval mode, without gradients. PEFT refuses DoRA and dropout there. Served: a
-forward of eight rows, each with an adapter of its own of several methods and ranks.
+forward of eight rows, each with an adapter of its own of several methods and ranks. Zipf: experts are drawn as often as
+1/1, 1/2, 1/3, ..., where random weights use them more alike. Qwen3-30B-A3B: one layer of that model's dimensions
+(hidden 2048, experts of 768, 128 of them, top 8), in a third of the rounds.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -47,10 +50,17 @@ class ExpertCase:
     dropout: float = 0.0
     dora: bool = False
     served: int = 0  # rows, where a forward of many adapters is measured and no training
+    adamw: bool = False  # whether the step has an optimizer
+    zipf: bool = False
+    wide: bool = False  # on the layer of Qwen3-30B-A3B
 
     @property
     def in_peft(self) -> bool:
         return not self.dora and not self.dropout and not self.served
+
+    def takes(self, length: int) -> bool:
+        """Whether there is something to measure with rows of so many tokens."""
+        return not (self.wide and length > _WIDE_TOKENS) and not (self.adamw and length == 1)
 
     def adapted(self, base: nn.Module, side: str) -> nn.Module:
         """A model of its own with the adapter, whose frozen weights are the base's own tensors."""
@@ -108,6 +118,11 @@ class Served(nn.Module):
         return self.inner(**inputs, adapter_ids=self.names)
 
 
+# A row of the wide layer has no more: PEFT's copies of its weights take gigabytes as it is.
+_WIDE_TOKENS = 128
+# Of a batch, for which a router has drawn.
+_MOST_TOKENS = 4096
+
 CASES = {
     case.name: case
     for case in (
@@ -116,30 +131,55 @@ CASES = {
         ExpertCase("lora_dropout", "LoRA, dropout 0.1", dropout=0.1),
         ExpertCase("lora_r64", "LoRA r64", r=64),
         ExpertCase("dora_r64", "DoRA r64", r=64, dora=True),
+        ExpertCase("lora_adamw", "LoRA, AdamW's step in it", adamw=True),
+        ExpertCase("lora_zipf", "LoRA, zipf", zipf=True),
+        ExpertCase("dora_zipf", "DoRA, zipf", dora=True, zipf=True),
+        ExpertCase("lora_wide", "LoRA, Qwen3-30B-A3B", wide=True),
+        ExpertCase("dora_wide", "DoRA, Qwen3-30B-A3B", dora=True, wide=True),
         ExpertCase("served", "8 adapters in one batch", r=0, served=8),
     )
 }
 
 
-def base_model(layers: int) -> Any:
+_SMALL: dict[str, int] = {
+    **{"hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256, "head_dim": 64},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4, "num_experts": 64, "num_experts_per_tok": 4},
+}
+_WIDE: dict[str, int] = {
+    **{"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "head_dim": 128},
+    **{"num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8},
+}
+
+
+def base_model(layers: int, *, zipf: bool = False, wide: bool = False) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"head_dim": 64}
-    config = Qwen3MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=512,
-        intermediate_size=1024,
-        moe_intermediate_size=256,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        num_experts=64,
-        num_experts_per_tok=4,
-        mlp_only_layers=[],
-        **sizes,
-    )
-    return Qwen3MoeForCausalLM(config).requires_grad_(False)
+    sizes: Any = {**(_WIDE if wide else _SMALL), "num_hidden_layers": 1 if wide else layers}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=VOCAB, mlp_only_layers=[], **sizes)).requires_grad_(False)
+    if zipf:
+        for layer in model.model.layers:
+            layer.mlp.gate = ZipfRouter(layer.mlp.gate)
+    return model
+
+
+class ZipfRouter(nn.Module):
+    """A router of Qwen3-MoE's that adds to the logits what draws experts as often as 1/1, 1/2, 1/3, ..."""
+
+    drawn: Tensor
+
+    def __init__(self, router: Any) -> None:
+        super().__init__()
+        self.weight, self.top = router.weight, router.top_k
+        generator = torch.Generator().manual_seed(0)
+        gumbel = -(-torch.rand(_MOST_TOKENS, len(self.weight), generator=generator).log()).log()
+        self.register_buffer("drawn", gumbel - torch.arange(1, len(self.weight) + 1).float().log())
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        states = states.reshape(-1, states.shape[-1])
+        logits = nn.functional.linear(states, self.weight) + self.drawn[: len(states)]
+        scores, chosen = torch.topk(logits.softmax(-1), self.top, dim=-1)
+        return logits, scores / scores.sum(-1, keepdim=True), chosen
 
 
 def inputs(model: Any, rows: int, length: int) -> tuple[Tensor, Tensor]:
@@ -148,15 +188,19 @@ def inputs(model: Any, rows: int, length: int) -> tuple[Tensor, Tensor]:
     return tokens, model.get_input_embeddings()(tokens).detach()
 
 
-def make_step(model: Any, rows: int, length: int) -> Callable[[], None]:
-    """A forward and a backward, after which no gradient is left."""
+def make_step(model: Any, rows: int, length: int, *, adamw: bool = False) -> Callable[[], None]:
+    """A forward and a backward, after which no gradient is left; a step of the optimizer where a parameter trains."""
     tokens, embeddings = inputs(model, rows, length)
     embeddings.requires_grad_()
-    leaves = [embeddings, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    leaves = [embeddings, *trained]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5) if adamw and trained else None
     model.train()
 
     def step() -> None:
         model(inputs_embeds=embeddings, labels=tokens, use_cache=False).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
         for leaf in leaves:
             leaf.grad = None
 
@@ -183,28 +227,36 @@ def kept_bytes(model: Any, rows: int, length: int) -> int:
 
 def run(cases: list[ExpertCase], lengths: list[int], rows: int, rounds: int, layers: int, *, peft: bool) -> Any:
     """Measure; one row a case and length, of which 1 stands for decoding."""
-    base = base_model(layers)
     found: list[report.Row] = []
-    for length in lengths:
-        for case in cases:
-            trains, count = length > 1 and not case.served, case.served or rows
-            make = partial(make_step if trains else make_forward, rows=count, length=length)
-            sides = ["ours", "peft"] if peft and case.in_peft else ["ours"]
-            models = {side: case.adapted(base, side) for side in sides}
-            variants = {name: make(base) for name in FROZEN} | {side: make(model) for side, model in models.items()}
-            results = measure.interleave(variants, rounds)
-            row: report.Row = {"case": case.name, "rows": count, "length": length, "r": case.r, "rounds": rounds}
-            if trains:
-                row["frozen_kept_mb"] = kept_bytes(base, rows, length) / 1e6
-            for side, model in models.items():
-                prefix = "" if side == "ours" else "peft_"
-                wall, cpu = measure.compare(results, side, FROZEN)
-                row |= {f"{prefix}x_frozen": wall.median, f"{prefix}x_low": wall.low, f"{prefix}x_high": wall.high}
-                row |= {f"{prefix}x_cpu": cpu.median, f"{prefix}x_best": measure.best_ratio(results, side, FROZEN)}
-                if trains:
-                    row[f"{prefix}kept_mb"] = kept_bytes(model, rows, length) / 1e6
-            found.append(row)
+    for kind in dict.fromkeys((case.zipf, case.wide) for case in cases):
+        base = base_model(layers, zipf=kind[0], wide=kind[1])
+        for length, case in itertools.product(lengths, cases):
+            if (case.zipf, case.wide) == kind and case.takes(length):
+                count = max(2, rounds // 3) if case.wide else rounds
+                found.append(measured(base, case, length, rows, count, peft=peft))
     return found
+
+
+def measured(base: Any, case: ExpertCase, length: int, rows: int, rounds: int, *, peft: bool) -> report.Row:
+    """One case on a base model with rows of so many tokens."""
+    trains, count = length > 1 and not case.served, case.served or rows
+    make: Any = partial(make_step, adamw=case.adamw) if trains else make_forward
+    sides = ["ours", "peft"] if peft and case.in_peft else ["ours"]
+    models = {side: case.adapted(base, side) for side in sides}
+    variants = {name: make(base, count, length) for name in FROZEN}
+    variants |= {side: make(model, count, length) for side, model in models.items()}
+    results = measure.interleave(variants, rounds)
+    row: report.Row = {"case": case.name, "rows": count, "length": length, "r": case.r, "rounds": rounds}
+    if trains:
+        row["frozen_kept_mb"] = kept_bytes(base, rows, length) / 1e6
+    for side, model in models.items():
+        prefix = "" if side == "ours" else "peft_"
+        wall, cpu = measure.compare(results, side, FROZEN)
+        row |= {f"{prefix}x_frozen": wall.median, f"{prefix}x_low": wall.low, f"{prefix}x_high": wall.high}
+        row |= {f"{prefix}x_cpu": cpu.median, f"{prefix}x_best": measure.best_ratio(results, side, FROZEN)}
+        if trains:
+            row[f"{prefix}kept_mb"] = kept_bytes(model, rows, length) / 1e6
+    return row
 
 
 def main(
@@ -253,5 +305,6 @@ def section(document: Document) -> str:
         "A Qwen3-MoE of four layers, 64 experts, top 4, fp32: an adapter on both weights of the experts and on q_proj, "
         "forward and backward without an optimizer as a multiple of the frozen model's, or a forward of one token a "
         f"row; medians of {first['rounds']} rounds. PEFT takes neither DoRA nor dropout there. "
-        "Served: a forward, LoRA of rank 8, 16, 16 and 32, two DoRA of 16, two VeRA of 64.\n\n"
+        "Served: a forward, LoRA of rank 8, 16, 16 and 32, two DoRA of 16, two VeRA of 64. Zipf: experts as popular as "
+        "1/1, 1/2, 1/3, ...; Qwen3-30B-A3B: one layer of its dimensions, 128 experts of 768, top 8.\n\n"
     ) + page.table("| ours | PEFT | kept, MB | PEFT's | the frozen model's", rows)
