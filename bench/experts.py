@@ -5,7 +5,7 @@ weights of every layer's experts and on q_proj. Forward and backward without an 
 step is a forward of one token a row in eval mode, without gradients. PEFT refuses DoRA and dropout there. Served: a
 forward of eight rows, each with an adapter of its own of several methods and ranks. Zipf: experts are drawn as often as
 1/1, 1/2, 1/3, ..., where random weights use them more alike. Qwen3-30B-A3B: one layer of that model's dimensions
-(hidden 2048, experts of 768, 128 of them, top 8), in a third of the rounds.
+(hidden 2048, experts of 768, 128 of them, top 8), in a third of the rounds, as are rows of 512 tokens.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ExpertCase:
 
     def takes(self, length: int) -> bool:
         """Whether there is something to measure with rows of so many tokens."""
-        return not (self.wide and length > _WIDE_TOKENS) and not (self.adamw and length == 1)
+        return not (self.wide and length > _LONG) and not (self.adamw and length == 1)
 
     def adapted(self, base: nn.Module, side: str) -> nn.Module:
         """A model of its own with the adapter, whose frozen weights are the base's own tensors."""
@@ -118,8 +118,9 @@ class Served(nn.Module):
         return self.inner(**inputs, adapter_ids=self.names)
 
 
-# A row of the wide layer has no more: PEFT's copies of its weights take gigabytes as it is.
-_WIDE_TOKENS = 128
+# Rows that are longer take a third of the rounds, and those of the wide layer are no longer: PEFT's copies of its
+# weights take gigabytes as it is.
+_LONG = 128
 # Of a batch, for which a router has drawn.
 _MOST_TOKENS = 4096
 
@@ -232,7 +233,7 @@ def run(cases: list[ExpertCase], lengths: list[int], rows: int, rounds: int, lay
         base = base_model(layers, zipf=kind[0], wide=kind[1])
         for length, case in itertools.product(lengths, cases):
             if (case.zipf, case.wide) == kind and case.takes(length):
-                count = max(2, rounds // 3) if case.wide else rounds
+                count = max(3, rounds // 3) if case.wide or length > _LONG else rounds
                 found.append(measured(base, case, length, rows, count, peft=peft))
     return found
 
