@@ -309,3 +309,10 @@ def section(document: Document) -> str:
         "Served: a forward, LoRA of rank 8, 16, 16 and 32, two DoRA of 16, two VeRA of 64. Zipf: experts as popular as "
         "1/1, 1/2, 1/3, ...; Qwen3-30B-A3B: one layer of its dimensions, 128 experts of 768, top 8.\n\n"
     ) + page.table("| ours | PEFT | kept, MB | PEFT's | the frozen model's", rows)
+
+
+@page.headline("experts")
+def headline(document: Document) -> str:
+    row = next(row for row in document["rows"] if (row["case"], row["length"]) == ("lora", 128))
+    ours, theirs = (page.number(row[name], 2) for name in ("x_frozen", "peft_x_frozen"))
+    return f"LoRA on a mixture's experts, forward and backward, x the frozen pass | {ours} | {theirs}"

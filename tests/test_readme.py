@@ -30,7 +30,7 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
 
 def test_the_numbers_are_those_of_the_stored_documents() -> None:
     assert page.with_headlines(README) == README, ANEW
-    assert page.headlines().count("\n") == 7, "six rows"
+    assert page.headlines().count("\n") == 8, "seven rows"
     assert page.results() == (page.RESULTS / "README.md").read_text(encoding="utf-8"), ANEW
 
 
