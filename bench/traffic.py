@@ -913,14 +913,38 @@ def section(document: Document) -> str:
         )
     first = layers[0]
     return (
-        "One layer, or a group that reads one input, forward and backward, counted in the interpreter: "
-        f"M {first['M']}, K {first['K']}, 16 bit (VeRA r 256, else r 16), in MiB, tiles and L2 of {first['device']}; "
-        "of the other libraries a model of their operations. Re-reads are what the L2 loses of the tiles, modelled. "
-        "DoRA's norm is in its bytes, and its launches are apart. What this predicts for four GPUs is in "
-        "[PREDICTIONS.md](PREDICTIONS.md); nobody has measured it.\n\n"
-    ) + page.table(
-        "| moved | least | partial sums | re-read | launches | LoRAFusion | Axolotl | Unsloth | PEFT, bf16", rows
+        (
+            "One layer, or a group that reads one input, forward and backward, counted in the interpreter: "
+            f"M {first['M']}, K {first['K']}, 16 bit (VeRA r 256, else r 16), in MiB, tiles and L2 of {first['device']}; "
+            "of the other libraries a model of their operations. Re-reads are what the L2 loses of the tiles, modelled. "
+            "DoRA's norm is in its bytes, and its launches are apart. What this predicts for four GPUs is in "
+            "[PREDICTIONS.md](PREDICTIONS.md); nobody has measured it.\n\n"
+        )
+        + page.table(
+            "| moved | least | partial sums | re-read | launches | LoRAFusion | Axolotl | Unsloth | PEFT, bf16", rows
+        )
+        + _of_experts([row for row in document["rows"] if row["case"] in EXPERTS])
     )
+
+
+def _of_experts(rows: Sequence[report.Row]) -> str:
+    """A sentence on the product of gate and up of experts, "" where nobody has counted it."""
+    if not rows:
+        return ""
+    first = rows[0]
+    parts = [
+        f"{_TITLES[row['case']]} moves {row['mib']:,.0f} of at least {row['minimum_mib']:,.0f}"
+        + (f", the norm's {row['norm_mib']:,.0f} beside" if row["norm_mib"] else "")
+        for row in rows
+    ]
+    launches = f"{first['launches_forward']} + {first['launches_backward']} launches"
+    return (
+        f"\n\nExperts' gate and up, {first['M']} tokens at {Placed().top} of {Placed().experts} experts, "
+        f"K {first['K']}: {'; '.join(parts)}; {launches}."
+    )
+
+
+_TITLES = {"experts_lora": "LoRA", "experts_dora": "DoRA"}
 
 
 @page.headline("traffic")
