@@ -912,19 +912,16 @@ def section(document: Document) -> str:
             f"{peers}"
         )
     first = layers[0]
-    return (
-        (
-            "One layer, or a group that reads one input, forward and backward, counted in the interpreter: "
-            f"M {first['M']}, K {first['K']}, 16 bit (VeRA r 256, else r 16), in MiB, tiles and L2 of {first['device']}; "
-            "of the other libraries a model of their operations. Re-reads are what the L2 loses of the tiles, modelled. "
-            "DoRA's norm is in its bytes, and its launches are apart. What this predicts for four GPUs is in "
-            "[PREDICTIONS.md](PREDICTIONS.md); nobody has measured it.\n\n"
-        )
-        + page.table(
-            "| moved | least | partial sums | re-read | launches | LoRAFusion | Axolotl | Unsloth | PEFT, bf16", rows
-        )
-        + _of_experts([row for row in document["rows"] if row["case"] in EXPERTS])
+    said = (
+        "One layer, or a group that reads one input, forward and backward, counted in the interpreter: "
+        f"M {first['M']}, K {first['K']}, 16 bit (VeRA r 256, else r 16), in MiB, tiles and L2 of {first['device']}; "
+        "of the other libraries a model of their operations. Re-reads are what the L2 loses of the tiles, modelled. "
+        "DoRA's norm is in its bytes, and its launches are apart. What this predicts for four GPUs is in "
+        "[PREDICTIONS.md](PREDICTIONS.md); nobody has measured it.\n\n"
     )
+    columns = "| moved | least | partial sums | re-read | launches | LoRAFusion | Axolotl | Unsloth | PEFT, bf16"
+    experts = [row for row in document["rows"] if row["case"] in EXPERTS]
+    return said + page.table(columns, rows) + _of_experts(experts)
 
 
 def _of_experts(rows: Sequence[report.Row]) -> str:
