@@ -11,6 +11,8 @@ forward of eight rows, each with an adapter of its own of several methods and ra
 from __future__ import annotations
 
 import itertools
+import json
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -226,7 +228,16 @@ def kept_bytes(model: Any, rows: int, length: int) -> int:
     return saved_bytes(model, {"inputs_embeds": embeddings.requires_grad_(), "labels": tokens, "use_cache": False})
 
 
-def run(cases: list[ExpertCase], lengths: list[int], rows: int, rounds: int, layers: int, *, peft: bool) -> Any:
+def peak(case: ExpertCase, side: str, rows: int, length: int, layers: int) -> float:
+    """The peak resident set of a process that trains this one side, in MB."""
+    arguments = {"case": case.name, "side": side, "rows": rows, "length": length, "layers": layers}
+    found: float = measure.run_apart("bench.experts", arguments)
+    return found
+
+
+def run(
+    cases: list[ExpertCase], lengths: list[int], rows: int, rounds: int, layers: int, *, peft: bool, peaks: bool = False
+) -> Any:
     """Measure; one row a case and length, of which 1 stands for decoding."""
     found: list[report.Row] = []
     for kind in dict.fromkeys((case.zipf, case.wide) for case in cases):
@@ -235,7 +246,15 @@ def run(cases: list[ExpertCase], lengths: list[int], rows: int, rounds: int, lay
             if (case.zipf, case.wide) == kind and case.takes(length):
                 count = max(3, rounds // 3) if case.wide or length > _LONG else rounds
                 found.append(measured(base, case, length, rows, count, peft=peft))
+                if peaks and "kept_mb" in found[-1]:
+                    found[-1] |= peaks_of(case, rows, length, layers, peft=peft)
     return found
+
+
+def peaks_of(case: ExpertCase, rows: int, length: int, layers: int, *, peft: bool) -> report.Row:
+    """The peaks of the frozen model's training step, ours and PEFT's."""
+    sides = {"frozen_": "frozen", "": "ours"} | ({"peft_": "peft"} if peft and case.in_peft else {})
+    return {f"{prefix}peak_mb": peak(case, side, rows, length, layers) for prefix, side in sides.items()}
 
 
 def measured(base: Any, case: ExpertCase, length: int, rows: int, rounds: int, *, peft: bool) -> report.Row:
@@ -269,10 +288,12 @@ def main(
     layers: int = 4,
     threads: int = 1,
     peft: Annotated[bool, typer.Option(help="Measure PEFT beside.")] = True,
+    peaks: Annotated[bool, typer.Option(help="Take each side's peak memory in a process of its own.")] = True,
 ) -> None:
     """Adapters on experts, in multiples of the frozen model: LoRA, DoRA, dropout, and served; ours and PEFT's."""
     torch.set_num_threads(threads)
-    rows = run(chosen(CASES, cases), [int(length) for length in lengths.split(",")], batch, rounds, layers, peft=peft)
+    wanted, tokens = chosen(CASES, cases), [int(length) for length in lengths.split(",")]
+    rows = run(wanted, tokens, batch, rounds, layers, peft=peft, peaks=peaks)
     columns = {
         "case": "case",
         "length": "tokens a row",
@@ -285,6 +306,9 @@ def main(
         "frozen_kept_mb": "kept, frozen, MB",
         "kept_mb": "ours",
         "peft_kept_mb": "PEFT",
+        "frozen_peak_mb": "peak, frozen, MB",
+        "peak_mb": "ours",
+        "peft_peak_mb": "PEFT",
     }
     report.print_table(f"Adapters on experts, {batch} rows, {layers} layers, {rounds} rounds", rows, columns)
     if json_file is not None:
@@ -297,10 +321,11 @@ def section(document: Document) -> str:
     rows = []
     for row in document["rows"]:
         what = "decoding" if row["length"] == 1 else f"{row['rows']} × {row['length']} tokens"
-        kept = " | ".join(page.number(row.get(name), 0) for name in ("kept_mb", "peft_kept_mb", "frozen_kept_mb"))
+        names = [f"{side}{what}_mb" for what in ("kept", "peak") for side in ("", "peft_", "frozen_")]
+        memory = " | ".join(page.number(row.get(name), 0) for name in names)
         rows.append(
             f"{CASES[row['case']].title}, {what} | {page.span(row, 'x_frozen', 'x_low', 'x_high')} | "
-            f"{page.span(row, 'peft_x_frozen', 'peft_x_low', 'peft_x_high')} | {kept}"
+            f"{page.span(row, 'peft_x_frozen', 'peft_x_low', 'peft_x_high')} | {memory}"
         )
     return (
         "A Qwen3-MoE of four layers, 64 experts, top 4, fp32: an adapter on both weights of the experts and on q_proj, "
@@ -308,7 +333,7 @@ def section(document: Document) -> str:
         f"row; medians of {first['rounds']} rounds. PEFT takes neither DoRA nor dropout there. "
         "Served: a forward, LoRA of rank 8, 16, 16 and 32, two DoRA of 16, two VeRA of 64. Zipf: experts as popular as "
         "1/1, 1/2, 1/3, ...; Qwen3-30B-A3B: one layer of its dimensions, 128 experts of 768, top 8.\n\n"
-    ) + page.table("| ours | PEFT | kept, MB | PEFT's | the frozen model's", rows)
+    ) + page.table("| ours | PEFT | kept, MB | PEFT's | frozen | peak, MB | PEFT's | frozen", rows)
 
 
 @page.headline("experts")
@@ -316,3 +341,22 @@ def headline(document: Document) -> str:
     row = next(row for row in document["rows"] if (row["case"], row["length"]) == ("lora", 128))
     ours, theirs = (page.number(row[name], 2) for name in ("x_frozen", "peft_x_frozen"))
     return f"LoRA on a mixture's experts, forward and backward, x the frozen pass | {ours} | {theirs}"
+
+
+def report_peak(arguments: dict[str, Any]) -> None:
+    """In a process of its own: train one side for three steps and print the peak resident set."""
+    # Its output is one number; what libraries warn about was shown by the process that started this one.
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    case, side = CASES[arguments["case"]], arguments["side"]
+    model = base_model(arguments["layers"], zipf=case.zipf, wide=case.wide)
+    if side != "frozen":
+        model = case.adapted(model, side)
+    step = make_step(model, arguments["rows"], arguments["length"], adamw=case.adamw)
+    for _ in range(3):
+        step()
+    print(measure.peak_mb())
+
+
+if __name__ == "__main__":
+    report_peak(json.loads(sys.argv[1]))
