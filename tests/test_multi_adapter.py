@@ -31,8 +31,8 @@ from fastadapt.operators.multi_adapter_linear.batch import (
     places_of_a_tile,
     sort_tokens,
 )
-from fastadapt.operators.multi_adapter_linear.eager import FormRun
-from fastadapt.operators.multi_adapter_linear.plan import slot_form
+from fastadapt.operators.multi_adapter_linear.eager import BagRuns, FormRun, SharedRuns
+from fastadapt.operators.multi_adapter_linear.pages import slot_form
 from fastadapt.reference import multi_adapter_linear_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -391,6 +391,40 @@ def test_few_rows_in_16_bits_go_through_fp32_factors(method: str, dtype: torch.d
     (step,) = plan.plan(long, resident.layer.forms, dtype)
     assert isinstance(step, FormRun)
     assert step.form.A[0].dtype is dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_many_adapters_in_16_bits_are_sums_of_rows(dtype: torch.dtype) -> None:
+    """Copies of factors in 16 bits, rounded once, and of a pair as tables that layers share."""
+    own = make_resident([Spec("lora", 16), Spec("dora", 8)], 64, 48, dtype)
+    (step,) = plan.plan(own.batch([0, 1], 1), own.layer.forms, dtype)
+    assert isinstance(step, BagRuns)
+    assert {step.A.dtype, step.B.dtype} == {dtype}
+    for row, form in own.layer.forms.items():
+        up = torch.cat(form.B).double() * form.scaling * (1.0 if form.out_scale is None else form.out_scale)
+        copied = step.B.view(2, -1, 48)[row, : up.shape[0]]
+        torch.testing.assert_close(copied.double(), up, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-7)
+
+    pair = make_resident([Spec("vera", 8, 0), Spec("vera", 8, 0)], 64, 48, dtype)
+    batch = pair.batch([0, 1], 1)
+    first, second = (plan.plan(batch, dict(pair.layer.forms), dtype)[0] for _ in range(2))
+    assert isinstance(first, BagRuns)
+    assert isinstance(second, BagRuns)
+    assert first.A is second.A
+    assert first.down is second.down
+    (step,) = plan.plan(pair.batch([0, 1, 0, 1], 1), pair.layer.forms, dtype)
+    assert isinstance(step, SharedRuns)
+
+
+def test_layers_that_read_one_x_cast_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = make_resident([Spec("lora", 16)], 64, 48, torch.bfloat16)
+    steps = plan.plan(resident.batch([0] * 8, 1), resident.layer.forms, torch.bfloat16)
+    x, memory, cast = torch.ones(8, 64, dtype=torch.bfloat16), {}, []  # type: ignore[var-annotated]
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda own, *args: cast.append(own.shape) or to(own, *args))
+    for _ in range(3):
+        eager.multi_adapter_linear(x, resident.weight, None, steps, memory)
+    assert cast.count(x.shape) == 1
 
 
 def test_copies_of_factors_keep_to_their_limit() -> None:

@@ -14,9 +14,9 @@ from test_multi_adapter import BACKENDS, DEVICE, SETS, cast_form, ids_of, make_r
 from torch import Tensor
 
 from fastadapt import AdapterForm, functional
-from fastadapt.operators.multi_adapter_linear import plan
+from fastadapt.operators.multi_adapter_linear import groups, plan
 from fastadapt.operators.multi_adapter_linear.batch import AdapterBatch
-from fastadapt.operators.multi_adapter_linear.eager import FormRun, SharedRuns, StackedRuns
+from fastadapt.operators.multi_adapter_linear.eager import BagRuns, FormRun, SharedRuns, StackedRuns
 from fastadapt.operators.multi_adapter_linear.packed import Columns, PackedUpdate
 from fastadapt.operators.multi_adapter_linear.stacks import FormStacks
 from fastadapt.reference import multi_adapter_linear_reference
@@ -39,10 +39,13 @@ def normal(*shape: int, seed: int, std: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * std
 
 
-def make_forms(N: int, K: int, bias: Tensor | None) -> list[AdapterForm]:
+def make_forms(N: int, K: int, bias: Tensor | None, pair_dtype: torch.dtype | None = None) -> list[AdapterForm]:
     """LoRA of three ranks, DoRA of two, VeRA twice of one pair, DoRA with another h and of rank 0, LoRA with a bias,
-    and of the pair once more one with a g and one with a bias."""
+    and of the pair once more one with a g and one with a bias. pair_dtype: of a pair that is laid out as tables."""
     pair = normal(12, K, seed=1, std=K**-0.5), normal(N, 12, seed=2, std=12**-0.5)
+    if pair_dtype is not None:
+        A, B = (side.to(pair_dtype).T.contiguous().T for side in pair)
+        pair = A, B
 
     def factors(r: int) -> tuple[Tensor, Tensor]:
         return normal(r, K, seed=r, std=K**-0.5), normal(N, r, seed=100 + r, std=max(r, 1) ** -0.5)
@@ -76,12 +79,13 @@ def stacked(forms: Sequence[AdapterForm], shape: tuple[int, int], dtype: torch.d
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_every_token_is_its_adapters(batch: str, dtype: torch.dtype, bias: bool) -> None:
+@pytest.mark.parametrize("tables", [False, True], ids=["pair", "tables"])
+def test_every_token_is_its_adapters(tables: bool, batch: str, dtype: torch.dtype, bias: bool) -> None:
     N, K = 20, 24
     ids = [slot for slot, tokens in BATCHES[batch] for _ in range(tokens)]
     weight, x = normal(N, K, seed=20, std=K**-0.5).to(dtype), normal(len(ids), K, seed=21).to(dtype)
     b0 = normal(N, seed=22, std=20.0).to(dtype) if bias else None
-    forms = make_forms(N, K, b0)
+    forms = make_forms(N, K, b0, dtype if tables else None)
     stacks = stacked(forms, (N, K), dtype)
     packed = torch.full((len(ids), N + 9), torch.nan, dtype=dtype)
     y = packed[:, 5 : 5 + N]
@@ -151,21 +155,22 @@ def test_what_is_found_beforehand_gives_the_same(batch: str, dtype: torch.dtype)
             update(y[1:], x[: len(ids) - 1])
 
 
-def test_a_new_batch_copies_no_factor() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_new_batch_copies_no_factor(dtype: torch.dtype) -> None:
     N, K = 20, 24
-    stacks = stacked(make_forms(N, K, None), (N, K), torch.float32)
+    stacks = stacked(make_forms(N, K, None, dtype), (N, K), dtype)
     factors = [factor for stack in stacks._stacks.values() for factor in (stack.A, stack.B) if factor is not None]
     kept = {factor.untyped_storage().data_ptr() for factor in factors}
     pair = {stacks._forms[5].A[0].untyped_storage().data_ptr(), stacks._forms[5].B[0].untyped_storage().data_ptr()}
     kinds = set()
     for batch in BATCHES.values():
         ids = [slot for slot, tokens in batch for _ in range(tokens)]
-        for step in plan.plan(AdapterBatch(ids), stacks.layer.forms, torch.float32):
+        for step in plan.plan(AdapterBatch(ids), stacks.layer.forms, dtype):
             factors = [*step.form.A, *step.form.B] if isinstance(step, FormRun) else [step.A, step.B]
             owned = {part.untyped_storage().data_ptr() for part in factors if part.numel()}
             assert owned <= kept | pair
             kinds.add(type(step))
-    assert kinds == {FormRun, StackedRuns, SharedRuns}
+    assert kinds == {FormRun, SharedRuns, StackedRuns if dtype is torch.float32 else BagRuns}
 
 
 def test_a_new_batch_stacks_no_vector_and_looks_once_for_what_goes_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +178,8 @@ def test_a_new_batch_stacks_no_vector_and_looks_once_for_what_goes_together(monk
     forms = make_forms(N, K, None)
     layers = [stacked(forms, (N, K), torch.float32).layer for _ in range(3)]
     looked = []
-    groups = plan._groups
-    monkeypatch.setattr(plan, "_groups", lambda *args: looked.append(args) or groups(*args))
+    found = groups._groups
+    monkeypatch.setattr(groups, "_groups", lambda *args: looked.append(args) or found(*args))
     for name in ("stack", "cat", "ones", "zeros"):
         monkeypatch.delattr(torch, name)
     for batch in (AdapterBatch([0, 5, 2, 1, 6, 10, 9, 11, 7]), AdapterBatch([5, 2, 1, 6, 10, 9, 11, 7, 0])):
@@ -185,22 +190,37 @@ def test_a_new_batch_stacks_no_vector_and_looks_once_for_what_goes_together(monk
         assert len(looked) == 1
 
 
-def test_layers_that_read_one_x_cast_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_tokens_in_16_bits_are_sums_of_rows() -> None:
+    """Of one stack however they come; of a pair where it lies as tables. What takes longer so is left to products."""
+    N, K, dtype = 20, 24, torch.bfloat16
+    forms = make_forms(N, K, None, dtype)
+    stacks = stacked(forms, (N, K), dtype)
+    plain = stacked(make_forms(N, K, None), (N, K), dtype)
+
+    def kinds(ids: list[int], stacks: FormStacks = stacks) -> list[type]:
+        return [type(step) for step in plan.plan(AdapterBatch(ids), stacks.layer.forms, dtype)]
+
+    assert kinds([0, 3, 1, 0]) == [BagRuns, BagRuns]  # of two stacks
+    assert kinds([0] * 8) == [BagRuns]
+    assert kinds([0] * 9) == [FormRun]
+    assert kinds([5, 6, 5]) == [BagRuns]
+    assert kinds([5, 6, 5, 6]) == [SharedRuns]
+    assert kinds([5, 6, 5], plain) == [SharedRuns]
+
+
+def test_layers_that_read_one_x_take_its_tokens_once(monkeypatch: pytest.MonkeyPatch) -> None:
     N, K = 20, 24
     layers = [stacked(make_forms(N, K, None), (N, K), torch.bfloat16) for _ in range(3)]
     x, y = normal(8, K, seed=21).bfloat16(), torch.zeros(8, 3 * N, dtype=torch.bfloat16)
     columns = [Columns(place * N, place * N + N, layer) for place, layer in enumerate(layers)]
-    cast: list[torch.Size] = []
-    to = Tensor.to
-    monkeypatch.setattr(Tensor, "to", lambda own, *args: cast.append(own.shape) or to(own, *args))
-    for ids in ([0] * 8, [0, 1, 3, 9, 0, 1, 3, 9]):
-        counts = []
-        for some in (columns[:1], columns):
-            update = PackedUpdate(AdapterBatch(ids), some, torch.bfloat16)
-            cast.clear()
-            update(y, x)
-            counts.append(len([shape for shape in cast if shape[-1] == K]))
-        assert counts[0] == counts[1] > 0
+    taken: list[torch.Size] = []
+    select = Tensor.index_select
+    monkeypatch.setattr(Tensor, "index_select", lambda own, *args: taken.append(own.shape) or select(own, *args))
+    for some in (columns[:1], columns):
+        update = PackedUpdate(AdapterBatch([0, -1, 1, 0, -1, 1, 1, 0]), some, torch.bfloat16)
+        taken.clear()
+        update(y, x)
+        assert taken.count(x.shape) == 1
 
 
 def test_layers_that_differ_are_looked_at_each() -> None:
@@ -269,14 +289,14 @@ def test_bytes_of_stacks() -> None:
     stacks = FormStacks((N, K), torch.bfloat16)
     forms = make_forms(N, K, None)
     stacks.write(0, forms[0])  # rank 4 in a stack of rank 8
-    assert stacks.bytes == 8 * (N + K) * 4
+    assert stacks.bytes == 8 * (N + K) * 2
     stacks.write(1, forms[1])
-    assert stacks.bytes == 2 * 8 * (N + K) * 4
+    assert stacks.bytes == 2 * 8 * (N + K) * 2
     stacks.write(7, forms[2])  # of a DoRA, for whose g all have a row
-    assert stacks.bytes == 4 * (8 * (N + K) + N) * 4
+    assert stacks.bytes == 4 * (8 * (N + K) * 2 + N * 4)
     stacks.write(3, forms[5])  # VeRA: d and h
     stacks.write(4, forms[6])
-    assert stacks.bytes == 4 * (8 * (N + K) + N) * 4 + 2 * (12 + N) * 4
+    assert stacks.bytes == 4 * (8 * (N + K) * 2 + N * 4) + 2 * (12 + N) * 4
 
 
 @pytest.mark.parametrize(

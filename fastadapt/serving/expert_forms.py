@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..operators.multi_adapter_linear.batch import PAGE_RANKS, FormEntry
 from ..operators.multi_adapter_linear.experts import ExpertPart
-from ..operators.multi_adapter_linear.plan import part_cuts, rank_rows
+from ..operators.multi_adapter_linear.pages import part_cuts, rank_rows
 from ..reference import AdapterForm, ExpertForm
 from .entries import Content
 from .shelf import Shelf

@@ -20,7 +20,7 @@ from ..model.targets import is_linear
 from ..model.untrusted import AdapterError
 from ..operators.multi_adapter_linear.batch import PAGE_RANKS, AdapterBatch, FormEntry, LayerForms, SlotForm
 from ..operators.multi_adapter_linear.experts import ExpertPart
-from ..operators.multi_adapter_linear.plan import slot_form
+from ..operators.multi_adapter_linear.pages import slot_form
 from .arena import Arena, ArenaFullError, QueuedReads
 from .entries import AdapterInfo, Arrival, Content, Entry, Factors, Taken, pair_key
 from .expert_forms import content_of, parts_of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..model.untrusted import AdapterError
 from ..operators.multi_adapter_linear.batch import PAGE_RANKS, FormEntry, added_bias
-from ..operators.multi_adapter_linear.plan import part_cuts, rank_rows
+from ..operators.multi_adapter_linear.pages import part_cuts, rank_rows
 from ..reference import AdapterForm
 from .arena import Arena
 from .entries import Content, Taken

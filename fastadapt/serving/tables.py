@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..operators.multi_adapter_linear.batch import PAGE_RANKS, FormEntry, FormTables, SlotForm
-from ..operators.multi_adapter_linear.plan import slot_form
+from ..operators.multi_adapter_linear.pages import slot_form
 
 # The tables, in the order of a FormEntry's fields.
 _TABLES = FormTables._fields[2:]

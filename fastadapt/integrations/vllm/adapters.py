@@ -33,6 +33,21 @@ class SharedPair:
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
         self.A, self.B = A, B
+        self._whole: dict[tuple[int, int], Tensor] = {}
+
+    def laid_out(self, form: AdapterForm) -> AdapterForm:
+        """A form whose A and B are slices of the pair, as its rows are read fastest.
+
+        In 16 bits FormStacks wants tables without gaps: layers of one width share one. In fp32 it is best that all
+        layers read the beginnings of the same rows.
+        """
+        if self.A.dtype.itemsize > 2:
+            return form
+        B = form.B
+        key = (int(B.storage_offset()), B.shape[0])
+        if key not in self._whole:
+            self._whole[key] = B.T.contiguous().T
+        return form._replace(B=self._whole[key])
 
 
 class Pairs:
@@ -47,9 +62,9 @@ class Pairs:
         pair = self._pairs.get(key)
         if pair is None:
             A, B = (side.to(self._device, self._dtype) for side in (A, B))
-            # By rank rows, of which every layer takes the beginnings: products of few rows read them so in half the
-            # time.
-            pair = SharedPair(A, B.T.contiguous().T)
+            # B by rank rows, of which every layer takes the beginnings: products of few rows read them so in half the
+            # time. A in 16 bits by columns, of which every layer takes the first ones: see laid_out.
+            pair = SharedPair(A if A.dtype.itemsize > 2 else A.T.contiguous().T, B.T.contiguous().T)
             self._pairs[key] = pair
         return pair
 
@@ -106,7 +121,7 @@ def local_forms(
         if form.bias is not None:
             # From here on what it adds to the base layer's, which one process does.
             form = form._replace(bias=added_bias(form.bias, biases[part.path]) if layer.adds_bias else None)
-        forms[part.path] = form if pair is not None else _own(form)
+        forms[part.path] = _own(form) if pair is None else pair.laid_out(form)
     check_finite(forms)
     by_layer = {
         name: SliceForms([forms.get(part.path) for part in layer.slices])

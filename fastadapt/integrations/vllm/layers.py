@@ -167,7 +167,7 @@ class FastLinear(nn.Module):
 
     def products(self, A: Tensor) -> Tensor:
         """W0 Aᵀ of what is here of the weight, in A's dtype. Shapes: A [r, columns]; result [outputs, r]."""
-        x = A.to(self.base_layer.params_dtype)
+        x = A.to(self.base_layer.params_dtype).contiguous()
         y: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, None)
         return y.to(A.dtype).T
 

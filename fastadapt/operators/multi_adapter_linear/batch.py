@@ -149,8 +149,9 @@ class FormStack(NamedTuple):
     """What adapters have in one layer, one behind the other: factors of their own with scaling, d and h in them and
     zeros beyond their ranks, or the scales of adapters that share a pair.
 
-    Shapes: A [S, R, K] and B [S, R, N], or mid_scale [S, R] and out_scale [S, N] with the scalings in it; base_scale
-    [S, N], 1 where an adapter has none, and added_bias [S, N], 0 there, or None where nobody has any.
+    Shapes: A [S, K, R], which products of single rows read half as fast again as [S, R, K], and B [S, R, N], or
+    mid_scale [S, R] and out_scale [S, N] with the scalings in it; base_scale [S, N], 1 where an adapter has none, and
+    added_bias [S, N], 0 there, or None where nobody has any.
     """
 
     A: Tensor | None = None

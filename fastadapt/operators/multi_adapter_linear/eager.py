@@ -62,7 +62,42 @@ class SharedRuns(NamedTuple):
     added_bias: Tensor | None = None
 
 
-Step = FormRun | StackedRuns | SharedRuns
+class Bags(NamedTuple):
+    """Which rows of a table are summed up to each row of a result, as `torch.embedding_bag` takes it.
+
+    Shapes: rows [sum of their numbers] int32; starts [T] int32, where each one's begin.
+    """
+
+    rows: Tensor
+    starts: Tensor
+
+
+class BagRuns(NamedTuple):
+    """Few tokens in 16 bits, each of any adapter of a stack, or of a pair: both products are weighted sums of rows.
+
+    A CPU's products of single rows are slow in 16 bits. These read as much a second as those in fp32 do, so that half
+    the bytes take half the time, and the tokens need no order.
+    `key` is equal for layers that read the same tokens of the same x; `shared`, of a pair alone, for those that ask for
+    the same A x of them.
+    Shapes: tokens a slice, or an index [T]; tables A [parts · K, R] and B [parts · R, N], contiguous, with scaling and
+    h in B unless it is a pair's; down of K rows each and up of R; of a pair mid_scale [T, R] and out_scale [T, N], with
+    the scalings in it; base_scale and added_bias [T, N], 1 and 0 for adapters without.
+    """
+
+    tokens: slice | Tensor
+    A: Tensor
+    B: Tensor
+    down: Bags
+    up: Bags
+    key: tuple[object, ...]
+    shared: tuple[object, ...] | None = None
+    mid_scale: Tensor | None = None
+    out_scale: Tensor | None = None
+    base_scale: Tensor | None = None
+    added_bias: Tensor | None = None
+
+
+Step = FormRun | StackedRuns | SharedRuns | BagRuns
 
 
 def multi_adapter_linear(
@@ -105,6 +140,8 @@ def apply_all(
             _apply_stacked(y, x, biased, step, memory)
         elif isinstance(step, SharedRuns):
             _apply_shared(y, x, biased, step, memory)
+        elif isinstance(step, BagRuns):
+            _apply_bags(y, x, biased, step, memory)
         else:
             start, stop, form = step
             whole = stop - start == x.shape[0]
@@ -144,13 +181,51 @@ def _apply_stacked(
     low_rank = torch.bmm(torch.bmm(parts, run.A), run.B).view(-1, y.shape[1])
     if run.places is not None:
         low_rank = low_rank.index_select(0, run.places)
+    _add(y, x, biased, run, low_rank, None)
+
+
+def _apply_bags(
+    y: Tensor, x: Tensor, biased: tuple[Tensor | None, Tensor] | None, run: BagRuns, memory: dict[Any, Tensor]
+) -> None:
+    u = None if run.shared is None else memory.get(run.shared)
+    if u is None:
+        weights = memory.get(run.key)
+        if weights is None:
+            weights = memory[run.key] = cast(rows_at(x, run.tokens), run.A.dtype).reshape(-1)
+        u = _summed(run.A, run.down, weights)
+        if run.shared is not None:
+            memory[run.shared] = u
+    if run.mid_scale is not None:
+        u = torch.mul(u, run.mid_scale)
+    _add(y, x, biased, run, _summed(run.B, run.up, u.view(-1)), run.out_scale)
+
+
+def _summed(table: Tensor, bags: Bags, weights: Tensor) -> Tensor:
+    """Of each bag the sum of its rows of the table, weighted, in fp32 and then rounded."""
+    return torch.embedding_bag(table, bags.rows, bags.starts, False, 0, False, weights)[0]  # mode 0: sums
+
+
+def _add(
+    y: Tensor,
+    x: Tensor,
+    biased: tuple[Tensor | None, Tensor] | None,
+    run: StackedRuns | BagRuns,
+    low_rank: Tensor,
+    h: Tensor | None,
+) -> None:
+    """Makes of the base layer's y the adapters' at the run's tokens, in place."""
     rows = rows_at(y, run.tokens)
     if run.base_scale is not None:
         bias = None if biased is None else _take_off_bias(rows, rows_at(x, run.tokens), *biased)
         rows.mul_(run.base_scale)
         if bias is not None:
             rows.add_(bias)
-    rows.add_(low_rank)
+    if h is None:
+        rows.add_(low_rank)
+    elif h.dtype == rows.dtype:
+        rows.addcmul_(low_rank, h)
+    else:
+        rows.add_(low_rank.mul_(h))
     if run.added_bias is not None:
         rows.add_(run.added_bias)
     if not isinstance(run.tokens, slice):

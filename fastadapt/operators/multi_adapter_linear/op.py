@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import kernels
 from ..registry import operator, sees_operators
-from . import eager, plan
+from . import eager, pages, plan
 from .batch import AdapterBatch, FormTables, LayerForms, SortedTokens
 
 
@@ -33,7 +33,7 @@ def multi_adapter_linear(
         ys: list[Tensor] = kernels("multi_adapter").multi_adapter_linear(x, weights, biases, tables, tokens, max_rank)
         return ys
     return [
-        eager.multi_adapter_linear(x, weight, bias, plan.runs_of(table, tokens, (weight.shape[0], weight.shape[1])))
+        eager.multi_adapter_linear(x, weight, bias, pages.runs_of(table, tokens, (weight.shape[0], weight.shape[1])))
         for weight, bias, table in zip(weights, biases, tables, strict=True)
     ]
 
@@ -54,7 +54,7 @@ def multi_adapter_update(
         kernels("multi_adapter").multi_adapter_update(ys, x, biases, tables, tokens, max_rank)
     else:
         for y, bias, table in zip(ys, biases, tables, strict=True):
-            eager.multi_adapter_update(y, x, bias, plan.runs_of(table, tokens, (y.shape[1], x.shape[1])))
+            eager.multi_adapter_update(y, x, bias, pages.runs_of(table, tokens, (y.shape[1], x.shape[1])))
     return ys
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .batch import AdapterBatch
 from .eager import Step, apply_all
-from .plan import outline, stacked_steps
+from .groups import outline, stacked_steps
 from .stacks import FormStacks
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...reference import AdapterForm
 from .batch import Arrangement, FormStack, LayerForms, Place, SlotForm, StackedForms, added_bias
-from .plan import stack_dtype
 
 _LEAST_RANK = 8
 
@@ -20,15 +19,15 @@ _LEAST_RANK = 8
 class FormStacks:
     """The adapter forms of one layer, or of one slice of a packed layer, by slot: `layer` is what operators read.
 
-    shape: (N, K) of the layer. dtype: of x. Factors are copied into stacks, in fp32 where x has 16 bits: a CPU's
-    products of few rows are faster so. A pair with scales between and behind it (VeRA) is kept as it comes, so that
-    adapters that share one share its memory, and only those scales are in a stack. Vectors are kept in fp32. Not
-    thread-safe.
+    shape: (N, K) of the layer. dtype: of x, in which factors are copied into stacks. A pair with scales between and
+    behind it (VeRA) is kept as it comes, so that adapters that share one share its memory, and only those scales are in
+    a stack; few rows of it are read fastest where A lies by columns and B by rank rows, without gaps. Vectors are kept
+    in fp32. Not thread-safe.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.shape = shape
-        self.dtype = stack_dtype(dtype, torch.device("cpu"))
+        self.dtype = dtype
         self._forms = StackedForms()
         self._layer = LayerForms(self._forms, None, 0)
         self._stacks: dict[object, FormStack] = {}  # by name
@@ -113,9 +112,10 @@ class FormStacks:
             name = ("pair", A.data_ptr(), A.stride(), B.data_ptr(), B.stride(), entry.rank)
             return name, FormStack(None, None, d, h, g, beta)
         rank = max(_LEAST_RANK, 1 << (entry.rank - 1).bit_length())
-        up = B.to(self.dtype) * (scaling if h is None else h * scaling)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        up = B.to(wide) * (scaling if h is None else h * scaling)
         down, up = (_padded(side, rank, self.dtype) for side in (A, up))
-        return rank, FormStack(down, up, None, None, g, beta)
+        return rank, FormStack(down.T, up, None, None, g, beta)
 
 
 def _absent(field: str) -> float:
@@ -155,7 +155,7 @@ def _placed(form: SlotForm, stack: FormStack, place: Place) -> SlotForm:
     """The form as views of its part of a stack."""
     A, B, d, h, g, beta = (None if field is None else field[place.part] for field in stack)
     if A is not None and B is not None:
-        form = form._replace(A=(A[: form.rank],), B=(B[: form.rank],))
+        form = form._replace(A=(A.T[: form.rank],), B=(B[: form.rank],))
     return SlotForm(
         form.A,
         form.B,

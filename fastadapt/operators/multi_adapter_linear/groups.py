@@ -1,0 +1,324 @@
+"""Which runs of a batch go together through stacks of factors, and through pairs, and what that is in each layer.
+
+It is the same for all layers whose forms are arranged alike, and found once for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import cast
+from .batch import AdapterBatch, Place, Run, SlotForm, StackedForms
+from .eager import BagRuns, Bags, FormRun, SharedRuns, StackedRuns, Step, rows_at
+
+# Tokens up to which a run goes with others through the stack that holds its factors, and how many adapters' factors are
+# read for each that is asked for.
+_FEW_TOKENS = 4
+_MOST_READ = 4
+
+# The same where each token reads its factors by itself, out of a cache from the second one on: a run of 8 tokens takes
+# 30 to 39 us beside 40 in two products (an AMD EPYC, r 16), one of 16 as long or longer. Of a pair of rank 256 two
+# tokens take two thirds of two products, four as long.
+_FEW_BAGS = 8
+_FEW_OF_A_PAIR = 3
+
+
+class _Stacked(NamedTuple):
+    """Runs, by their numbers, that go through one stack of factors: all of it that does not depend on the layer.
+
+    parts: those that are read. own: the part of each token. The rest is StackedRuns'.
+    """
+
+    members: Sequence[int]
+    parts: slice
+    own: slice | Tensor
+    scaled: bool
+    biased: bool
+    tokens: slice | Tensor
+    key: tuple[object, ...]
+    places: Tensor | None
+    source: Tensor | None
+
+    def step(self, form: SlotForm, _: torch.dtype) -> StackedRuns:
+        """What a layer does in which the first of them has this form."""
+        stack = form.stack
+        assert stack is not None
+        assert stack.A is not None
+        assert stack.B is not None
+        g, beta = stack.base_scale if self.scaled else None, stack.added_bias if self.biased else None
+        return StackedRuns(
+            self.tokens,
+            stack.A[self.parts],
+            stack.B[self.parts],
+            None if g is None else rows_at(g, self.own),
+            None if beta is None else rows_at(beta, self.own),
+            self.key,
+            self.places,
+            self.source,
+        )
+
+
+class _Shared(NamedTuple):
+    """Runs, by their numbers, of one pair with their scales in one stack, as _Stacked. own: the part of each row."""
+
+    members: Sequence[int]
+    own: slice | Tensor
+    scaled: bool
+    biased: bool
+    tokens: slice | Tensor
+    key: tuple[object, ...]
+
+    def step(self, form: SlotForm, dtype: torch.dtype) -> SharedRuns:
+        """What a layer does in which the first of them has this form."""
+        stack, A, B = form.stack, cast(form.A[0], dtype), cast(form.B[0], dtype)
+        assert stack is not None
+        assert stack.mid_scale is not None
+        assert stack.out_scale is not None
+        g, beta = stack.base_scale if self.scaled else None, stack.added_bias if self.biased else None
+        return SharedRuns(
+            self.tokens,
+            A,
+            B,
+            rows_at(stack.mid_scale, self.own),
+            rows_at(stack.out_scale, self.own),
+            pair_key(A, self.key),
+            None if g is None else rows_at(g, self.own),
+            None if beta is None else rows_at(beta, self.own),
+        )
+
+
+class _Bagged(NamedTuple):
+    """Runs, by their numbers, that go through one stack or pair as sums of its rows, as _Stacked. own: the part of each
+    token. bags: by the rows of a part, as many as layers have widths and ranks."""
+
+    members: Sequence[int]
+    own: slice | Tensor
+    scaled: bool
+    biased: bool
+    tokens: slice | Tensor
+    key: tuple[object, ...]
+    parts: list[int]
+    bags: dict[int, Bags]
+
+    def step(self, form: SlotForm, _: torch.dtype) -> BagRuns:
+        """What a layer does in which the first of them has this form."""
+        stack = form.stack
+        assert stack is not None
+        g, beta = stack.base_scale if self.scaled else None, stack.added_bias if self.biased else None
+        vectors = (None if vector is None else rows_at(vector, self.own) for vector in (g, beta))
+        if stack.A is not None and stack.B is not None:
+            A, B = stack.A.flatten(0, 1), stack.B.flatten(0, 1)
+            down, up = self._of(stack.A.shape[1]), self._of(stack.B.shape[1])
+            return BagRuns(self.tokens, A, B, down, up, self.key, None, None, None, *vectors)
+        A, B = form.A[0].T, form.B[0]
+        assert stack.mid_scale is not None
+        assert stack.out_scale is not None
+        scales = (rows_at(scale, self.own).to(A.dtype) for scale in (stack.mid_scale, stack.out_scale))
+        down, up = self._of(A.shape[0]), self._of(B.shape[0])
+        return BagRuns(self.tokens, A, B, down, up, self.key, pair_key(form.A[0], self.key), *scales, *vectors)
+
+    def _of(self, rows: int) -> Bags:
+        """The bags of parts of so many rows."""
+        found = self.bags.get(rows)
+        if found is None:
+            found = self.bags[rows] = bags_of(self.parts, rows)
+        return found
+
+
+def bags_of(parts: Sequence[int], rows: int) -> Bags:
+    """For each token all rows of its part of a table, of so many rows a part."""
+    first = torch.tensor(parts, dtype=torch.int32)[:, None] * rows
+    places = first + torch.arange(rows, dtype=torch.int32)
+    return Bags(places.view(-1), torch.arange(len(parts), dtype=torch.int32) * rows)
+
+
+Group = _Stacked | _Shared | _Bagged
+
+
+class _Outline(NamedTuple):
+    """What a batch does in layers whose forms in stacks are arranged alike: groups with the slot of one of their runs,
+    and the runs that stay by themselves. scales: whether one of them has a g."""
+
+    groups: list[tuple[Group, int]]
+    runs: list[Run]
+    scales: bool
+
+
+def stacked_steps(batch: AdapterBatch, forms: StackedForms, dtype: torch.dtype) -> list[Step]:
+    """What a layer with these forms does for a batch: nothing is copied, and what goes together is found once for all
+    layers that are arranged alike."""
+    groups, runs, _ = outline(batch, forms)
+    steps: list[Step] = [group.step(forms[slot], dtype) for group, slot in groups]
+    steps += [FormRun(start, stop, forms[slot]) for start, stop, slot in runs]
+    return steps
+
+
+def outline(batch: AdapterBatch, forms: StackedForms) -> _Outline:
+    """What a batch does in layers that are arranged as this one; kept in the batch."""
+    found: _Outline | None = batch.gathered.get(forms.arrangement)
+    if found is None:
+        runs = [run for run in batch.runs if run.slot in forms]
+        own = [FormRun(start, stop, forms[slot]) for start, stop, slot in runs]
+        groups = _groups(own, batch.tokens)
+        taken = {number for group in groups for number in group.members}
+        found = batch.gathered[forms.arrangement] = _Outline(
+            [(group, runs[group.members[0]].slot) for group in groups],
+            [run for number, run in enumerate(runs) if number not in taken],
+            any([run.form.base_scale is not None for run in own]),
+        )
+    return found
+
+
+def _groups(runs: Sequence[FormRun], tokens: int) -> list[Group]:
+    """What goes together of the runs whose forms are in stacks; those of many tokens, or of stacks that would be read
+    in vain for the most part, do not."""
+    stacks: dict[object, list[int]] = {}
+    for number, run in enumerate(runs):
+        if run.form.place is not None:
+            stacks.setdefault(run.form.place.stack, []).append(number)
+    found: list[Group] = []
+    for members in stacks.values():
+        first = runs[members[0]].form
+        if first.mid_scale is not None:
+            for chain in chains(runs, members, tokens):
+                bagged = few_of_a_pair([runs[number] for number in chain])
+                bagged = bagged and all([table.is_contiguous() for table in (first.A[0].T, first.B[0])])
+                found.append(_bagged_group(runs, chain) if bagged else _shared_group(runs, chain, tokens))
+            continue
+        bagged = in_bags(first.A[0])
+        few_tokens = _FEW_BAGS if bagged else _FEW_TOKENS
+        members = [number for number in members if runs[number].stop - runs[number].start <= few_tokens]
+        if bagged and members:
+            found.append(_bagged_group(runs, members))
+            continue
+        parts = {place.part for place in _places(runs, members)}
+        if len(parts) > 1 and max(parts) - min(parts) < _MOST_READ * len(parts):
+            found.append(_stacked_group(runs, members))
+    return found
+
+
+def in_bags(factor: Tensor) -> bool:
+    """Whether sums of rows are faster than products of few tokens: in 16 bits on a CPU."""
+    return factor.dtype.itemsize == 2 and factor.is_cpu
+
+
+def few_of_a_pair(chain: Sequence[FormRun]) -> bool:
+    """Whether these runs of one pair should be BagRuns."""
+    return sum([run.stop - run.start for run in chain]) <= _FEW_OF_A_PAIR and in_bags(chain[0].form.A[0])
+
+
+def _bagged_group(runs: Sequence[FormRun], members: Sequence[int]) -> _Bagged:
+    chain = [runs[number] for number in members]
+    places = _places(runs, members)
+    parts = [place.part for run, place in zip(chain, places, strict=True) for _ in range(run.start, run.stop)]
+    of_pair = chain[0].form.mid_scale is not None
+    return _Bagged(
+        members,
+        rows_of(parts),
+        any([place.scaled for place in places]),
+        any([place.biased for place in places]),
+        tokens_of(chain),
+        rows_key(chain),
+        [0] * len(parts) if of_pair else parts,
+        {},
+    )
+
+
+def _places(runs: Sequence[FormRun], members: Sequence[int]) -> list[Place]:
+    return [place for number in members if (place := runs[number].form.place) is not None]
+
+
+def _stacked_group(runs: Sequence[FormRun], members: Sequence[int]) -> _Stacked:
+    places = _places(runs, members)
+    first, last = (of([place.part for place in places]) for of in (min, max))
+    by_part: dict[int, list[int]] = {part: [] for part in range(first, last + 1)}
+    tokens: list[int] = []
+    parts: list[int] = []
+    for number, place in zip(members, places, strict=True):
+        own = range(runs[number].start, runs[number].stop)
+        by_part[place.part].extend(own)
+        tokens.extend(own)
+        parts.extend([place.part] * len(own))
+    room = max([len(own) for own in by_part.values()])
+    # Whatever token is where a part has fewer than another: what comes of it is not read.
+    source = [token for own in by_part.values() for token in (*own, *[tokens[0]] * (room - len(own)))]
+    where = {token: (part - first) * room + index for part, own in by_part.items() for index, token in enumerate(own)}
+    in_order = source == tokens
+    return _Stacked(
+        members,
+        slice(first, last + 1),
+        rows_of(parts),
+        any([place.scaled for place in places]),
+        any([place.biased for place in places]),
+        rows_of(tokens),
+        ("x", *source),
+        None if in_order else torch.tensor([where[token] for token in tokens]),
+        None if in_order else torch.tensor(source),
+    )
+
+
+def _shared_group(runs: Sequence[FormRun], members: Sequence[int], tokens: int) -> _Shared:
+    chain = [runs[number] for number in members]
+    tokens = row_length(chain, tokens)
+    places = _places(runs, members)
+    counts = [(run.stop - run.start) // tokens for run in chain]
+    return _Shared(
+        members,
+        rows_of([place.part for place, count in zip(places, counts, strict=True) for _ in range(count)]),
+        any([place.scaled for place in places]),
+        any([place.biased for place in places]),
+        tokens_of(chain),
+        rows_key(chain),
+    )
+
+
+def rows_of(numbers: Sequence[int]) -> slice | Tensor:
+    """The rows of these numbers: a slice, and so a view, where they are neighbours."""
+    if all([second == first + 1 for first, second in pairwise(numbers)]):
+        return slice(numbers[0], numbers[-1] + 1)
+    return torch.tensor(numbers)
+
+
+def chains(runs: Sequence[FormRun], members: Sequence[int], tokens: int) -> list[list[int]]:
+    """The runs of one pair, by their numbers, as those that can be one SharedRuns."""
+    chains: list[list[int]] = []
+    for number in members:
+        if chains and _goes_with(runs[number], runs[chains[-1][-1]], tokens):
+            chains[-1].append(number)
+        else:
+            chains.append([number])
+    return chains
+
+
+def _goes_with(run: FormRun, before: FormRun, tokens: int) -> bool:
+    """Whether runs of one pair are rows of one length: neighbours, or single tokens from anywhere."""
+    if tokens == 1 and max(run.stop - run.start, before.stop - before.start) > _FEW_TOKENS:
+        return False  # a prompt among tokens that are decoded: its scales are one row
+    return before.stop == run.start or tokens == 1
+
+
+def row_length(members: Sequence[FormRun], tokens: int) -> int:
+    """Tokens of each row of a SharedRuns: those of a run that is by itself are one row."""
+    return members[0].stop - members[0].start if len(members) == 1 and tokens == 1 else tokens
+
+
+def rows_key(members: Sequence[FormRun]) -> tuple[object, ...]:
+    """Equal for the same tokens in the same order."""
+    return ("rows", *[(run.start, run.stop) for run in members])
+
+
+def pair_key(A: Tensor, rows: tuple[object, ...]) -> tuple[object, ...]:
+    """Equal for what is the same A x of the same tokens, of that key."""
+    return (A.data_ptr(), A.shape, rows)
+
+
+def tokens_of(members: Sequence[FormRun], device: torch.device | None = None) -> slice | Tensor:
+    """The members' tokens: a slice, and so a view, where they are neighbours."""
+    if all([first.stop == second.start for first, second in pairwise(members)]):
+        return slice(members[0].start, members[-1].stop)
+    return torch.tensor([token for run in members for token in range(run.start, run.stop)], device=device)
