@@ -16,7 +16,7 @@ from torch import Tensor
 from fastadapt import AdapterForm, functional
 from fastadapt.operators.multi_adapter_linear import groups, plan
 from fastadapt.operators.multi_adapter_linear.batch import AdapterBatch
-from fastadapt.operators.multi_adapter_linear.eager import BagRuns, FormRun, SharedRuns, StackedRuns
+from fastadapt.operators.multi_adapter_linear.eager import BagRuns, FormRun, PlainRun, SharedRuns, StackedRuns
 from fastadapt.operators.multi_adapter_linear.packed import Columns, PackedUpdate
 from fastadapt.operators.multi_adapter_linear.stacks import FormStacks
 from fastadapt.reference import multi_adapter_linear_reference
@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BATCHES: dict[str, list[tuple[int, int]]] = {
     "decoding": [(slot, 1) for slot in (3, -1, 0, 1, 2, 4, 5, 0, 6, 7)],
     "prompts": [(0, 9), (5, 7), (-1, 3), (5, 6), (6, 11)],
-    "both": [(0, 1), (5, 8), (1, 1), (6, 1), (5, 1), (-1, 2), (2, 12), (1, 2), (0, 3)],
+    "both": [(0, 1), (5, 8), (1, 1), (6, 1), (5, 1), (-1, 2), (2, 12), (8, 2), (1, 2), (0, 3)],
     "one": [(2, 1), (-1, 1), (2, 1), (2, 5)],
     "scales": [(9, 1), (10, 1), (0, 1), (11, 2), (5, 1), (7, 1), (9, 1), (-1, 1)],
     "prompts of scales": [(9, 6), (10, 7), (11, 5)],
@@ -170,7 +170,7 @@ def test_a_new_batch_copies_no_factor(dtype: torch.dtype) -> None:
             owned = {part.untyped_storage().data_ptr() for part in factors if part.numel()}
             assert owned <= kept | pair
             kinds.add(type(step))
-    assert kinds == {FormRun, SharedRuns, StackedRuns if dtype is torch.float32 else BagRuns}
+    assert kinds == {FormRun, PlainRun, SharedRuns, StackedRuns if dtype is torch.float32 else BagRuns}
 
 
 def test_a_new_batch_stacks_no_vector_and_looks_once_for_what_goes_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_few_tokens_in_16_bits_are_sums_of_rows() -> None:
 
     assert kinds([0, 3, 1, 0]) == [BagRuns, BagRuns]  # of two stacks
     assert kinds([0] * 8) == [BagRuns]
-    assert kinds([0] * 9) == [FormRun]
+    assert kinds([0] * 9) == [PlainRun]
     assert kinds([5, 6, 5]) == [BagRuns]
     assert kinds([5, 6, 5, 6]) == [SharedRuns]
     assert kinds([5, 6, 5], plain) == [SharedRuns]

@@ -25,6 +25,20 @@ class FormRun(NamedTuple):
     form: SlotForm
 
 
+class PlainRun(NamedTuple):
+    """Tokens start to stop of an adapter with factors of its own, and scaling, d and h in them.
+
+    Shapes: A [K, R]; B [R, N]; base_scale and added_bias [N].
+    """
+
+    start: int
+    stop: int
+    A: Tensor
+    B: Tensor
+    base_scale: Tensor | None
+    added_bias: Tensor | None
+
+
 class StackedRuns(NamedTuple):
     """Few tokens each of adapters with factors of their own: two batched products instead of two for each.
 
@@ -97,7 +111,7 @@ class BagRuns(NamedTuple):
     added_bias: Tensor | None = None
 
 
-Step = FormRun | StackedRuns | SharedRuns | BagRuns
+Step = FormRun | PlainRun | StackedRuns | SharedRuns | BagRuns
 
 
 def multi_adapter_linear(
@@ -136,7 +150,9 @@ def apply_all(
     if memory is None:
         memory = {}
     for step in steps:
-        if isinstance(step, StackedRuns):
+        if isinstance(step, PlainRun):
+            _apply_plain(y, x, biased, step)
+        elif isinstance(step, StackedRuns):
             _apply_stacked(y, x, biased, step, memory)
         elif isinstance(step, SharedRuns):
             _apply_shared(y, x, biased, step, memory)
@@ -147,6 +163,25 @@ def apply_all(
             whole = stop - start == x.shape[0]
             rows, own = (y, x) if whole else (y[start:stop], x[start:stop])
             _apply(rows, own, _thin(own, step, memory), biased, form)
+
+
+def _apply_plain(y: Tensor, x: Tensor, biased: tuple[Tensor | None, Tensor] | None, run: PlainRun) -> None:
+    start, stop, A, B, g, beta = run
+    if stop - start < x.shape[0]:
+        y, x = y[start:stop], x[start:stop]
+    if g is not None:
+        if biased is not None:
+            bias = _take_off_bias(y, x, *biased)
+            beta = bias if beta is None else beta + bias
+        scaled(y, g, None, keep=False)
+    u = torch.mm(cast(x, A.dtype), A)
+    # What is summed up in y itself is rounded at y's size each time: a product of one row with every term.
+    if stop - start > 1 and y.dtype == B.dtype:
+        y.addmm_(u, B)
+    else:
+        y.add_(torch.mm(u, B))
+    if beta is not None:
+        y.add_(beta)
 
 
 def _thin(x: Tensor, run: FormRun, memory: dict[Any, Tensor]) -> Tensor:

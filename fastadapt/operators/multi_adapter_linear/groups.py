@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arithmetic import cast
 from .batch import AdapterBatch, Place, Run, SlotForm, StackedForms
-from .eager import BagRuns, Bags, FormRun, SharedRuns, StackedRuns, Step, rows_at
+from .eager import BagRuns, Bags, FormRun, PlainRun, SharedRuns, StackedRuns, Step, rows_at
 
 # Tokens up to which a run goes with others through the stack that holds its factors, and how many adapters' factors are
 # read for each that is asked for.
@@ -154,8 +154,15 @@ def stacked_steps(batch: AdapterBatch, forms: StackedForms, dtype: torch.dtype) 
     layers that are arranged alike."""
     groups, runs, _ = outline(batch, forms)
     steps: list[Step] = [group.step(forms[slot], dtype) for group, slot in groups]
-    steps += [FormRun(start, stop, forms[slot]) for start, stop, slot in runs]
+    steps += [_alone(start, stop, forms[slot]) for start, stop, slot in runs]
     return steps
+
+
+def _alone(start: int, stop: int, form: SlotForm) -> FormRun | PlainRun:
+    """What a run does that goes with no other."""
+    if form.place is None or form.mid_scale is not None:
+        return FormRun(start, stop, form)
+    return PlainRun(start, stop, form.A[0].T, form.B[0], form.base_scale, form.added_bias)
 
 
 def outline(batch: AdapterBatch, forms: StackedForms) -> _Outline:
