@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_serving import alone, close, inputs, save_all
-from tiny_models import VOCAB, llama, randomise
+from tiny_models import VOCAB, gpt2, llama, randomise
 from torch import Tensor, nn
 
 from fastadapt import DoRAConfig, LoRAConfig, inject, load_adapter, save_adapter
@@ -136,6 +136,40 @@ def test_regrouped_rows_are_refused_mixed_and_served_alike(tmp_path: Path, regro
             served(ids, adapter_ids=NAMES)
         for name in ("a", "b", None):
             assert close(served(ids, adapter_ids=name), oracle(base, None if name is None else directories[name])(ids))
+
+
+def test_a_model_with_more_positions_than_tokens(tmp_path: Path) -> None:
+    base = gpt2(n_positions=4 * VOCAB)
+    directories = save_all(base, tmp_path, ["lora", "dora"])
+    served, batch = serve(base, directories), inputs(2)
+    mixed = served(**batch, adapter_ids=["lora", "dora"]).logits
+    for row, name in enumerate(directories):
+        assert close(mixed[row], alone(base, directories[name], batch)[row])
+
+
+class Unpadded(Net):
+    """A model that leaves out what a mask says is padding, as encoders do for speed."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        y = torch.zeros(*input_ids.shape, 5)
+        y[real.bool()] = self.head(self.inner(x[real.bool()]))
+        return y
+
+
+def test_rows_whose_padding_a_model_leaves_out(tmp_path: Path) -> None:
+    base = net()
+    base.__class__ = Unpadded
+    directories = saved(base, tmp_path)
+    check(base, directories, NAMES)
+    served, ids = serve(base, directories), torch.randint(VOCAB, (2, 5), generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])  # six tokens: two equal parts of no row
+    served(ids, adapter_ids=["a", "b"])
+    with pytest.raises(ValueError, match=r"inner was called with a tensor \(6, .* regroups its rows"):
+        served(ids, attention_mask=mask, adapter_ids=["a", "b"])
+    found = served(ids, attention_mask=mask, adapter_ids="a")
+    assert close(found, oracle(base, directories["a"])(ids, attention_mask=mask))
 
 
 def test_layers_that_no_adapter_of_the_request_touches_are_the_base(tmp_path: Path) -> None:

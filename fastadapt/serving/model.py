@@ -26,7 +26,7 @@ from .pool import AdapterPool
 from .requests import Place, Repeats, Requests, Running
 from .routers import MultiAdapterRouter
 from .served import ServedLayer
-from .trace import main_input, trace
+from .trace import is_padded, main_input, trace
 
 DEFAULT_BUDGET = 1 << 30
 
@@ -174,9 +174,10 @@ class MultiAdapterModel:
     def _trace(self, args: Sequence[Any], kwargs: Mapping[str, Any], even: bool) -> None:
         """Sees to it that layers know how rows lie in what they are called with, once for inputs of this kind."""
         name, value = main_input(args, kwargs)
-        kinds = {(str(name), str(value.dtype), str(value.dim())): False}
+        padded = "padded" if is_padded(value, kwargs) else ""
+        kinds = {(str(name), str(value.dtype), str(value.dim()), padded): False}
         if even:
-            kinds[str(name), "images", str(kwargs["pixel_values"].dim())] = True
+            kinds[str(name), "images", str(kwargs["pixel_values"].dim()), padded] = True
         with self._tracing:
             for kind, images in kinds.items():
                 if kind not in self._traced and trace(

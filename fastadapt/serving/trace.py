@@ -122,6 +122,12 @@ def main_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str | No
     raise ValueError("adapter_ids need a batch to go with: pass input_ids [rows, tokens], or another input with rows")
 
 
+def is_padded(value: Tensor, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a mask tells that tokens of the main input are padding."""
+    mask = kwargs.get("attention_mask")
+    return isinstance(mask, Tensor) and mask.shape == value.shape[:2] and not bool(mask.all())
+
+
 def _named_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, Tensor, list[str]]:
     """The main input by the name that the model's forward has for it, and the names of all parameters of that."""
     name, value = main_input(args, kwargs)
@@ -134,6 +140,10 @@ def _small_batch(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     config: Any = getattr(model, "config", None)
     special = _special_tokens(config)
     found = {name: _rows_like(value, model, special)}
+    if is_padded(value, kwargs):
+        # Rows of two lengths, which a model that leaves padding out has in no equal parts; the one of NaNs is whole.
+        found["attention_mask"] = torch.ones(found[name].shape[:2], dtype=torch.int64, device=value.device)
+        found["attention_mask"][-1, -1] = 0
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
         decoder = kwargs.get("decoder_input_ids")
         shape = torch.zeros(1, 4, dtype=torch.int64, device=value.device) if decoder is None else decoder
@@ -179,10 +189,19 @@ def _rows_like(value: Tensor, model: nn.Module, special: set[int], most: int = _
 
 def _drawn(like: Tensor, model: nn.Module, special: set[int]) -> Tensor:
     """Random token ids, none of the special ones."""
-    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
-    known = torch.tensor([token for token in range(min(max(sizes, default=1), 1000)) if token not in special] or [0])
+    known = torch.tensor([token for token in range(min(_vocabulary(model), 1000)) if token not in special] or [0])
     picked = torch.randint(len(known), like.shape, generator=torch.Generator().manual_seed(0))
     return known[picked].to(like)
+
+
+def _vocabulary(model: Any) -> int:
+    """How many tokens a model knows; where it does not say which embedding is theirs, its largest has as many."""
+    try:
+        own = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        own = None
+    tables = [own] if isinstance(own, nn.Embedding) else model.modules()
+    return max([table.num_embeddings for table in tables if isinstance(table, nn.Embedding)], default=1)
 
 
 def _special_tokens(config: Any) -> set[int]:
