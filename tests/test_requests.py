@@ -262,6 +262,26 @@ def test_images_that_are_not_as_many_in_every_row(tmp_path: Path) -> None:
         assert torch.isfinite(call(served, ids, images[: sum(counts)], adapter_ids="a")).all()
 
 
+def test_images_that_lie_in_one_row_of_a_vision_model(tmp_path: Path) -> None:
+    """Its attention hides them from each other, of which NaN times zero shows nothing: no reason to refuse a batch."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = PixtralVisionConfig(hidden_size=16, intermediate_size=24, image_size=8, patch_size=4, **sizes)
+    text = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_key_value_heads=2, **sizes)
+    features: dict[str, Any] = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=66, **features)
+    base = LlavaForConditionalGeneration(config).eval()
+    directories = saved(base, tmp_path)
+    ids = torch.randint(3, 60, (2, 8))
+    ids[:, 1:5] = 66
+    batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8), "image_sizes": torch.full((2, 2), 8)}
+    mixed = serve(base, directories)(**batch, adapter_ids=["a", "b"]).logits
+    for row, name in enumerate("ab"):
+        assert close(mixed[row], alone(base, directories[name], batch)[row])
+
+
 @pytest.mark.parametrize(
     ("repeats", "called", "expected"),
     [
