@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 # The interpreter of old Tritons takes one-element arrays for numbers, which later NumPys refuse.
 PACKAGES = ["numpy==2.2.6", "safetensors==0.5.3", "regex==2024.5.15", "pytest==9.2.0", "typer==0.29.2", "rich==15.0.0"]
+TESTS = ["tests/test_kernels.py", "tests/test_expert_kernels.py"]
 WARNING = "ignore:Conversion of an array:DeprecationWarning"
 
 
@@ -37,6 +38,7 @@ EXPECTED = {
         {
             "_adapter_linear_kernel": 208,
             "_adapter_linear_dx_kernel": 8,
+            "_expert_product_kernel": 16,
             "_output_grads_kernel": 8,
             "_shrink_kernel": 8,
         },
@@ -45,6 +47,7 @@ EXPECTED = {
         ["--targets", "sm_80,sm_86,sm_89,sm_90,sm_100,sm_120,gfx942,gfx950", "--dtypes", "bf16"],
         {
             "_adapter_linear_kernel": 16,
+            "_expert_product_kernel": 8,
             "_output_grads_kernel": 8,
             "_row_squares_kernel": 8,
             "_shrink_kernel": 8,
@@ -68,7 +71,7 @@ def check(directory: Path, torch: str | None = None) -> None:
         return done.stdout.decode()
 
     found = run("-c", "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)")
-    print(found, run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", WARNING, "tests/test_kernels.py"))
+    print(found, run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", WARNING, *TESTS))
     expected = EXPECTED[".".join(found.split()[-1].split(".")[:2])]
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "audit.json"

@@ -44,6 +44,12 @@ def test_old_tritons_are_tried_with_all_that_the_package_needs() -> None:
         assert version in requirement.specifier
 
 
+def test_old_tritons_interpret_every_file_of_kernel_tests() -> None:
+    assert {Path(path).name for path in oldest_triton.TESTS} == {
+        path.name for path in ROOT.glob("tests/test_*kernels.py")
+    }
+
+
 def test_old_tritons_compile_for_targets_that_the_audit_knows() -> None:
     for expected in oldest_triton.EXPECTED.values():
         chosen = dict(zip(expected.chosen[::2], expected.chosen[1::2], strict=True))

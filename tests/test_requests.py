@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_serving import alone, close, inputs, save_all
-from tiny_models import VOCAB, llama, randomise
+from tiny_models import VOCAB, gpt2, llama, randomise
 from torch import Tensor, nn
 
 from fastadapt import DoRAConfig, LoRAConfig, inject, load_adapter, save_adapter
@@ -138,6 +138,40 @@ def test_regrouped_rows_are_refused_mixed_and_served_alike(tmp_path: Path, regro
             assert close(served(ids, adapter_ids=name), oracle(base, None if name is None else directories[name])(ids))
 
 
+def test_a_model_with_more_positions_than_tokens(tmp_path: Path) -> None:
+    base = gpt2(n_positions=4 * VOCAB)
+    directories = save_all(base, tmp_path, ["lora", "dora"])
+    served, batch = serve(base, directories), inputs(2)
+    mixed = served(**batch, adapter_ids=["lora", "dora"]).logits
+    for row, name in enumerate(directories):
+        assert close(mixed[row], alone(base, directories[name], batch)[row])
+
+
+class Unpadded(Net):
+    """A model that leaves out what a mask says is padding, as encoders do for speed."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        y = torch.zeros(*input_ids.shape, 5)
+        y[real.bool()] = self.head(self.inner(x[real.bool()]))
+        return y
+
+
+def test_rows_whose_padding_a_model_leaves_out(tmp_path: Path) -> None:
+    base = net()
+    base.__class__ = Unpadded
+    directories = saved(base, tmp_path)
+    check(base, directories, NAMES)
+    served, ids = serve(base, directories), torch.randint(VOCAB, (2, 5), generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])  # six tokens: two equal parts of no row
+    served(ids, adapter_ids=["a", "b"])
+    with pytest.raises(ValueError, match=r"inner was called with a tensor \(6, .* regroups its rows"):
+        served(ids, attention_mask=mask, adapter_ids=["a", "b"])
+    found = served(ids, attention_mask=mask, adapter_ids="a")
+    assert close(found, oracle(base, directories["a"])(ids, attention_mask=mask))
+
+
 def test_layers_that_no_adapter_of_the_request_touches_are_the_base(tmp_path: Path) -> None:
     base = net(permuted)
     directories = saved(base, tmp_path, ["head"]) | saved(base, tmp_path / "all", names=("all",))
@@ -226,6 +260,26 @@ def test_images_that_are_not_as_many_in_every_row(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="as with several images a row"):
             call(served, ids, images[: sum(counts)], adapter_ids=["a", "b"])
         assert torch.isfinite(call(served, ids, images[: sum(counts)], adapter_ids="a")).all()
+
+
+def test_images_that_lie_in_one_row_of_a_vision_model(tmp_path: Path) -> None:
+    """Its attention hides them from each other, of which NaN times zero shows nothing: no reason to refuse a batch."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = PixtralVisionConfig(hidden_size=16, intermediate_size=24, image_size=8, patch_size=4, **sizes)
+    text = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_key_value_heads=2, **sizes)
+    features: dict[str, Any] = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=66, **features)
+    base = LlavaForConditionalGeneration(config).eval()
+    directories = saved(base, tmp_path)
+    ids = torch.randint(3, 60, (2, 8))
+    ids[:, 1:5] = 66
+    batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8), "image_sizes": torch.full((2, 2), 8)}
+    mixed = serve(base, directories)(**batch, adapter_ids=["a", "b"]).logits
+    for row, name in enumerate("ab"):
+        assert close(mixed[row], alone(base, directories[name], batch)[row])
 
 
 @pytest.mark.parametrize(

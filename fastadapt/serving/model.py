@@ -26,7 +26,7 @@ from .pool import AdapterPool
 from .requests import Place, Repeats, Requests, Running
 from .routers import MultiAdapterRouter
 from .served import ServedLayer
-from .trace import main_input, trace
+from .trace import is_padded, main_input, trace
 
 DEFAULT_BUDGET = 1 << 30
 
@@ -150,13 +150,14 @@ class MultiAdapterModel:
             raise ValueError(f"adapter_ids must have one entry a row, got {len(adapter_ids)} for {rows} rows")
         with self.pool.hold(adapter_ids) as holding:
             mixed = len(set(adapter_ids)) > 1
+            even = mixed and _images_are_even(self.model, rows, kwargs)
             if mixed:
-                self._trace(args, kwargs)
+                self._trace(args, kwargs, even)
             request = Running(
                 holding,
                 direct=runs_directly(self.model, self.backend),
                 repeats=repeats,
-                even=mixed and _images_are_even(self.model, rows, kwargs),
+                even=even,
             )
             with self.requests.running(request):
                 yield request
@@ -170,13 +171,19 @@ class MultiAdapterModel:
                 "and make a new MultiAdapterModel of it"
             )
 
-    def _trace(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _trace(self, args: Sequence[Any], kwargs: Mapping[str, Any], even: bool) -> None:
         """Sees to it that layers know how rows lie in what they are called with, once for inputs of this kind."""
         name, value = main_input(args, kwargs)
-        kind = (str(name), str(value.dtype), str(value.dim()))
+        padded = "padded" if is_padded(value, kwargs) else ""
+        kinds = {(str(name), str(value.dtype), str(value.dim()), padded): False}
+        if even:
+            kinds[str(name), "images", str(kwargs["pixel_values"].dim()), padded] = True
         with self._tracing:
-            if kind not in self._traced and trace(self.model, self._places, self.requests, args, kwargs):
-                self._traced.add(kind)
+            for kind, images in kinds.items():
+                if kind not in self._traced and trace(
+                    self.model, self._places, self.requests, args, kwargs, images=images
+                ):
+                    self._traced.add(kind)
 
 
 def refuse_saving(module: nn.Module, *args: Any, **kwargs: Any) -> None:

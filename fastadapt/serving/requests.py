@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +19,16 @@ from .pool import Holding
 Layout = Literal["rows", "tokens", "regrouped", "unseen"]
 
 
+# In the path of what is one of a mixture's experts by itself, not of what is all of them.
+_EXPERT = re.compile(r"experts?[._]?\d", re.IGNORECASE)
+
+
 class Place:
     """Where a layer is in its model, the forms there by slot, and how the rows of a request lie there."""
 
     def __init__(self, path: str, forms: Mapping[int, object]) -> None:
         self.path = path
+        self.in_expert = _EXPERT.search(path) is not None
         self.forms = forms
         self.lie("unseen")
 
@@ -63,7 +69,7 @@ class Running:
 
     While it runs its adapters are held, so that nothing of this can change. `direct`: whether layers may call the eager
     implementation themselves, which saves a third of its time in decoding. even: whether what the trace has not seen, a
-    vision tower, has equally much of every row, one behind the other.
+    vision tower, has equally much of every row, one behind the other; a mixture's experts never do.
     """
 
     def __init__(
@@ -96,7 +102,8 @@ class Running:
         holding, total = self.holding, rows * tokens
         if len(self.slots) == 1:  # one adapter is right for all, whatever the model does with its rows
             return holding.of([0] * rows, tokens)
-        layout = "tokens" if place.layout == "unseen" and self.even else place.layout
+        follows = place.layout == "unseen" and self.even and not place.in_expert
+        layout = "tokens" if follows else place.layout
         if layout == "rows" and (order := self.repeats.rows(self.rows, rows)) is not None:
             return holding.of(order, tokens)
         if layout == "tokens" and total % self.rows == 0 and not (self.repeats.guided or self.repeats.own):
