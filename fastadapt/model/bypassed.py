@@ -55,11 +55,12 @@ def _is_kind(module: nn.Module, pattern: re.Pattern[str]) -> bool:
 
 
 def expert_weights(modules: Mapping[str, nn.Module]) -> list[str]:
-    """The paths of weights of experts that are stacked in one tensor, which are no layers and take no adapter."""
+    """The paths of weights of experts that are stacked in one tensor, which are no layers."""
     return [
         f"{path}.{name}"
         for path, module in modules.items()
-        if "expert" in f"{path} {type(module).__name__}".lower()
-        for name, parameter in module._parameters.items()
+        for base in [getattr(module, "base_layer", module)]
+        if "expert" in f"{path} {type(base).__name__}".lower()
+        for name, parameter in base._parameters.items()
         if parameter is not None and parameter.dim() == 3
     ]

@@ -39,7 +39,7 @@ from .experts import with_experts, with_shared_ranks
 from .places import shared_places
 from .quantized import half_plain, made_plain, mark_adapted, say_plain, unmark_adapted
 from .saving import hook_saving, new_biases, save_pretrained, unhook_saving
-from .targets import parameter_targets, saved_paths, shared_inputs, target_paths, warn_of_rest
+from .targets import base_modules, parameter_targets, saved_paths, shared_inputs, target_paths, warn_of_rest
 from .tying import tie_adapters, tie_copies, untied, with_ties
 from .uncontrolled import unwatch, watch
 from .wrappers import check_open, inside
@@ -119,9 +119,7 @@ def layers_at(
         module = modules[path]
         if path in parameters:
             try:
-                layers[path] = (
-                    module if isinstance(module, AdapterLayer) else parameter_layer(module, parameters[path], backend)
-                )
+                layers[path] = parameter_layer(module, parameters[path], backend)
             except ValueError as error:
                 raise ValueError(f"target_parameters: {path}: {error}") from None
             layers[path].path = path
@@ -169,7 +167,7 @@ def prepare(
     config = with_shared_ranks(model, with_experts(model, config), config)
     paths = target_paths(model, config, every_name=not from_file)
     if str(config.target_modules).lower() == "all-linear" and not from_file:
-        warn_of_rest(modules, config)
+        warn_of_rest({"": inside(model), **base_modules(model)}, config)
     layers = layers_at(paths, modules, config, backend=backend, strategy=strategy)
     adapters = config.build(layers, lambda weight: adapter_dtype(weight, autocast_adapter_dtype))
     for path, adapter in adapters.items():

@@ -15,7 +15,7 @@ from ..layers.linear import AdapterLinear
 from ..methods import LoRAConfig
 from ..methods.config import pattern_of
 from .adapted import PREFIX, Injection
-from .experts import FUSED, names_in_layers
+from .experts import FUSED, names_in_layers, old_path
 from .wrappers import inside
 
 
@@ -42,9 +42,9 @@ def unstacked(model: nn.Module, injection: Injection) -> tuple[dict[str, Any], d
     for path, layer in injection.layers.items():
         try:
             if isinstance(layer, AdapterExperts):
-                renamed |= _of_experts(_old_path(path, names), layer, injection.adapters[path], names)
+                renamed |= _of_experts(old_path(path, names), layer, injection.adapters[path], names)
             elif isinstance(layer, AdapterParameter):
-                renamed[_old_path(path, names)] = plain_lora(layer.settled_form(injection.adapters[path]))
+                renamed[old_path(path, names)] = plain_lora(layer.settled_form(injection.adapters[path]))
             elif isinstance(layer, AdapterLinear):
                 others[path] = plain_lora(layer.settled_form(injection.adapters[path]))
             else:
@@ -71,11 +71,6 @@ def unstacked(model: nn.Module, injection: Injection) -> tuple[dict[str, Any], d
             A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B * scaling, (0, missing))
         tensors |= {f"{PREFIX}model.{path}.lora_A.weight": A, f"{PREFIX}model.{path}.lora_B.weight": B}
     return config.to_peft([]), tensors
-
-
-def _old_path(path: str, names: dict[str, str]) -> str:
-    """Mixtral's blocks were called so."""
-    return path.replace(".mlp.", ".block_sparse_moe.") if "w1" in names else path
 
 
 def _of_experts(path: str, layer: AdapterExperts, adapter: Any, names: dict[str, str]) -> dict[str, PlainLoRA]:
