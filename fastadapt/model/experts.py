@@ -70,7 +70,7 @@ def lost_in_peft(model: nn.Module, injection: Injection) -> list[str]:
     ]
 
 
-class _Old(NamedTuple):
+class Old(NamedTuple):
     """What one of the old names stands for at one place of a model.
 
     key: of the parameter, with the path of its module. paths: as it is spelled now and was, those of the layer that has
@@ -105,7 +105,7 @@ def with_experts(
     if not names or not isinstance(config, LoRAConfig) or AdapterExperts not in config.layer_kinds:
         return config
     modules = base_modules(bare) if modules is None else modules
-    everything = list(_old_layers(names, modules))
+    everything = list(old_layers(names, modules))
     found = _named(everything, config, modules)
     if not found:
         return config
@@ -147,7 +147,7 @@ def old_path(path: str, names: Mapping[str, str]) -> str:
     return path.replace(".mlp.", ".block_sparse_moe.") if "w1" in names else path
 
 
-def _old_layers(names: Mapping[str, str], modules: Mapping[str, nn.Module]) -> Iterator[_Old]:
+def old_layers(names: Mapping[str, str], modules: Mapping[str, nn.Module]) -> Iterator[Old]:
     """All that the old names stand for in a model: weights of experts, and routers that are no linear layers."""
     for path, module in modules.items():
         base = getattr(module, "base_layer", module)
@@ -160,10 +160,10 @@ def _old_layers(names: Mapping[str, str], modules: Mapping[str, nn.Module]) -> I
                 continue
             end, count = ("", 0) if holder else (f".{old}", len(weight))
             spelled = dict.fromkeys((path, old_path(path, names)))
-            yield _Old(old, f"{path}.{leaf}", [path + end for path in spelled], count)
+            yield Old(old, f"{path}.{leaf}", [path + end for path in spelled], count)
 
 
-def _named(everything: Iterable[_Old], config: LoRAConfig, modules: Mapping[str, nn.Module]) -> list[_Old]:
+def _named(everything: Iterable[Old], config: LoRAConfig, modules: Mapping[str, nn.Module]) -> list[Old]:
     """Those that config.target_modules takes."""
     targets, layers = config.target_modules, config.layers_to_transform
     everywhere = isinstance(targets, str) and targets.lower() == "all-linear"
@@ -171,7 +171,7 @@ def _named(everything: Iterable[_Old], config: LoRAConfig, modules: Mapping[str,
     indices = {layers} if isinstance(layers, int) else set(layers or [])
     whole = saved_whole(modules, config) if config.modules_to_save else set()
 
-    def takes(old: _Old) -> bool:
+    def takes(old: Old) -> bool:
         if old.key.rpartition(".")[0] in whole or any(is_excluded(path, config) for path in old.paths):
             return False
         if isinstance(targets, str):
@@ -184,14 +184,14 @@ def _named(everything: Iterable[_Old], config: LoRAConfig, modules: Mapping[str,
     return [old for old in everything if takes(old)]
 
 
-def _old_ranks(found: Iterable[_Old], config: LoRAConfig) -> tuple[dict[str, int], dict[str, float]]:
+def _old_ranks(found: Iterable[Old], config: LoRAConfig) -> tuple[dict[str, int], dict[str, float]]:
     """rank_pattern and alpha_pattern with what they say of layers by their old names, by the keys of today.
 
     Raises ValueError for layers that are one product now and would have two ranks or lora_alphas.
     """
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    parts: dict[str, list[_Old]] = {}
+    parts: dict[str, list[Old]] = {}
     for old in found:
         parts.setdefault(old.key, []).append(old)
     fields: tuple[tuple[str, Any, Any, Any], ...] = (
@@ -359,11 +359,19 @@ def turn_experts(
     reads what the expert gives, s·(A[e]ᵀ B[e]ᵀ) is what is added, and all that differs are the shapes. told: whether
     they are turned; None goes by the shapes, which tell for all of a file, and where each expert's matrix is square by
     the peft_version of its config. fields: that config's.
-    Raises ValueError for square matrices of a PEFT whose version does not tell.
+    Raises ValueError for square matrices of a PEFT whose version does not tell, and where shapes tell otherwise.
     """
     pairs = [pair for pair in _pairs(injection) if {pair.A, pair.B} <= tensors.keys()]
     fits = [[pair.shapes_in(tensors) == shapes for shapes in (pair.shapes, pair.turned_shapes)] for pair in pairs]
     told_by_shape = {turned for right, turned in fits if right != turned}
+    if told is not None and told_by_shape - {told}:
+        wrong = next(
+            pair.A for pair, (right, turned) in zip(pairs, fits, strict=True) if (right, turned) == (told, not told)
+        )
+        raise ValueError(
+            f"{source}: swapped_experts={told}, and by its shape {wrong} is {'' if told else 'not '}where it belongs: "
+            "leave swapped_experts out, the shapes tell"
+        )
     if told is None and told_by_shape:
         told = told_by_shape == {True}
     elif told is None:
