@@ -297,7 +297,7 @@ def warn_of_rest(modules: Mapping[str, nn.Module], config: AdapterConfig) -> Non
         warnings.warn(
             f'target_modules="all-linear" adapts no {", ".join(names)}: expert weights that are stacked in one tensor '
             f"{'have to be named in target_parameters' if takes else 'take none of this method'}, and layers whose "
-            "forward does not run or gives a tuple take no adapter",
+            "forward does not run, gives a tuple or has a matrix for each group take no adapter",
             stacklevel=4,
         )
 
