@@ -266,3 +266,22 @@ def test_errors_say_what_weights_of_experts_are_called() -> None:
         fastadapt.inject(mixtral(), HiRAConfig(target_modules="all-linear"))
     with pytest.warns(UserWarning, match="have to be named in target_parameters"):
         fastadapt.inject(mixtral(), VeRAConfig(target_modules="all-linear"))
+
+
+def test_a_rank_that_is_of_nothing_is_told() -> None:
+    """It would be passed over: an adapter is on weights of experts, and not on experts."""
+    fields: dict[str, Any] = {"target_parameters": BOTH, "target_modules": ["q_proj"]}
+    for pattern in ({"experts": 4}, {"mlp.experts.gate_proj": 4}, {"v_proj": 4}):
+        with pytest.warns(
+            UserWarning, match=f"rank_pattern: no layer that the adapter is on is called '{next(iter(pattern))}'"
+        ):
+            fastadapt.inject(gpt_oss(), LoRAConfig(**fields, rank_pattern=pattern))
+    with pytest.warns(UserWarning, match=r"alpha_pattern: .* called 'a', 'b': a key is the end of") as told:
+        fastadapt.inject(mixtral(), LoRAConfig(**fields, alpha_pattern={"a": 1, "q_proj": 2, "b": 3}))
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for pattern in ({"experts.down_proj": 4, "q_proj": 2}, {r".*layers\.1\..*": 4}):
+            fastadapt.inject(gpt_oss(), LoRAConfig(**fields, rank_pattern=pattern))
+        every = LoRAConfig(target_modules="all-linear", rank_pattern={"w2": 4, "gate": 2, "0.mlp.gate.weight": 3})
+        fastadapt.inject(mixtral(), every)

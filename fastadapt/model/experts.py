@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.experts import AdapterExperts, ExpertsAdapter, experts_per_token
+from ..layers.kinds import AdapterParameter
+from ..layers.layer import AdapterLayer
 from ..layers.linear import AdapterLinear
 from ..methods import AdapterConfig, LoRAConfig, patterns
 from ..methods.config import pattern_value
@@ -216,6 +218,27 @@ def _old_ranks(found: Iterable[Old], config: LoRAConfig) -> tuple[dict[str, int]
                 )
             values[key] = sum(own)
     return {**ranks, **config.rank_pattern}, {**alphas, **config.alpha_pattern}
+
+
+def unused_ranks(
+    model: nn.Module, config: LoRAConfig, layers: Mapping[str, AdapterLayer], modules: Mapping[str, nn.Module]
+) -> dict[str, list[str]]:
+    """The keys of rank_pattern and alpha_pattern that no layer of an adapter is called, by field; empty where all are.
+
+    modules: the model's by path as they were before any was wrapped.
+    """
+    paths = [
+        key
+        for path, layer in layers.items()
+        for key in ([f"{path}.{n}" for n in layer.parameter_names] if isinstance(layer, AdapterExperts) else [path])
+    ]
+    paths += [f"{path}.weight" for path, layer in layers.items() if isinstance(layer, AdapterParameter)]
+    paths += [path for old in old_layers(names_in_layers(model), modules) for path in old.paths]
+    found = {}
+    for field, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        if unused := [key for key in pattern if not any(pattern_value(field, {key: True}, p, False) for p in paths)]:
+            found[field] = unused
+    return found
 
 
 def with_shared_ranks(model: nn.Module, config: AdapterConfig, own: AdapterConfig) -> AdapterConfig:

@@ -35,7 +35,7 @@ from .adapted import (
     saved_modules,
 )
 from .bypassed import why_refused
-from .experts import with_experts, with_shared_ranks
+from .experts import unused_ranks, with_experts, with_shared_ranks
 from .places import shared_places
 from .quantized import half_plain, made_plain, mark_adapted, say_plain, unmark_adapted
 from .saving import hook_saving, new_biases, save_pretrained, unhook_saving
@@ -169,6 +169,13 @@ def prepare(
     if str(config.target_modules).lower() == "all-linear" and not from_file:
         warn_of_rest({"": inside(model), **base_modules(model)}, config)
     layers = layers_at(paths, modules, config, backend=backend, strategy=strategy)
+    if isinstance(config, LoRAConfig) and config.target_parameters and not from_file:
+        for field, keys in unused_ranks(model, config, layers, base_modules(model)).items():
+            warnings.warn(
+                f"{field}: no layer that the adapter is on is called {', '.join(map(repr, keys))}: a key is the end of "
+                "a module's path, or of that of a parameter that target_parameters names (experts.down_proj)",
+                stacklevel=3,
+            )
     adapters = config.build(layers, lambda weight: adapter_dtype(weight, autocast_adapter_dtype))
     for path, adapter in adapters.items():
         adapter.train(layers[path].training)
