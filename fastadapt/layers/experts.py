@@ -207,6 +207,10 @@ class AdapterExperts(AdapterLayer):
             return base(*args, **kwargs)
         if why := why_not_run(base):
             raise ValueError(f"{self.name} cannot run with an adapter: {why}; name it in exclude_modules, or merge")
+        if torch.is_grad_enabled() and any([self.stored(name).requires_grad for name in self.parameter_names]):
+            raise ValueError(
+                f"{self.name}: its own weights must be frozen, and require grad: set requires_grad to False"
+            )
         given = self.given(args, kwargs)
         return experts_output(
             base, given, self.expert_form, dropout=self.dropout, training=self.training, backend=self.backend
