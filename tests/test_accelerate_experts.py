@@ -379,7 +379,7 @@ LEFT: dict[str, Callable[[Any], None]] = {
     "Qwen3MoeExperts norms what each expert gives": normed,
     "its scaling is a tensor": tensor_scaling,
     "A reads what the experts give, and not what they are given": reversed_in_peft,
-    "the experts' weights are not of one dtype in floating point": one_dtype,
+    "its gate_up_proj is torch.float32 and its down_proj is torch.bfloat16": one_dtype,
     "the experts' weights are tensors of a kind of their own": special,
     "disabled": lambda layer: layer.base_layer.enable_adapters(False),
     "merged": lambda layer: layer.base_layer.merge(),

@@ -46,6 +46,24 @@ def phimoe() -> nn.Module:
     return hf.PhimoeForCausalLM(hf.PhimoeConfig(**MOE))
 
 
+class SomeGroupedLinear(nn.Linear):
+    """As DeepSeek V4 has one: a block of the weight for each group of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = self.weight.unflatten(0, (2, -1))
+        return torch.einsum("...gk,gnk->...gn", x.unflatten(-1, (2, -1)), blocks).flatten(-2)
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped, self.head = SomeGroupedLinear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.grouped(x))
+        return y
+
+
 REFUSED = {
     "MultiheadAttention": (
         Encoder,
@@ -54,6 +72,7 @@ REFUSED = {
     ),
     "Mamba": (mamba, ["in_proj", "dt_proj"], "mixer.dt_proj cannot take an adapter: the MambaMixer around it reads"),
     "Mamba's out_proj": (mamba, "all.*|.*out_proj", "mixer.out_proj cannot take an adapter"),
+    "a linear layer in groups": (Grouped, ["grouped"], "a SomeGroupedLinear has a matrix for each group of its input"),
     "a router that gives a tuple": (phimoe, ["router"], "a PhimoeTopKRouter gives a tuple"),
 }
 
@@ -69,7 +88,7 @@ def test_known_classes_are_refused_when_they_are_named(name: str) -> None:
     assert [id(module) for module in model.modules()] == before
 
 
-@pytest.mark.parametrize("make", [Encoder, mamba, phimoe])
+@pytest.mark.parametrize("make", [Encoder, mamba, phimoe, Grouped])
 def test_all_linear_leaves_them_out_and_says_so_once(make: Any) -> None:
     torch.manual_seed(0)
     model = make()
@@ -78,7 +97,7 @@ def test_all_linear_leaves_them_out_and_says_so_once(make: Any) -> None:
     assert len(told) == 1
     assert told[0].filename == __file__
     randomise(model)
-    x = torch.randn(2, 3, 16) if make is Encoder else torch.tensor([[1, 2, 3], [4, 5, 6]])
+    x = torch.randn(2, 3, 16) if make in (Encoder, Grouped) else torch.tensor([[1, 2, 3], [4, 5, 6]])
 
     def run() -> Tensor:
         y = model(x)

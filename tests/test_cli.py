@@ -91,6 +91,16 @@ def test_info_describes_an_adapter(tmp_path: Path, method: str) -> None:
     assert f"{(tmp_path / 'adapter' / 'adapter_model.safetensors').stat().st_size:,} bytes" in text
 
 
+def test_info_names_the_parameters_that_an_adapter_is_on(tmp_path: Path) -> None:
+    for fields, said in (
+        ({"target_parameters": test_experts.BOTH}, "the parameters experts.down_proj, experts.gate_up_proj"),
+        ({"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}, "q_proj, the parameters gate.weight"),
+    ):
+        model = fastadapt.inject(test_experts.mixtral(), fastadapt.LoRAConfig(**fields))
+        fastadapt.save_adapter(model, tmp_path)
+        assert describe_adapter(tmp_path)["targets"] == said
+
+
 class Saved(NamedTuple):
     """An adapter to save, of a model that has a head beside the layers that it adapts."""
 

@@ -128,6 +128,19 @@ def test_what_fits_in_neither_way_is_refused(tmp_path: Path) -> None:
             fastadapt.load_adapter(qwen3_moe(moe_intermediate_size=24), tmp_path, swapped_experts=told)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_is_told_against_the_shapes_is_refused(turned: bool, tmp_path: Path) -> None:
+    """The square one would be turned alone, and nothing else tell of it."""
+    old_file(square, ["gate_up_proj", "down_proj"], tmp_path, turned)
+    model = square()
+    said = rf"swapped_experts={not turned}, and by its shape .*base_layer.lora_A.weight is {'not ' * turned}where"
+    with pytest.raises(ValueError, match=said):
+        fastadapt.load_adapter(model, tmp_path, swapped_experts=not turned)
+    assert torch.equal(logits(model), logits(square()))
+    told = fastadapt.load_adapter(model, tmp_path, swapped_experts=turned)
+    torch.testing.assert_close(logits(told), logits(fastadapt.load_adapter(square(), tmp_path)))
+
+
 # A LoRA for every expert's layers, as older libraries have it.
 
 
@@ -158,6 +171,27 @@ def test_experts_are_exported_as_linear_layers(make: Callable[[], Any], kind: st
     torch.testing.assert_close(logits(fastadapt.load_adapter(make(), tmp_path)), expected, rtol=1e-4, atol=1e-5)
     back = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
     torch.testing.assert_close(logits(back), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe])
+def test_an_adapter_of_some_blocks_is_exported_for_all(make: Callable[[], Any], tmp_path: Path) -> None:
+    """A reader takes a name for that of all blocks: those without the adapter have zeros."""
+    whole = {"modules_to_save": ["lm_head"], "init_lora_weights": False}
+    for fields in (
+        {"target_parameters": ["1.mlp.experts.gate_up_proj", "0.mlp.experts.down_proj", "0.mlp.gate.weight"]},
+        {"target_modules": ["o_proj"], "target_parameters": ["0.mlp.experts.gate_up_proj"], **whole},
+        {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\.mlp.*"},
+    ):
+        model = fastadapt.inject(make(), LoRAConfig(r=4, lora_alpha=6, **{"init_lora_weights": False, **fields}))
+        fastadapt.export_lora(model, tmp_path)
+        found = logits(fastadapt.load_adapter(make(), tmp_path))
+        torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-5)
+        back = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+        torch.testing.assert_close(logits(back), logits(model), rtol=1e-4, atol=1e-5)
+    whole = {"target_modules": "all-linear", "modules_to_save": ["0.mlp"]}
+    model = fastadapt.inject(make(), LoRAConfig(r=4, init_lora_weights=False, **whole))
+    fastadapt.export_lora(model, tmp_path)
+    torch.testing.assert_close(logits(fastadapt.load_adapter(make(), tmp_path)), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_lora_of_layers_is_not_exported(tmp_path: Path) -> None:

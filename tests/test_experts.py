@@ -407,6 +407,13 @@ def test_refused_by_name() -> None:
         logits(adapted)
     handle.remove()
     logits(adapted)
+    own = adapted.model.layers[1].mlp.experts.base_layer.down_proj.requires_grad_()
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts .*: its own weights must be frozen"):
+        logits(adapted)
+    with torch.no_grad():
+        logits(adapted)
+    own.requires_grad_(False)
+    logits(adapted)
 
 
 def test_every_decorated_experts_module_of_a_kind_is_taken() -> None:

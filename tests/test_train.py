@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_cli import is_one_line_error, run
+from test_experts import mixtral
 from tiny_models import llama
 
 import fastadapt
@@ -393,6 +394,16 @@ def test_evaluation_leaves_training_as_it_was(base: Path, tmp_path: Path) -> Non
     for every in (1, 4):
         trained(base, data, tmp_path / str(every), eval=data, eval_every=every)
     assert digest(tmp_path / "1") == digest(tmp_path / "4")
+
+
+def test_it_says_what_peft_makes_of_the_adapter(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    for method, said in (("dora", "not readable by PEFT, which has no DoRA on experts"), ("lora", "readable by PEFT")):
+        arguments = tmp_path / "model", answers(tmp_path / "rows.jsonl"), tmp_path / method
+        result = run("train", *arguments, "--method", method, "--epochs", 1)
+        assert result.exit_code == 0, result.output
+        assert f"{method}, {said}" in " ".join(result.output.split())
 
 
 def test_schedules() -> None:

@@ -59,7 +59,7 @@ def describe_adapter(directory: Path) -> dict[str, str]:
         "r": _ranks(fields),
         "alpha": _ending_in("alpha", fields),
         "dropout": _ending_in("dropout", fields),
-        "targets": _listed(fields.get("target_modules")),
+        "targets": _targets(fields),
         "modules_to_save": _saved(fields.get("modules_to_save"), shapes),
         "base model": str(fields.get("base_model_name_or_path") or "-"),
         **_tensor_facts(fields, {name: math.prod(shape) for name, shape in shapes.items()}),
@@ -167,6 +167,15 @@ def _saved(names: Any, tensors: Iterable[str]) -> str:
     there = [name for name in unique if any(path.endswith(name) for path in paths)]
     absent = [name for name in unique if name not in there]
     return ", ".join(there or ["-"]) + (f" (no tensors of {', '.join(absent)})" if absent else "")
+
+
+def _targets(fields: dict[str, Any]) -> str:
+    """What target_modules and target_parameters name."""
+    modules, parameters = fields.get("target_modules"), fields.get("target_parameters")
+    if not isinstance(parameters, list) or not parameters:
+        return _listed(modules)
+    names = sorted({".".join(str(name).split(".")[-2:]) for name in parameters})
+    return ", ".join([*([_listed(modules)] if modules else []), f"the parameters {', '.join(names)}"])
 
 
 def _listed(value: Any) -> str:

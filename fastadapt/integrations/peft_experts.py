@@ -62,8 +62,6 @@ class AcceleratedExperts(LoraParts, lora.ParamWrapper):
         weights = [experts._parameters[name] for name in projections(experts)]
         if any([type(weight) is not nn.Parameter for weight in weights]):
             return "the experts' weights are tensors of a kind of their own"
-        if weights[0].dtype not in FLOATING or weights[0].dtype != weights[1].dtype:
-            return "the experts' weights are not of one dtype in floating point"
         if len(weights[0]) == 1:
             return "there is one expert alone"
         # In training without a graph too: a checkpoint runs it again with one.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import FLOATING
 from ..forms import merged_weight, stacked_experts
 from ..operators.expert_linear.block import ExpertProjection, expert_block
 from ..reference import ExpertForm
@@ -38,13 +39,25 @@ def why_no_experts(module: nn.Module) -> str:
     if getattr(module, "has_post_expert_norm", False):
         return f"{name} norms what each expert gives"
     names = projections(module)
-    if any(not isinstance(weight := module._parameters.get(n), nn.Parameter) or weight.dim() != 3 for n in names):
+    weights = [module._parameters.get(n) for n in names]
+    if any(not isinstance(weight, nn.Parameter) or weight.dim() != 3 for weight in weights):
         return f"{name} has no {' and '.join(names)} of three dimensions"
-    return ""
+    return _why_not_in_floating_point(names, weights)
+
+
+def _why_not_in_floating_point(names: Sequence[str], weights: Sequence[Any]) -> str:
+    """Why products with weights of experts cannot be ours: they are quantised, or of two dtypes."""
+    for name, weight in zip(names, weights, strict=True):
+        if weight.dtype not in FLOATING or type(weight).dequantize is not Tensor.dequantize:
+            return f"its {name} is quantised ({type(weight).__name__}, {weight.dtype})"
+    first, second = (weight.dtype for weight in weights)
+    return "" if first == second else f"its {names[0]} is {first} and its {names[1]} is {second}"
 
 
 def why_not_run(module: Any) -> str:
     """Why experts cannot run as one operator as they are now, "" where they can."""
+    if not module._parameters.keys() >= {*projections(module)}:
+        return "its weights are parametrized"
     if module._is_expert_parallel:
         return "its experts are shared out among processes"
     return "it has hooks" if is_hooked(module) else ""
@@ -194,6 +207,10 @@ class AdapterExperts(AdapterLayer):
             return base(*args, **kwargs)
         if why := why_not_run(base):
             raise ValueError(f"{self.name} cannot run with an adapter: {why}; name it in exclude_modules, or merge")
+        if torch.is_grad_enabled() and any([self.stored(name).requires_grad for name in self.parameter_names]):
+            raise ValueError(
+                f"{self.name}: its own weights must be frozen, and require grad: set requires_grad to False"
+            )
         given = self.given(args, kwargs)
         return experts_output(
             base, given, self.expert_form, dropout=self.dropout, training=self.training, backend=self.backend

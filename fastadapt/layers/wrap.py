@@ -30,16 +30,26 @@ def adapter_layer(base_layer: nn.Module, backend: str = "auto", strategy: str = 
     return AdapterModule(base_layer, backend, strategy)
 
 
-def parameter_layer(base_layer: nn.Module, names: Collection[str], backend: str = "auto") -> AdapterLayer:
+def parameter_layer(module: nn.Module, names: Collection[str], backend: str = "auto") -> AdapterLayer:
     """The adapter layer for parameters of a module by their names: weights of experts, or the weight of any module.
 
-    Raises ValueError for a module, or a parameter of it, that no adapter goes onto.
+    Of a module that is one already, itself. Raises ValueError for a module, or a parameter of it, that no adapter goes
+    onto, or onto which one goes by target_modules alone.
     """
-    weights = {name: base_layer._parameters[name] for name in names}
-    if any(weight is not None and weight.dim() == 3 for weight in weights.values()):
-        return AdapterExperts(base_layer, backend)
+    base = module.base_layer if isinstance(module, AdapterLayer) else module
+    kind, weights = type(base).__name__, [base._parameters[name] for name in names]
+    if any(weight is not None and weight.dim() == 3 for weight in weights):
+        layer: AdapterLayer = module if isinstance(module, AdapterExperts) else AdapterExperts(base, backend)
+        if others := ", ".join(sorted(set(names).difference(layer.parameter_names))):
+            raise ValueError(f"{kind}.{others} takes no adapter: only {' and '.join(layer.parameter_names)} do")
+        return layer
     if set(names) != {"weight"}:
         others = ", ".join(sorted(set(names) - {"weight"}))
-        raise ValueError(f"{type(base_layer).__name__}.{others} takes no adapter: only a weight of two dimensions does")
-    layer = adapter_layer(base_layer, backend)
-    return AdapterParameter(base_layer) if isinstance(layer, AdapterModule) else layer
+        raise ValueError(f"{kind}.{others} takes no adapter: only a weight of two dimensions does")
+    layer = module if isinstance(module, AdapterLayer) else adapter_layer(base, backend)
+    if isinstance(layer, AdapterModule):
+        return AdapterParameter(base)
+    if isinstance(layer, AdapterParameter) or (isinstance(layer, AdapterLinear) and not layer.fan_in_fan_out):
+        return layer
+    # Files of PEFT's have other tensors for it as a parameter than as a layer.
+    raise ValueError(f"the weight of {kind} takes an adapter by target_modules alone: name the module there")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import shown
-from ..layers.experts import AdapterExperts
+from ..layers.experts import AdapterExperts, is_experts, projections
 from ..layers.kinds import AdapterConv2d, AdapterEmbedding, AdapterModule, AdapterNorm, AdapterParameter
 from ..layers.layer import Adapter, AdapterLayer
 from ..layers.linear import AdapterLinear
@@ -207,6 +207,7 @@ class AdapterConfig:
         dimensional, and of routers ("mlp.experts.gate_up_proj", "gate.weight"). LoRA, DoRA and VeRA alone.
     exclude_modules: modules to leave out, by the same rules.
     layers_to_transform: indices of the layers to adapt; layers_pattern names the list they count in ("layers", "h").
+        What target_parameters names is adapted in all layers, as in PEFT: write their paths there.
     modules_to_save: modules that are trained whole, in a copy of each adapter's own: those whose path ends in a name.
     task_type: PEFT's. "SEQ_CLS" and "TOKEN_CLS" train the model's classifier or score whole too, "QUESTION_ANS" its
         qa_outputs: `inject` adds these names to modules_to_save, as PEFT does. Where the model has none of them and
@@ -338,6 +339,9 @@ class AdapterConfig:
         if isinstance(layer, self.layer_kinds):
             option = next(name for name, left in options.items() if not isinstance(layer, left))
             who, cure = f"{who} with {option}=True", f"or set {option}=False"
+        elif AdapterExperts in kinds and is_experts(layer.base_layer):
+            weights = ", ".join(f"{path.rpartition('.')[2]}.{name}" for name in projections(layer.base_layer))
+            cure = f"and the weights of experts in target_parameters ({weights})"
         raise ValueError(
             f"target_modules: {path}: {type(layer.base_layer).__name__} cannot take an adapter of {who}: only "
             f"{', '.join(_names(kinds, modules))} can; name only those, {cure}"

@@ -211,7 +211,7 @@ class LoRAConfig(AdapterConfig):
     target_parameters the stacked weights of experts, each expert with an A, a B and, with use_dora, a norm of its own,
     without lora_bias; and the weights of routers, on whose input no dropout acts. lora_dropout draws one
     mask a token before the experts and one a row between their products. In models whose experts PEFT has a rule for,
-    "all-linear" and the names that the layers of one expert had stand for them.
+    "all-linear", and names and expressions of the layers that an expert had, stand for them, in rank_pattern too.
     Raises ValueError for a value outside its range, by name.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """

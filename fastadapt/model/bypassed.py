@@ -1,4 +1,4 @@
-"""Layers that an adapter cannot be right on: their own forward never runs, or gives more than one tensor."""
+"""Layers that an adapter cannot be right on: their own forward never runs, or is not the product with one matrix."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ _BYPASSES = (
 )
 # Subclasses of nn.Linear that give a tuple.
 _TUPLES = re.compile("PhimoeTopKRouter|Llama4Router")
+# And those with a block of the weight for each group of x.
+_GROUPED = re.compile(r"\w*GroupedLinear")
 
 
 def why_refused(path: str, modules: Mapping[str, nn.Module]) -> str:
@@ -42,6 +44,8 @@ def why_refused(path: str, modules: Mapping[str, nn.Module]) -> str:
     module = module.base_layer if isinstance(module, AdapterLayer) else module
     if _is_kind(module, _TUPLES):
         return f"a {type(module).__name__} gives a tuple, and an adapter's form goes onto one tensor"
+    if _is_kind(module, _GROUPED):
+        return f"a {type(module).__name__} has a matrix for each group of its input, and an adapter's form is for one"
     parent_path, _, name = path.rpartition(".")
     parent = modules.get(parent_path)
     for kind, children, what in _BYPASSES:
@@ -55,11 +59,12 @@ def _is_kind(module: nn.Module, pattern: re.Pattern[str]) -> bool:
 
 
 def expert_weights(modules: Mapping[str, nn.Module]) -> list[str]:
-    """The paths of weights of experts that are stacked in one tensor, which are no layers and take no adapter."""
+    """The paths of weights of experts that are stacked in one tensor, which are no layers."""
     return [
         f"{path}.{name}"
         for path, module in modules.items()
-        if "expert" in f"{path} {type(module).__name__}".lower()
-        for name, parameter in module._parameters.items()
+        for base in [getattr(module, "base_layer", module)]
+        if "expert" in f"{path} {type(base).__name__}".lower()
+        for name, parameter in base._parameters.items()
         if parameter is not None and parameter.dim() == 3
     ]

@@ -8,7 +8,7 @@ one of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.experts import AdapterExperts, ExpertsAdapter, experts_per_token
+from ..layers.kinds import AdapterParameter
+from ..layers.layer import AdapterLayer
 from ..layers.linear import AdapterLinear
-from ..methods import AdapterConfig, LoRAConfig
+from ..methods import AdapterConfig, LoRAConfig, patterns
 from ..methods.config import pattern_value
 from ..methods.experts import ExpertLoRA
 from .adapted import PREFIX, Injection
-from .targets import base_modules, parameter_targets
+from .targets import base_modules, in_layers, is_excluded, parameter_targets, saved_whole
 from .wrappers import inside
 
 # The parameter that each of the old names has become a part of, by the family of models, and the families' models by
@@ -70,55 +72,180 @@ def lost_in_peft(model: nn.Module, injection: Injection) -> list[str]:
     ]
 
 
+class Old(NamedTuple):
+    """What one of the old names stands for at one place of a model.
+
+    key: of the parameter, with the path of its module. paths: as it is spelled now and was, those of the layer that has
+    become a part of it, for experts without the number. experts: how many of these there were, 0 for a router.
+    """
+
+    name: str
+    key: str
+    paths: Sequence[str]
+    experts: int
+
+    def layers(self) -> Iterator[str]:
+        """The paths of all layers that it stands for. PEFT asks an expression for that without a number."""
+        yield from self.paths
+        for stem in [path.rpartition(".")[0] for path in self.paths] if self.experts else ():
+            yield from (f"{stem}.{e}.{self.name}" for e in range(self.experts))
+
+
 def with_experts(
     model: nn.Module, config: AdapterConfig, modules: Mapping[str, nn.Module] | None = None
 ) -> AdapterConfig:
     """The config with target_parameters in the place of the old names of experts and routers: PEFT's rule.
 
-    "all-linear" stands for all of them, and a list for those that it names; of other linear layers that are called so
-    nothing changes. gate and up, which are one product now, have twice the rank and lora_alpha in it, so that each has
-    its own of both. modules: the model's by path as they were before any was wrapped; by default `base_modules`. Raises
-    ValueError where one of these two is named without the other.
+    "all-linear" stands for all of them, a list or an expression for those that it names, and a name with a path before
+    it for those there alone: of shared experts and other linear layers that are called so nothing changes, nor is
+    taken what exclude_modules, layers_to_transform or modules_to_save leave out. gate and up, which are one product
+    now, have twice the rank and lora_alpha in it, so that each has its own of both; rank_pattern and alpha_pattern may
+    name all by their old names. modules: the model's by path as they were before any was wrapped; by default
+    `base_modules`. Raises ValueError where one of these two is taken without the other, or has another rank.
     """
     bare, names = inside(model), names_in_layers(model)
     if not names or not isinstance(config, LoRAConfig) or AdapterExperts not in config.layer_kinds:
         return config
-    targets = config.target_modules
-    if isinstance(targets, str):
-        found = list(names) if targets.lower() == "all-linear" else []
-    else:
-        found = [old for old in names if any(t == old or t.endswith(f".{old}") for t in targets or ())]
     modules = base_modules(bare) if modules is None else modules
-    keys = [f".{path}.{name}" for path, module in modules.items() for name in module._parameters]
-    found = [
-        old for old in found if any(key.endswith(f".{names[old]}") for key in keys) and _takes(names[old], modules)
-    ]
+    everything = list(old_layers(names, modules))
+    found = _named(everything, config, modules)
     if not found:
         return config
     fused = [old for old in names if names[old] == FUSED]
-    given = [old for old in fused if old in found]
-    if given and given != fused:
-        missing = ", ".join(old for old in fused if old not in given)
-        raise ValueError(
-            f"target_modules names {', '.join(given)} without {missing}, and both are one weight of the experts, "
-            f"{FUSED}: name both, or none"
-        )
-    changes: dict[str, Any] = {"target_parameters": sorted({*(config.target_parameters or ()), *map(names.get, found)})}
+    given = {key: [old.name for old in found if old.key == key] for key in dict.fromkeys(old.key for old in found)}
+    for key, olds in given.items():
+        if key.endswith(f".{FUSED}") and olds != fused:
+            missing = ", ".join(old for old in fused if old not in olds)
+            raise ValueError(
+                f"target_modules names {', '.join(olds)} without {missing}, and both are one weight of the experts, "
+                f"{key}: name both, or none"
+            )
+    taken = set()
+    for new in {names[old.name] for old in found}:
+        keys = {old.key for old in everything if names[old.name] == new}
+        taken |= {new} if keys <= given.keys() else keys & given.keys()
+    targets: list[str] | str | None = config.target_modules
     if not isinstance(targets, str):
-        known = {end for path in modules for end in _ends(path)}
-        changes["target_modules"] = [t for t in targets or () if t in known or t.rpartition(".")[2] not in found]
-    if given:
-        key = rf".*\.{FUSED}"
-        changes["rank_pattern"] = {**config.rank_pattern, key: len(fused) * config.r}
-        changes["alpha_pattern"] = {**config.alpha_pattern, key: len(fused) * config.lora_alpha}
-    return replace(config, **changes)
+        known, gone = {end for path in modules for end in _ends(path)}, {old.name for old in found}
+        targets = [t for t in targets or () if t in known or t.rpartition(".")[2] not in gone]
+    elif targets.lower() != "all-linear":
+        named = any(patterns.fullmatch("target_modules", targets, path) for path in modules)
+        targets = targets if named else []
+    ranks, alphas = _old_ranks(found, config)
+    if any(old.name in fused for old in found):
+        ranks.setdefault(rf".*\.{FUSED}", len(fused) * config.r)
+        alphas.setdefault(rf".*\.{FUSED}", len(fused) * config.lora_alpha)
+    return replace(
+        config,
+        target_parameters=sorted({*(config.target_parameters or ()), *taken}),
+        target_modules=targets,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+    )
+
+
+def old_path(path: str, names: Mapping[str, str]) -> str:
+    """The path that a module had: Mixtral's blocks were called so."""
+    return path.replace(".mlp.", ".block_sparse_moe.") if "w1" in names else path
+
+
+def old_layers(names: Mapping[str, str], modules: Mapping[str, nn.Module]) -> Iterator[Old]:
+    """All that the old names stand for in a model: weights of experts, and routers that are no linear layers."""
+    for path, module in modules.items():
+        base = getattr(module, "base_layer", module)
+        if isinstance(base, nn.Linear):
+            continue
+        for old, new in names.items():
+            holder, _, leaf = f".{new}".rpartition(".")
+            weight = base._parameters.get(leaf)
+            if weight is None or not f".{path}".endswith(holder):
+                continue
+            end, count = ("", 0) if holder else (f".{old}", len(weight))
+            spelled = dict.fromkeys((path, old_path(path, names)))
+            yield Old(old, f"{path}.{leaf}", [path + end for path in spelled], count)
+
+
+def _named(everything: Iterable[Old], config: LoRAConfig, modules: Mapping[str, nn.Module]) -> list[Old]:
+    """Those that config.target_modules takes."""
+    targets, layers = config.target_modules, config.layers_to_transform
+    everywhere = isinstance(targets, str) and targets.lower() == "all-linear"
+    listed = set() if isinstance(targets, str) else {re.sub(r"(^|\.)\d+\.(?=\w+$)", r"\1", t) for t in targets or ()}
+    indices = {layers} if isinstance(layers, int) else set(layers or [])
+    whole = saved_whole(modules, config) if config.modules_to_save else set()
+
+    def takes(old: Old) -> bool:
+        if old.key.rpartition(".")[0] in whole or any(is_excluded(path, config) for path in old.paths):
+            return False
+        if isinstance(targets, str):
+            return everywhere or any(patterns.fullmatch("target_modules", targets, path) for path in old.layers())
+        return any(
+            path in listed or (not listed.isdisjoint(_ends(path)) and in_layers(path, config, indices))
+            for path in old.paths
+        )
+
+    return [old for old in everything if takes(old)]
+
+
+def _old_ranks(found: Iterable[Old], config: LoRAConfig) -> tuple[dict[str, int], dict[str, float]]:
+    """rank_pattern and alpha_pattern with what they say of layers by their old names, by the keys of today.
+
+    Raises ValueError for layers that are one product now and would have two ranks or lora_alphas.
+    """
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    parts: dict[str, list[Old]] = {}
+    for old in found:
+        parts.setdefault(old.key, []).append(old)
+    fields: tuple[tuple[str, Any, Any, Any], ...] = (
+        ("rank_pattern", config.rank_pattern, ranks, config.r),
+        ("alpha_pattern", config.alpha_pattern, alphas, config.lora_alpha),
+    )
+    for key, olds in parts.items():
+        for field, pattern, values, default in fields:
+            if not pattern or pattern_value(field, pattern, key, None) is not None:
+                continue
+            own: list[Any] = [
+                next(filter(None, [pattern_value(field, pattern, path, None) for path in old.paths]), None)
+                for old in olds
+            ]
+            if own == [None] * len(own):
+                continue
+            own = [value or default for value in own]
+            if len(set(own)) > 1:
+                raise ValueError(
+                    f"{field} gives {', '.join(f'{old.name} {value}' for old, value in zip(olds, own, strict=True))}, "
+                    f"and they are one weight of the experts, {key}: give them the same"
+                )
+            values[key] = sum(own)
+    return {**ranks, **config.rank_pattern}, {**alphas, **config.alpha_pattern}
+
+
+def unused_ranks(
+    model: nn.Module, config: LoRAConfig, layers: Mapping[str, AdapterLayer], modules: Mapping[str, nn.Module]
+) -> dict[str, list[str]]:
+    """The keys of rank_pattern and alpha_pattern that no layer of an adapter is called, by field; empty where all are.
+
+    modules: the model's by path as they were before any was wrapped.
+    """
+    paths = [
+        key
+        for path, layer in layers.items()
+        for key in ([f"{path}.{n}" for n in layer.parameter_names] if isinstance(layer, AdapterExperts) else [path])
+    ]
+    paths += [f"{path}.weight" for path, layer in layers.items() if isinstance(layer, AdapterParameter)]
+    paths += [path for old in old_layers(names_in_layers(model), modules) for path in old.paths]
+    found = {}
+    for field, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        if unused := [key for key in pattern if not any(pattern_value(field, {key: True}, p, False) for p in paths)]:
+            found[field] = unused
+    return found
 
 
 def with_shared_ranks(model: nn.Module, config: AdapterConfig, own: AdapterConfig) -> AdapterConfig:
     """The config with the ranks that share_rank means for weights of experts in its rank_pattern.
 
-    own: the config as the user gave it, whose rank_pattern goes before. Raises ValueError where target_parameters names
-    no weights of experts, or their model does not say how many of them a token goes to.
+    own: the config as the user gave it, whose rank_pattern goes before, by whichever names. Raises ValueError where
+    target_parameters names no weights of experts, or their model does not say how many of them a token goes to.
     """
     if not isinstance(config, LoRAConfig) or not isinstance(own, LoRAConfig) or not config.share_rank:
         return config
@@ -138,7 +265,7 @@ def with_shared_ranks(model: nn.Module, config: AdapterConfig, own: AdapterConfi
     ranks = {
         key: max(1, config.rank(key) // experts_per_token(module))
         for key, module in experts.items()
-        if not pattern_value("rank_pattern", own.rank_pattern, key, 0)
+        if key not in config.rank_pattern and not pattern_value("rank_pattern", own.rank_pattern, key, 0)
     }
     return replace(config, rank_pattern={**ranks, **config.rank_pattern})
 
@@ -146,16 +273,6 @@ def with_shared_ranks(model: nn.Module, config: AdapterConfig, own: AdapterConfi
 def _ends(path: str) -> list[str]:
     parts = path.split(".")
     return [".".join(parts[index:]) for index in range(len(parts))]
-
-
-def _takes(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a parameter of that name is a router's weight, which is no linear layer's, or experts'."""
-    path, _, leaf = f".{name}".rpartition(".")
-    return any(
-        f".{where}".endswith(path) and not isinstance(module, nn.Linear)
-        for where, module in modules.items()
-        if module._parameters.get(leaf) is not None
-    )
 
 
 _OF_ONE = re.compile(r"(?P<outer>.*)\.experts\.(?P<expert>\d+)\.(?P<name>\w+)\.lora_(?P<side>[AB])\.weight")
@@ -265,11 +382,19 @@ def turn_experts(
     reads what the expert gives, s·(A[e]ᵀ B[e]ᵀ) is what is added, and all that differs are the shapes. told: whether
     they are turned; None goes by the shapes, which tell for all of a file, and where each expert's matrix is square by
     the peft_version of its config. fields: that config's.
-    Raises ValueError for square matrices of a PEFT whose version does not tell.
+    Raises ValueError for square matrices of a PEFT whose version does not tell, and where shapes tell otherwise.
     """
     pairs = [pair for pair in _pairs(injection) if {pair.A, pair.B} <= tensors.keys()]
     fits = [[pair.shapes_in(tensors) == shapes for shapes in (pair.shapes, pair.turned_shapes)] for pair in pairs]
     told_by_shape = {turned for right, turned in fits if right != turned}
+    if told is not None and told_by_shape - {told}:
+        wrong = next(
+            pair.A for pair, (right, turned) in zip(pairs, fits, strict=True) if (right, turned) == (told, not told)
+        )
+        raise ValueError(
+            f"{source}: swapped_experts={told}, and by its shape {wrong} is {'' if told else 'not '}where it belongs: "
+            "leave swapped_experts out, the shapes tell"
+        )
     if told is None and told_by_shape:
         told = told_by_shape == {True}
     elif told is None:

@@ -35,11 +35,11 @@ from .adapted import (
     saved_modules,
 )
 from .bypassed import why_refused
-from .experts import with_experts, with_shared_ranks
+from .experts import unused_ranks, with_experts, with_shared_ranks
 from .places import shared_places
 from .quantized import half_plain, made_plain, mark_adapted, say_plain, unmark_adapted
 from .saving import hook_saving, new_biases, save_pretrained, unhook_saving
-from .targets import parameter_targets, saved_paths, shared_inputs, target_paths, warn_of_rest
+from .targets import base_modules, parameter_targets, saved_paths, shared_inputs, target_paths, warn_of_rest
 from .tying import tie_adapters, tie_copies, untied, with_ties
 from .uncontrolled import unwatch, watch
 from .wrappers import check_open, inside
@@ -119,9 +119,7 @@ def layers_at(
         module = modules[path]
         if path in parameters:
             try:
-                layers[path] = (
-                    module if isinstance(module, AdapterLayer) else parameter_layer(module, parameters[path], backend)
-                )
+                layers[path] = parameter_layer(module, parameters[path], backend)
             except ValueError as error:
                 raise ValueError(f"target_parameters: {path}: {error}") from None
             layers[path].path = path
@@ -169,8 +167,15 @@ def prepare(
     config = with_shared_ranks(model, with_experts(model, config), config)
     paths = target_paths(model, config, every_name=not from_file)
     if str(config.target_modules).lower() == "all-linear" and not from_file:
-        warn_of_rest(modules, config)
+        warn_of_rest({"": inside(model), **base_modules(model)}, config)
     layers = layers_at(paths, modules, config, backend=backend, strategy=strategy)
+    if isinstance(config, LoRAConfig) and config.target_parameters and not from_file:
+        for field, keys in unused_ranks(model, config, layers, base_modules(model)).items():
+            warnings.warn(
+                f"{field}: no layer that the adapter is on is called {', '.join(map(repr, keys))}: a key is the end of "
+                "a module's path, or of that of a parameter that target_parameters names (experts.down_proj)",
+                stacklevel=3,
+            )
     adapters = config.build(layers, lambda weight: adapter_dtype(weight, autocast_adapter_dtype))
     for path, adapter in adapters.items():
         adapter.train(layers[path].training)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.experts import parameter_keys
+from ..layers.experts import AdapterExperts, parameter_keys
 from ..layers.kinds import AdapterModule, AdapterParameter
 from ..layers.layer import AdapterLayer
 from ..layers.linear import AdapterLinear
@@ -120,7 +120,7 @@ def is_excluded(path: str, config: AdapterConfig) -> bool:
     return any(_excluded(part, exclude if isinstance(exclude, str) else set(exclude)) for part in paths)
 
 
-def _in_layers(path: str, config: AdapterConfig, indices: Collection[int]) -> bool:
+def in_layers(path: str, config: AdapterConfig, indices: Collection[int]) -> bool:
     """Whether the path's layer index is among `indices`, those of layers_to_transform; none of them means all."""
     if not indices:
         return True
@@ -142,7 +142,7 @@ def found_names(paths: Iterable[str], config: AdapterConfig) -> list[str]:
     return [name for name in names if name in ends]
 
 
-def _saved_whole(paths: Collection[str], config: AdapterConfig) -> set[str]:
+def saved_whole(paths: Collection[str], config: AdapterConfig) -> set[str]:
     """Those of the paths that are modules_to_save or inside one: by their end, or by PEFT's rule for targets.
 
     The rules differ where a path ends in a name without a dot before it, as DistilBERT's pre_classifier does: PEFT
@@ -199,7 +199,7 @@ def target_paths(
             )
         targets = defaults[model_type]
     exclude = config.exclude_modules if isinstance(config.exclude_modules, str) else set(config.exclude_modules or [])
-    whole = _saved_whole(modules, config)
+    whole = saved_whole(modules, config)
     paths = [path for path in modules if path not in whole and not _excluded(path, exclude)]
     if not targets and not parameters:
         raise ValueError("target_modules is empty: name the layers, or take 'all-linear'")
@@ -222,7 +222,7 @@ def target_paths(
         chosen = [
             path
             for path in paths
-            if path in wanted or (_suffix_match(path, wanted) and _in_layers(path, config, indices))
+            if path in wanted or (_suffix_match(path, wanted) and in_layers(path, config, indices))
         ]
         if not chosen and not missing:
             missing = [] if parameters else list(targets)
@@ -231,9 +231,16 @@ def target_paths(
         raise ValueError(
             f"target_modules: nothing in {type(model).__name__} matches {', '.join(map(repr, missing))}"
             " (after exclude_modules, layers_to_transform and modules_to_save); its linear layers are called "
-            f"{', '.join(kinds)}"
+            f"{', '.join(kinds)}{_parameters_called(missing, modules)}"
         )
     return [path for path in modules if path in {*chosen, *parameters}] if parameters else chosen
+
+
+def _parameters_called(names: Iterable[str], modules: Mapping[str, nn.Module]) -> str:
+    """What there is to add where some of the names are those of experts' weights."""
+    weights = expert_weights(modules)
+    found = [name for name in names if any(path.endswith(f".{name}") for path in weights)]
+    return f"; {', '.join(found)}: weights of experts go into target_parameters" if found else ""
 
 
 def parameter_targets(
@@ -247,8 +254,9 @@ def parameter_targets(
     found: dict[str, list[str]] = {}
     names = config.target_parameters or ()
     keys: list[str] = []
+    whole = saved_whole(modules, config) if names and config.modules_to_save else set()
     for path, module in modules.items():
-        if names and not is_excluded(path, config):
+        if names and path not in whole and not is_excluded(path, config):
             own = parameter_keys(path, _base(module))
             keys += own
             if chosen := [key.rpartition(".")[2] for key in own if config.names_parameter(key)]:
@@ -256,22 +264,40 @@ def parameter_targets(
     missing = [name for name in names if not any(key == name or key.endswith(f".{name}") for key in keys)]
     if missing and (every_name or not found):
         raise ValueError(
-            f"target_parameters: no parameter of two or three dimensions is called {', '.join(map(repr, missing))}"
+            f"target_parameters: no parameter of two or three dimensions is called {', '.join(map(repr, missing))} "
+            f"(after exclude_modules and modules_to_save); {_spelled(expert_weights(modules))}"
         )
     return found
+
+
+def _spelled(weights: list[str]) -> str:
+    """A sentence on the weights of experts at these paths."""
+    names = list(dict.fromkeys(_starred(path) for path in weights))
+    if any(".parametrizations." in path for path in weights):
+        return f"the experts' weights are parametrized, as when they are quantised, and take no adapter: {names[0]}"
+    if not names:
+        return "no experts have weights that are stacked in one parameter"
+    return f"the weights of experts are called {', '.join(names[:4])}"
+
+
+def _starred(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", path)
 
 
 def warn_of_rest(modules: Mapping[str, nn.Module], config: AdapterConfig) -> None:
     """One warning that names what "all-linear" does not reach although it multiplies like a linear layer."""
     refused = {path: why_refused(path, modules) for path, module in modules.items() if is_linear(module)}
     rest = [*expert_weights(modules), *(path for path, why in refused.items() if why)]
+    whole = saved_whole(modules, config)
     rest = [path for path in rest if not is_excluded(path, config) and not config.names_parameter(path)]
+    rest = [path for path in rest if path not in whole and path.rpartition(".")[0] not in whole]
     if rest:
-        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in rest)
+        takes = AdapterExperts in config.layer_kinds
+        names = dict.fromkeys(_starred(path) for path in rest)
         warnings.warn(
             f'target_modules="all-linear" adapts no {", ".join(names)}: expert weights that are stacked in one tensor '
-            "have to be named in target_parameters, and layers whose forward does not run or gives a tuple take no "
-            "adapter",
+            f"{'have to be named in target_parameters' if takes else 'take none of this method'}, and layers whose "
+            "forward does not run, gives a tuple or has a matrix for each group take no adapter",
             stacklevel=4,
         )
 

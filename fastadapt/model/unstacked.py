@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forms import PlainLoRA, plain_lora
-from ..layers.experts import AdapterExperts
+from ..layers.experts import AdapterExperts, stacked_weight
 from ..layers.kinds import AdapterParameter
 from ..layers.linear import AdapterLinear
 from ..methods import LoRAConfig
 from ..methods.config import pattern_of
 from .adapted import PREFIX, Injection
-from .experts import FUSED, names_in_layers
+from .experts import FUSED, names_in_layers, old_layers, old_path
+from .targets import base_modules, saved_whole
 from .wrappers import inside
 
 
@@ -26,7 +28,8 @@ def unstacked(model: nn.Module, injection: Injection) -> tuple[dict[str, Any], d
         A[e] for gate and up alike, the halves of B[e]'s rows for one and the other; s in B
 
     What an expert's layers add is the same. All of them, and the routers, have one rank, the largest, filled up with
-    zeros: by that they are stacked again.
+    zeros: by that they are stacked again. So are those of blocks that the adapter is not on, since PEFT takes a name
+    for that of all blocks, and those of down beside gate and up.
     Raises ValueError for a model whose experts never had such names, a DoRA, and adapters on layers of other kinds.
     """
     names = names_in_layers(model)
@@ -42,15 +45,16 @@ def unstacked(model: nn.Module, injection: Injection) -> tuple[dict[str, Any], d
     for path, layer in injection.layers.items():
         try:
             if isinstance(layer, AdapterExperts):
-                renamed |= _of_experts(_old_path(path, names), layer, injection.adapters[path], names)
+                renamed |= _of_experts(old_path(path, names), layer, injection.adapters[path], names)
             elif isinstance(layer, AdapterParameter):
-                renamed[_old_path(path, names)] = plain_lora(layer.settled_form(injection.adapters[path]))
+                renamed[old_path(path, names)] = plain_lora(layer.settled_form(injection.adapters[path]))
             elif isinstance(layer, AdapterLinear):
                 others[path] = plain_lora(layer.settled_form(injection.adapters[path]))
             else:
                 raise ValueError(f"{type(layer.base_layer).__name__} is no linear layer")
         except ValueError as error:
             raise ValueError(f"adapter {injection.name!r} is no LoRA of linear layers: {path}: {error}") from None
+    renamed |= _without_adapter(model, injection, names, renamed)
     r = max(lora.A.shape[0] for lora in renamed.values())
     old = injection.config
     config = LoRAConfig(
@@ -73,9 +77,26 @@ def unstacked(model: nn.Module, injection: Injection) -> tuple[dict[str, Any], d
     return config.to_peft([]), tensors
 
 
-def _old_path(path: str, names: dict[str, str]) -> str:
-    """Mixtral's blocks were called so."""
-    return path.replace(".mlp.", ".block_sparse_moe.") if "w1" in names else path
+def _without_adapter(
+    model: nn.Module, injection: Injection, names: dict[str, str], adapted: Mapping[str, PlainLoRA]
+) -> dict[str, PlainLoRA]:
+    """Nothing, as a LoRA, for layers of blocks that the adapter is not on, by the names that it has in others."""
+    modules = base_modules(model)
+    whole, used = saved_whole(modules, injection.config), {path.rpartition(".")[2] for path in adapted}
+    if any(names[old] == FUSED for old in used):  # which PEFT looks for inside of another
+        used |= {old for old, new in names.items() if new == "down_proj"}
+    found: dict[str, PlainLoRA] = {}
+    for old in old_layers(names, modules):
+        path, _, leaf = old.key.rpartition(".")
+        paths = [f"{old_path(path, names)}.{e}.{old.name}" for e in range(old.experts)] or [old_path(path, names)]
+        if old.name not in used or paths[0] in adapted or path in whole:
+            continue
+        base: Any = getattr(modules[path], "base_layer", modules[path])
+        weight = stacked_weight(base, leaf)[0] if old.experts else base._parameters[leaf]
+        (n, k), parts = weight.shape, sum(new == names[old.name] for new in names.values())
+        A = torch.zeros(1, k, device=weight.device)
+        found |= dict.fromkeys(paths, PlainLoRA(A, torch.zeros(n // parts, 1, device=weight.device), 1.0))
+    return found
 
 
 def _of_experts(path: str, layer: AdapterExperts, adapter: Any, names: dict[str, str]) -> dict[str, PlainLoRA]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,18 @@ def _run(options: Options, console: Console, world: World) -> dict[str, Any]:
             training.run(bar)
         row = world.decided(lambda: finish(training, form))
     console.print(summary(row))
-    readable = read_fields(options.output)["peft_type"] in PEFT_TYPES
-    say(f"adapter   {options.output}, {'readable by PEFT' if readable else 'for PEFT: load it and export_lora'}")
+    say(f"adapter   {options.output}, {_for_peft(read_fields(options.output))}")
     say(f"results   {options.output / JSON_FILE}, {options.output / PICTURE}")
     command = shlex.join(["fastadapt", "merge", options.model, str(options.output), f"{options.output}-merged"])
     say(f"next      {command}")
     return row
+
+
+def _for_peft(fields: Mapping[str, Any]) -> str:
+    """What PEFT makes of an adapter file with these fields, in words."""
+    if fields.get("use_dora") and fields.get("target_parameters"):
+        return "not readable by PEFT, which has no DoRA on experts"
+    return "readable by PEFT" if fields["peft_type"] in PEFT_TYPES else "for PEFT: load it and export_lora"
 
 
 def _settings(options: Options, world: World) -> dict[str, Any]:

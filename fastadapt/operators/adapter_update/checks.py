@@ -27,7 +27,7 @@ def check_adapter_update(
     if x.dim() == 0 or x.shape[-1] != k:
         raise shape_error("x", f"[..., {k}] to go with form.A {tuple(form.A.shape)}", x)
     if y.shape != (*x.shape[:-1], n):
-        raise shape_error("y", f"{[*x.shape[:-1], n]}, as x and form.B have it,", y)
+        raise shape_error("y", f"{[*x.shape[:-1], n]}, as x and form.B have it", y)
     if y_dropped is not None and y_dropped.shape != y.shape:
         raise shape_error("y_dropped", f"{list(y.shape)}, as y has it,", y_dropped)
     device = x.device
