@@ -728,6 +728,27 @@ def test_a_compiled_model_takes_each_requests_adapters(tmp_path: Path) -> None:
     torch._dynamo.reset()
 
 
+def test_a_model_is_compiled_once_for_all_requests(tmp_path: Path) -> None:
+    base = qwen3_moe()
+    found = save_all(base, tmp_path, ["lora", "dora", "all", "linear"], configs=configs)
+    served, graphs = serve(base, found), list[Any]()
+
+    def counted(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    served.model.forward = torch.compile(served.model.forward, backend=counted)
+    batch = {"input_ids": inputs(2)["input_ids"]}
+    served(**batch, adapter_ids=["lora", None])
+    first = len(graphs)
+    assert first > 1
+    for names in itertools.permutations(found, 2):
+        served(**batch, adapter_ids=list(names))
+    assert len(graphs) == first
+    torch._dynamo.reset()
+
+
 def test_a_cuda_graph_takes_no_adapters_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = qwen3_moe()
     found = save_all(base, tmp_path, ["linear", "lora", "all"], configs=configs)

@@ -37,7 +37,7 @@ class MultiAdapterRouter(EagerLayer):
         super().__init__(base_layer, pool, path, pool.forms(path), requests, backend)
         self._forms = pool.forms(path)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def serve(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         now = self._requests.own.now or self._requests.lent()
         base: Any = self._modules["base_layer"]
         if isinstance(now, Trace):
