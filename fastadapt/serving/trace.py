@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.untrusted import one_line
 from .pool import Holding
 from .requests import Layout, OtherRequestsError, Place, Requests, Running
 
@@ -62,17 +63,21 @@ def trace(
 ) -> bool:
     """Runs the model on a small batch like the one in args and kwargs, and tells its layers how rows lie there.
 
-    Layers that the batch does not come by stay as they are, all of them where the model refuses it. Returns whether
-    another time would show nothing else.
+    Layers that the batch does not come by stay as they are, all of them where the model refuses it, with the reason.
+    Returns whether another time would show nothing else.
     """
-    seen = Trace()
+    seen, places = Trace(), list(places)
     try:
         with torch.no_grad(), requests.running(seen), _poisoned_embeddings(model, requests, seen):
             model(**_small_batch(model, args, kwargs))
     except OtherRequestsError:
         return False
-    except Exception:
+    except Exception as error:
         # Half a forward says nothing of the other half, and what it was refused for may be the NaN.
+        for place in places:
+            place.ended = (
+                f" (a forward of three short rows ended in {type(error).__name__}: {one_line(str(error), 200)})"
+            )
         return True
     for place in places:
         layout = seen.found.get(_kind(place.path), "unseen")
