@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastadapt
 from fastadapt import DoRAConfig, EVAConfig, LoRAConfig
 from fastadapt.layers.experts import AdapterExperts
-from fastadapt.methods import METHODS, AdapterConfig
+from fastadapt.methods import METHODS, AdapterConfig, experts
 from fastadapt.model.adapted import adapter_configs, adapter_layers
 from fastadapt.optim import LoRAFAAdamW
 from fastadapt.training.eva import eva_factors, initialize_eva
@@ -34,6 +34,44 @@ EXPERTS = "model.layers.0.mlp.experts"
 def part(model: Any, name: str, path: str = EXPERTS) -> Any:
     adapter: Any = adapter_layers(model)[path].adapters["default"]
     return adapter.part(name)
+
+
+# DoRA's norm.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_that_cannot_be_kept_is_made_with_the_product(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In eval with gradients, and compiled, as in training: and not by a product of its own at each step."""
+    model = fastadapt.inject(mixtral().to(dtype), DoRAConfig(r=4, target_modules=[], target_parameters=BOTH))
+    randomise(model)
+    calls: list[int] = []
+    alone = experts.base_products
+    monkeypatch.setattr(experts, "base_products", lambda *args: calls.append(1) or alone(*args))
+
+    def run(call: Callable[[Any], Tensor] = logits) -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        y = call(model)
+        if y.requires_grad:
+            y.float().square().mean().backward()
+        return y.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    trained = run()
+    model.eval()
+    in_eval, again = run(), run()
+    compiled = torch.compile(logits, backend="eager")
+    with torch.no_grad():
+        run(compiled)
+        assert not calls
+        kept, _ = run()
+        run()
+    torch._dynamo.reset()
+    assert len(calls) == 2 * len(model.model.layers)
+    assert all(torch.equal(one, other) for one, other in zip(in_eval[1], trained[1], strict=True))
+    assert torch.equal(again[0], in_eval[0])
+    assert torch.equal(in_eval[0], trained[0])
+    assert (kept - in_eval[0]).float().norm() <= (1e-5 if dtype is torch.float32 else 0.03) * kept.float().norm()
 
 
 # LoRA-FA.

@@ -572,15 +572,15 @@ def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
         served(**inputs(2), adapter_ids=["half", None])
     handle.remove()
     router: Any = next(iter(served.pool.routers.values()))
-    handle = router.register_forward_hook(lambda *_: None)
-    refused(served, found["all"], "layers.0.mlp.gate cannot serve many adapters: it has hooks")
+    router.forward = router.forward
+    refused(served, found["all"], "layers.0.mlp.gate cannot serve many adapters: its forward is patched on the inst")
     served.load(found["lora"])
-    handle.remove()
+    del router.forward
     served.load(found["all"])
-    handle = router.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate cannot run with adapters: it has hooks"):
+    router.forward = router.forward
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate cannot run with adapters: its forward is patched"):
         served(**inputs(2), adapter_ids=["all", None])
-    handle.remove()
+    del router.forward
     with pytest.raises(AdapterError, match="may be 3, got 4"):
         read_adapter(base, found["lora"], limits=Limits(max_rank=3))
     by_triton = MultiAdapterModel(copy.deepcopy(base), backend="triton")
@@ -612,6 +612,78 @@ def test_a_router_in_which_tokens_depend_on_each_other_is_refused(tmp_path: Path
         layer.mlp.gate = Mixing(layer.mlp.gate)
     served = serve(base, {"lora": found["lora"]})
     refused(served, found["all"], "mlp.gate cannot serve many adapters: what it gives for a token depends on others")
+
+
+class Asking(nn.Module):
+    """A router that is called with more than the tokens."""
+
+    def __init__(self, router: Any) -> None:
+        super().__init__()
+        self.router = router.forward
+        self.weight = router.weight
+
+    def forward(self, x: Tensor, bias: Tensor) -> Any:
+        return self.router(x + bias)
+
+
+def test_a_router_that_wants_more_than_tokens_is_refused(tmp_path: Path) -> None:
+    base = qwen3_moe()
+    found = save_all(base, tmp_path, ["all"], configs=configs)
+    for layer in base.model.layers:
+        layer.mlp.gate = Asking(layer.mlp.gate)
+    refused(serve(base, {}), found["all"], r"mlp\.gate cannot serve many adapters: its forward does not run .*'bias'")
+
+
+def weights_meanwhile(router: Any, run: Callable[[], Any]) -> list[Tensor]:
+    """The weight that a router has for other threads, at each forward of its kind that a run makes."""
+    found: list[Tensor] = []
+    kind = type(router)
+    forward = kind.forward
+
+    def watched(self: Any, *args: Any) -> Any:
+        found.append(router.weight)
+        return forward(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "forward", watched)
+        run()
+    return found
+
+
+def test_a_router_keeps_its_weight_for_other_threads_while_adapters_run(tmp_path: Path) -> None:
+    base = qwen3_moe()
+    found = save_all(base, tmp_path, ["all"], configs=configs)
+    served, alone = serve(base, found), load_adapter(copy.deepcopy(base), found["all"]).eval()
+    router, own = served.pool.routers["model.layers.0.mlp.gate"], alone.model.layers[0].mlp.gate.base_layer
+    weight, batch = router.weight, inputs(2)
+    served(**batch, adapter_ids=["all", None])  # the trace
+    seen = weights_meanwhile(router, lambda: served(**batch, adapter_ids=["all", None]))
+    assert len(seen) == 4
+    assert all(one is weight for one in seen)
+    weight = own.weight
+    seen = weights_meanwhile(own, lambda: alone(**batch))
+    assert len(seen) == 2
+    assert all(one is weight for one in seen)
+
+
+def test_routers_tell_their_logits(served: MultiAdapterModel, base: Any, directories: dict[str, Path]) -> None:
+    """By hooks of transformers', which stay on them from then on."""
+    names = ["all", None, "lora"]
+    batch = inputs(len(names))
+    output = served(**batch, adapter_ids=names, output_router_logits=True, output_hidden_states=True)
+    assert len(output.router_logits) == len(served.pool.routers)
+    for row, name in enumerate(names):
+        model = copy.deepcopy(base)
+        if name is not None:
+            load_adapter(model, directories[name])
+        with torch.no_grad():
+            wanted = model(**batch, output_router_logits=True).router_logits
+        used = batch["attention_mask"][row].bool()
+        for mine, other in zip(output.router_logits, wanted, strict=True):
+            rows = (logits.unflatten(0, (len(names), -1))[row][used] for logits in (mine, other))
+            assert close(*rows), name
+    served.load(directories["all"], "later")
+    check_rows(served, base, {**directories, "later": directories["all"]}, ["later", None, "all"])
 
 
 def test_an_adapter_of_a_shape_of_its_own_is_refused(tmp_path: Path) -> None:
@@ -653,6 +725,27 @@ def test_a_compiled_model_takes_each_requests_adapters(tmp_path: Path) -> None:
         for row, name in enumerate(names):
             wanted = alone(base, None if name is None else found[name], {"input_ids": ids})
             assert close(y[row], wanted[row]), names
+    torch._dynamo.reset()
+
+
+def test_a_model_is_compiled_once_for_all_requests(tmp_path: Path) -> None:
+    base = qwen3_moe()
+    found = save_all(base, tmp_path, ["lora", "dora", "all", "linear"], configs=configs)
+    served, graphs = serve(base, found), list[Any]()
+
+    def counted(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    served.model.forward = torch.compile(served.model.forward, backend=counted)
+    batch = {"input_ids": inputs(2)["input_ids"]}
+    served(**batch, adapter_ids=["lora", None])
+    first = len(graphs)
+    assert first > 1
+    for names in itertools.permutations(found, 2):
+        served(**batch, adapter_ids=list(names))
+    assert len(graphs) == first
     torch._dynamo.reset()
 
 

@@ -103,6 +103,25 @@ def close(actual: Tensor, expected: Tensor) -> bool:
     return bool((actual - expected).abs().max() <= 2e-5 * expected.abs().max())
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_what_is_made_in_inference_mode_is_written_outside_of_it(
+    base: Any, directories: dict[str, Path], made: bool
+) -> None:
+    """The pool itself, and its tables where they grow."""
+    with torch.inference_mode(made):
+        served = MultiAdapterModel(copy.deepcopy(base), budget=8 << 20)
+    with torch.inference_mode():
+        for number in range(9):
+            served.load(directories["rslora"], f"{number}")
+    served.pool.remove("3")
+    served.load(directories["dora"], "outside")
+    batch = inputs(2)
+    logits = served(**batch, adapter_ids=["outside", "8"]).logits
+    for row, name in enumerate(("dora", "rslora")):
+        used = batch["attention_mask"][row].bool()
+        assert close(logits[row][used], alone(base, directories[name], batch)[row][used])
+
+
 # The arena
 
 

@@ -299,14 +299,22 @@ def routers_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {path: module for path, module in modules.items() if path.rpartition(".")[0] in blocks and routes(module)}
 
 
+def why_patched(router: nn.Module) -> str:
+    """Why the forward of its class is not all that a router does beside its hooks, "" where it is."""
+    return "its forward is patched on the instance" if "forward" in router.__dict__ else ""
+
+
 def why_not_by_token(router: nn.Module) -> str:
     """Why the tokens that a router is given cannot come from several batches, "" where it treats each by itself."""
     weight: Any = router._parameters["weight"]
-    if is_hooked(router):
-        return "it has hooks"
+    if why := why_patched(router):
+        return why
     x = sample(6, weight.shape[1], like=weight, seed=0)
-    with torch.no_grad():
-        whole, *parts = (tensors_of(type(router).forward(router, rows)) for rows in (x, x[:2], x[2:]))
+    try:
+        with torch.no_grad():
+            whole, *parts = (tensors_of(type(router).forward(router, rows)) for rows in (x, x[:2], x[2:]))
+    except Exception as error:  # a forward of any kind, which may want more, and say so in any way
+        return f"its forward does not run on tokens alone ({type(error).__name__}: {error})"
     for tensor, *others in zip(whole, *parts, strict=True):
         together = torch.cat(others)
         same = agree(tensor, together) if tensor.is_floating_point() else torch.equal(tensor, together)

@@ -13,7 +13,7 @@ from ..forms import merged_weight
 from ..operators.adapter_update.function import shift
 from ..reference import AdapterForm
 from .layer import AdapterLayer
-from .ways import agree, sample, with_tensors
+from .ways import agree, sample, with_parameters, with_tensors
 
 
 def _onto(y: Tensor, form: AdapterForm, base_bias: Tensor | None, low_rank: Tensor | None, *ones: int) -> Tensor:
@@ -224,4 +224,8 @@ class AdapterParameter(AdapterLayer):
         tensors = {"weight": merged_weight(self.base_weight, form)}
         if form.bias is not None and form.bias is not self.base_bias:
             tensors["bias"] = form.bias.to(self.base_weight.dtype)
-        return functional_call(self.base_layer, tensors, args, kwargs)
+        base: Any = self.base_layer
+        # Compiled code swaps nothing while it runs; a patched forward, as offloading's, knows this module alone.
+        if torch.compiler.is_compiling() or "forward" in base.__dict__ or not tensors.keys() <= base._parameters.keys():
+            return functional_call(base, tensors, args, kwargs)
+        return with_parameters(base, tensors)(*args, **kwargs)

@@ -7,8 +7,9 @@ it is called, and the form goes onto what it gave. Hooks come and go: the way is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -186,6 +187,17 @@ def with_tensors(base: nn.Module, weight: Tensor, bias: Tensor | None, kind: typ
     layer = kind.__new__(kind)
     layer.__dict__ = {**own, **{name: fresh[name] for name in dropped}, "_parameters": {"weight": weight, "bias": bias}}
     return layer
+
+
+def with_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+    """The module, its hooks among it, with these tensors in the places of parameters of its own.
+
+    The module itself is not touched, so that threads may call it meanwhile: functional_call would show them, and could
+    leave behind, the tensors of this call.
+    """
+    twin: Any = copy(module)
+    twin._parameters = {**module._parameters, **tensors}
+    return twin
 
 
 def plain_layer(base: nn.Module, weight: Tensor, bias: Tensor | None, forward: Callable[..., Any] | None) -> Any:

@@ -89,13 +89,20 @@ class ExpertLoRA(Adapter):
 
         return self.memo("norm", (base, A, B), make, self.scaling)
 
+    @property
+    def _makes_norm(self) -> bool:
+        """Whether each forward makes DoRA's norm: while A and B train, in eval as well, and in compiled code, which
+        keeps nothing."""
+        trains = any(self.tensor(name).requires_grad for name in ("lora_A", "lora_B"))
+        return self.training or torch.compiler.is_compiling() or (trains and torch.is_grad_enabled())
+
     def expert_form(self, weight: Tensor, bias: Tensor | None) -> ExpertForm:
         """The form for a weight [E, out, in] and the layer's bias [E, out], differentiable in the parameters."""
         A, B = self.factors
         m = self._parameters["lora_magnitude_vector"]
         if m is None:
             return ExpertForm(A, B, bias=bias, scaling=self.scaling)
-        if self.training:  # the norm is made together with the product, which reads every weight as well
+        if self._makes_norm:  # together with the product, which reads every weight as well
             squares = self._squares(weight.detach())
             return ExpertForm(A, B, None, m, m, bias, True, self.scaling, squares)
         g = m / self._norm(weight)

@@ -38,7 +38,8 @@ class Arena:
             raise ValueError(
                 f"budget must be at least {self.slab_bytes:,} bytes for the widest layer of this model, got {budget:,}"
             )
-        self.memory = torch.empty(slabs * self.slab_bytes, dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # it is written in any mode
+            self.memory = torch.empty(slabs * self.slab_bytes, dtype=torch.uint8, device=device)
         self.used_bytes = 0
         self._empty = list(range(slabs))[::-1]
         self._free: dict[int, list[int]] = {}  # by page size, sorted offsets

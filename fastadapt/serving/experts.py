@@ -33,7 +33,7 @@ class MultiAdapterExperts(EagerLayer):
         self._sides = list(zip(names, sides, strict=True))
         self._signature = inspect.signature(type(base_layer).forward)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def serve(self, *args: Any, **kwargs: Any) -> Any:
         now = self._requests.own.now or self._requests.lent()
         base: Any = self._modules["base_layer"]
         x, experts, routing = self._signature.bind(base, *args, **kwargs).args[1:]

@@ -38,7 +38,7 @@ class Readers:
 
     def output(self, layer: MultiAdapterLinear, x: Tensor, batch: AdapterBatch, now: Running) -> Tensor | None:
         """y of `layer` for x, or None where it has to run by itself."""
-        known = None if self._misses >= _MISSES or torch.compiler.is_compiling() else now.memory(x)
+        known = None if self._misses >= _MISSES else now.memory(x)
         if known is None:
             return None
         y = known.pop(layer, None)
@@ -77,7 +77,7 @@ class MultiAdapterLinear(ServedLayer):
         self._forms = pool.forms(path)
         self.readers: Readers | None = None
 
-    def forward(self, x: Tensor) -> Any:
+    def serve(self, x: Tensor) -> Any:
         now = self._requests.own.now or self._requests.lent()
         if now is None or now.base_only:
             if isinstance(now, Trace):

@@ -47,7 +47,8 @@ class MultiAdapterModel:
     layers, batches of one adapter run as ever and others are refused. Every thread may have a request of its own; work
     that the model hands to other threads belongs to its only running one.
     budget: bytes for resident adapters, see AdapterPool, which is `pool`. dtype: of their factors, by default the
-    model's. backend: "auto", "triton" or "eager".
+    model's. backend: "auto", "triton" or "eager". torch.compile of `model` compiles what is between the layers that
+    serve, once for all requests.
     Raises ValueError for a model without linear layers, with injected adapters or with weights that are offloaded, or a
     budget that is too small.
     """

@@ -35,6 +35,7 @@ class Place:
     def lie(self, layout: Layout) -> None:
         """Takes in how rows lie there."""
         self.layout = layout
+        self.ended = ""  # what a trace ended in that did not come by
         # Layers with the same key go through the same batch.
         self.key = layout if layout in ("rows", "tokens") else self.path
 
@@ -110,10 +111,11 @@ class Running:
             return holding.of(range(self.rows), total // self.rows)
         if not any(slot in place.forms for slot in self.slots):  # it is the base layer for all of them
             return AdapterBatch([-1] * rows, tokens)
+        ended = place.ended if layout == "unseen" else ""
         raise ValueError(
             f"{place.path} was called with a tensor {tuple(x.shape)}, and nothing tells which of the {self.rows} rows "
-            f"of adapter_ids its {total} tokens belong to: {_WHY[layout]}; ask for one adapter at a time, adapter_ids "
-            "= its name, or for adapters that leave this layer alone"
+            f"of adapter_ids its {total} tokens belong to: {_WHY[layout]}{ended}; ask for one adapter at a time, "
+            "adapter_ids = its name, or for adapters that leave this layer alone"
         )
 
     def memory(self, x: Tensor) -> dict[Any, Tensor] | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..forms import merged_weight
-from ..layers.experts import tensors_of
-from ..layers.ways import is_hooked
+from ..layers.experts import tensors_of, why_patched
+from ..layers.ways import with_parameters
 from ..operators.multi_adapter_linear.batch import AdapterBatch, SlotForm
 from ..reference import AdapterForm
 from .pool import AdapterPool
@@ -23,10 +24,11 @@ class MultiAdapterRouter(EagerLayer):
     """A router of experts in which each row of a batch goes through the adapter that the running request gave it.
 
     Its own forward runs once for each adapter in the batch, on all tokens of that one, with W' = diag(g) W0 +
-    diag(h) B diag(d) A in the place of its weight W0 [out, in], which is small: W' is made at each call.
+    diag(h) B diag(d) A in the place of its weight W0 [out, in], which is small: W' is made at each call. Its hooks, by
+    which transformers records the router's logits, see all tokens at once.
     Shapes: x [tokens, in] or [rows, tokens, in]; each tensor that it gives has an entry a token.
-    Raises ValueError where it has got hooks since the adapters were loaded, is called with more than the tokens, or a
-    CUDA graph is captured.
+    Raises ValueError where its forward was patched since the adapters were loaded, it is called with more than the
+    tokens, or a CUDA graph is captured.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class MultiAdapterRouter(EagerLayer):
         super().__init__(base_layer, pool, path, pool.forms(path), requests, backend)
         self._forms = pool.forms(path)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def serve(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         now = self._requests.own.now or self._requests.lent()
         base: Any = self._modules["base_layer"]
         if isinstance(now, Trace):
@@ -44,19 +46,24 @@ class MultiAdapterRouter(EagerLayer):
         if now is None or now.base_only or not self.adapts(now, x):
             return base(x, *args, **kwargs)
         more = "it is called with more than the tokens" if args or kwargs else ""
-        self.check_runs(x, "it has hooks" if is_hooked(base) else more)
-        return self._routed(x, now.batch(x, self.place))
+        self.check_runs(x, why_patched(base) or more)
+        # The hooks of the base layer around what runs in the place of its forward.
+        hooked = copy(base)
+        hooked.forward = partial(self._routed, batch=now.batch(x, self.place))
+        return hooked(x)
 
     def _routed(self, x: Tensor, batch: AdapterBatch) -> Any:
         ids = batch.adapter_ids
         order = sorted(range(len(ids)), key=ids.__getitem__)
         rows = x.reshape(len(ids), batch.tokens, x.shape[-1])
-        found, kinds = [], list[Any]()
+        found: list[tuple[Tensor, ...]] = []
+        kinds: list[type] = []
         for slot in sorted(set(ids)):
             own = rows[[row for row in order if ids[row] == slot]]
             form = self._forms.get(slot)
             tensors = {} if form is None else {"weight": self._weight(form)}
-            given = functional_call(self.base_layer, tensors, (own.flatten(0, 1) if x.dim() == 2 else own,))
+            router = with_parameters(self.base_layer, tensors)
+            given = type(router).forward(router, own.flatten(0, 1) if x.dim() == 2 else own)
             kinds.append(type(given))
             found.append(tensors_of(given))
         back = torch.tensor(order, device=x.device).argsort()

@@ -25,6 +25,7 @@ class Shelf:
     Shapes: pages and vectors [elements], the arena's memory in the factors' dtype and in fp32.
     """
 
+    @torch.inference_mode(False)  # its views are written in any mode
     def __init__(self, arena: Arena, dtype: torch.dtype) -> None:
         self.arena, self.dtype = arena, dtype
         self.pages = arena.memory.view(dtype)

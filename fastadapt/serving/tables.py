@@ -32,6 +32,7 @@ class PoolTables:
     shapes: (out, in) of every layer by module path.
     """
 
+    @torch.inference_mode(False)  # what is written at any time must not be a tensor of inference mode
     def __init__(self, shapes: Mapping[str, tuple[int, int]], pages: Tensor, vectors: Tensor) -> None:
         self.max_rank = 0
         self.version = 0
@@ -104,6 +105,7 @@ class PoolTables:
             if index is not None:
                 self._device[name][:, index] = table[:, index].to(self._pages.device)
 
+    @torch.inference_mode(False)
     def _reserve(self, slot: int, group: int, pages: int) -> None:
         """Doubles what is too small."""
         for name, table in self._host.items():

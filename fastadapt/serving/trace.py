@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.untrusted import one_line
 from .pool import Holding
 from .requests import Layout, OtherRequestsError, Place, Requests, Running
 
@@ -88,9 +89,9 @@ def trace(
 ) -> bool:
     """Runs the model on a small batch like the one in args and kwargs, and tells its layers how rows lie there.
 
-    Layers that the batch does not come by stay as they are, all of them where the model refuses it. Returns whether
-    another time would show nothing else. images: with those of the first row, which every row has as many of; of what
-    was not seen without them.
+    Layers that the batch does not come by stay as they are, all of them where the model refuses it, with the reason.
+    Returns whether another time would show nothing else. images: with those of the first row, which every row has as
+    many of; of what was not seen without them.
     """
     seen, places = Trace(images), list(places)
     try:
@@ -98,8 +99,12 @@ def trace(
             model(**(_with_images if images else _small_batch)(model, args, kwargs))
     except OtherRequestsError:
         return False
-    except Exception:
+    except Exception as error:
         # Half a forward says nothing of the other half, and what it was refused for may be the NaN.
+        for place in places:
+            place.ended = (
+                f" (a forward of three short rows ended in {type(error).__name__}: {one_line(str(error), 200)})"
+            )
         return True
     for place in places:
         seen.pass_by(place)
