@@ -326,6 +326,16 @@ def test_what_an_update_refuses(change: Callable[[Any], Any], error: type[Except
         functional.multi_adapter_update(**change(given))
 
 
+def test_stacks_are_written_in_any_mode() -> None:
+    stacks = FormStacks((8, 16), torch.float32)
+    forms = [AdapterForm(normal(4, 16, seed=seed), normal(8, 4, seed=seed)) for seed in range(4)]
+    for slot, mode in enumerate((torch.inference_mode(), torch.no_grad(), torch.inference_mode(), torch.enable_grad())):
+        with mode:
+            stacks.write(slot, forms[slot])
+    for slot, form in enumerate(forms):
+        assert torch.equal(stacks.forms[slot].A[0], form.A)
+
+
 def test_what_stacks_refuse() -> None:
     stacks, form = FormStacks((8, 16), torch.float32), AdapterForm(torch.ones(4, 16), torch.ones(8, 4))
     stacks.write(0, form)

@@ -68,7 +68,8 @@ class FormStacks:
             raise ValueError(
                 f"A and B must be [r, {K}] and [{N}, r], got {tuple(form.A.shape)} and {tuple(form.B.shape)}"
             )
-        with torch.no_grad():
+        # Tensors of inference mode could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             entry = _entry(form, base_bias)
             self.clear(slot)
             self._forms[slot] = self._stacked(entry) if entry.rank else entry
