@@ -22,6 +22,7 @@ from fastadapt import AdaLoRAConfig, DoRAConfig, LoRAConfig, VeRAConfig, inject,
 from fastadapt.serving import AdapterError, AdapterPool, MultiAdapterModel, PoolFullError, read_adapter
 from fastadapt.serving.arena import Arena, ArenaFullError, QueuedReads, page_bytes
 from fastadapt.serving.requests import Running
+from fastadapt.serving.tables import PoolTables
 
 ROWS, TOKENS = 8, 6
 
@@ -118,6 +119,38 @@ def test_what_is_made_in_inference_mode_is_written_outside_of_it(
     batch = inputs(2)
     logits = served(**batch, adapter_ids=["outside", "8"]).logits
     for row, name in enumerate(("dora", "rslora")):
+        used = batch["attention_mask"][row].bool()
+        assert close(logits[row][used], alone(base, directories[name], batch)[row][used])
+
+
+@pytest.mark.parametrize("failing", ["_reserve", "_upload"])
+def test_tables_that_cannot_be_written_leave_the_pool_as_it_was(
+    base: Any, directories: dict[str, Path], failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first of them is, and when they all are."""
+    served = MultiAdapterModel(copy.deepcopy(base), budget=8 << 20)
+    served.load(directories["rslora"], "kept")
+
+    written, broken = getattr(PoolTables, failing), list[str]()
+
+    def once(*args: Any) -> None:
+        if broken:
+            raise MemoryError(broken.pop())
+        written(*args)
+
+    monkeypatch.setattr(PoolTables, failing, once)
+    for name in ("dora", "vera"):
+        before = served.pool.used_bytes
+        broken.append(name)
+        with pytest.raises(MemoryError, match=name):
+            served.load(directories[name], name)
+        assert served.pool.used_bytes == before
+        assert name not in served.pool
+    # In the slot that the DoRA had whose g was written already.
+    served.load(directories["lora"], "next")
+    batch = inputs(2)
+    logits = served(**batch, adapter_ids=["next", "kept"]).logits
+    for row, name in enumerate(("lora", "rslora")):
         used = batch["attention_mask"][row].bool()
         assert close(logits[row][used], alone(base, directories[name], batch)[row][used])
 

@@ -402,7 +402,9 @@ class AdapterPool:
                     kept[path] = slot_form(self._shelf.pages, self._shelf.vectors, (n, k), placed)
                 else:
                     found[path] = placed
+            self._tables.enter(slot, entry.group, found, shared=shared is not None)
         except BaseException:
+            self._tables.clear_slot(slot)
             self._free_slots.append(slot)
             self._give_back(entry)
             entry.group = -1
@@ -412,7 +414,6 @@ class AdapterPool:
         entry.kept = tuple(kept)
         for path, own in kept.items():
             self._kept[path][slot] = own
-        self._tables.enter(slot, entry.group, found, shared=shared is not None)
 
     def _new_slot(self) -> int:
         self._slots += 1

@@ -88,6 +88,8 @@ class PoolTables:
 
     def clear_slot(self, slot: int) -> None:
         """Makes a slot the base model's."""
+        if slot >= self._host["scalings"].shape[1]:
+            return  # it never came to be entered
         for name in _BY_SLOT:
             self._host[name][:, slot] = 0 if name == "scalings" else -1
         self._upload(slot, None)
