@@ -243,6 +243,44 @@ def test_layers_that_differ_are_looked_at_each() -> None:
         assert_follows(dict(enumerate(y)), formula, torch.float32)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("ids", [[0], [0, 1, 3], [5, 6], [0] * 9], ids=str)
+@pytest.mark.parametrize("kept", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_x_of_another_dtype_than_the_stacks(dtype: torch.dtype, kept: torch.dtype, ids: list[int]) -> None:
+    """Factors are rounded to what they are kept in; x is to nothing that it does not fit into."""
+    N, K = 20, 24
+    forms = [cast_form(form, kept) for form in make_forms(N, K, None, kept)]
+    forms = [form._replace(scaling=1.0, out_scale=1.0) if form.mid_scale is None else form for form in forms]
+    stacks, x = stacked(forms, (N, K), kept), normal(len(ids), K, seed=21).to(dtype)
+    weight = normal(N, K, seed=20, std=K**-0.5).to(dtype)
+    if dtype is torch.bfloat16:
+        x = x * 2.0**20  # beyond fp16
+    y = x @ weight.T
+    functional.multi_adapter_update([y], x, [None], AdapterBatch(ids), [stacks.layer])
+
+    def formula(to: torch.dtype) -> dict[Any, Tensor]:
+        own = [cast_form(form, to) for form in forms]
+        return dict(enumerate(multi_adapter_linear_reference(x.to(to), weight.to(to), None, own, ids)))
+
+    assert_follows(dict(enumerate(y)), formula, dtype)  # type: ignore[arg-type]
+
+
+def test_layers_of_one_product_whose_stacks_differ_in_dtype() -> None:
+    """Whichever is looked at first, and whatever it knows of x."""
+    N, K, ids = 20, 24, [0, 3, 1, 0]
+    forms = make_forms(N, K, None)
+    for kept in ([torch.float32, torch.float64], [torch.bfloat16, torch.float32], [torch.float32, torch.bfloat16]):
+        layers = [stacked(forms, (N, K), dtype) for dtype in kept]
+        dtype = torch.bfloat16 if torch.bfloat16 in kept else torch.float32
+        x, y = normal(4, K, seed=21).to(dtype), torch.zeros(4, 2 * N, dtype=dtype)
+        columns = [Columns(place * N, place * N + N, layer) for place, layer in enumerate(layers)]
+        PackedUpdate(AdapterBatch(ids), columns, dtype)(y, x)
+        for column in columns:
+            alone = torch.zeros(4, N, dtype=dtype)
+            functional.multi_adapter_update([alone], x, [None], AdapterBatch(ids), [column.stacks.layer])
+            assert torch.equal(y[:, column.start : column.stop], alone)
+
+
 def test_the_scales_of_a_prompt_are_one_row() -> None:
     N, K = 20, 24
     stacks = stacked(make_forms(N, K, None), (N, K), torch.float32)

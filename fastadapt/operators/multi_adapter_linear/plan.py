@@ -149,7 +149,7 @@ def _stacked(members: Sequence[FormRun], dtype: torch.dtype, kept: dict[Any, Any
             rows.mul_(form.scaling)
     tokens = tokens_of(members, device)
     if not in_bags(A):
-        return StackedRuns(tokens, A, B, base_scale, added_bias, ("x", *[run.start for run in members]))
+        return StackedRuns(tokens, A, B, base_scale, added_bias, ("x", dtype, *[run.start for run in members]))
     down, up = (_bags(list(range(len(members))), stack.shape[1], kept) for stack in (A, B))
     tables = A.flatten(0, 1), B.to(dtype).flatten(0, 1)
     return BagRuns(tokens, *tables, down, up, rows_key(members), base_scale=base_scale, added_bias=added_bias)
