@@ -281,6 +281,27 @@ def test_layers_of_one_product_whose_stacks_differ_in_dtype() -> None:
             assert torch.equal(y[:, column.start : column.stop], alone)
 
 
+@pytest.mark.parametrize("widths", [(20, 12), (12, 20)], ids=str)
+def test_layers_of_several_widths_take_the_beginnings_of_one_pair(widths: tuple[int, int]) -> None:
+    """Sums of rows where these have no gaps, products where they have, whichever layer comes first."""
+    K, dtype, batch = 24, torch.bfloat16, AdapterBatch([0, -1, 0])
+    A, B = normal(8, K, seed=1).to(dtype).T.contiguous().T, normal(20, 8, seed=2).to(dtype).T.contiguous().T
+    x = normal(3, K, seed=3).to(dtype)
+    for N in widths:
+        form = AdapterForm(A, B[:N], mid_scale=normal(8, seed=4), out_scale=normal(N, seed=5))
+        layer = stacked([form], (N, K), dtype).layer
+        (step,) = plan.plan(batch, layer.forms, dtype)
+        assert type(step) is (BagRuns if N == 20 else SharedRuns)
+        y = torch.zeros(3, N, dtype=dtype)
+        functional.multi_adapter_update([y], x, [None], batch, [layer])
+
+        def formula(to: torch.dtype, N: int = N, form: AdapterForm = form) -> dict[Any, Tensor]:
+            weight, own = torch.zeros(N, K, dtype=to), [cast_form(form, to)]
+            return dict(enumerate(multi_adapter_linear_reference(x.to(to), weight, None, own, [0, -1, 0])))
+
+        assert_follows(dict(enumerate(y)), formula, dtype)  # type: ignore[arg-type]
+
+
 def test_the_scales_of_a_prompt_are_one_row() -> None:
     N, K = 20, 24
     stacks = stacked(make_forms(N, K, None), (N, K), torch.float32)
