@@ -343,6 +343,22 @@ def test_adapters_come_and_go(dtype: torch.dtype) -> None:
     assert stacks.bytes == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ids", [[0], [0, 1], [5], [5, 6], [10, 8]], ids=str)
+def test_rows_without_tokens(ids: list[int], dtype: torch.dtype) -> None:
+    N, K = 20, 24
+    layer, batch = stacked(make_forms(N, K, None), (N, K), dtype).layer, AdapterBatch(ids, 0)
+    x, y = torch.zeros(len(ids), 0, K, dtype=dtype), torch.zeros(len(ids), 0, N, dtype=dtype)
+    functional.multi_adapter_update([y], x, [None], batch, [layer])
+    pairs = make_resident(SETS["mixed"], K, N, dtype)
+    for row in ids, [2, 4]:  # of one pair
+        x = torch.zeros(len(row), 0, K, device=DEVICE, dtype=dtype)
+        found = functional.multi_adapter_linear(
+            x, pairs.weight, pairs.bias, pairs.batch(row, 0), pairs.layer, backend="eager"
+        )
+        assert found.shape == (len(row), 0, N)
+
+
 def test_bytes_of_stacks() -> None:
     N, K = 20, 24
     stacks = FormStacks((N, K), torch.bfloat16)
