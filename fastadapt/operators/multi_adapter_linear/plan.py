@@ -79,8 +79,9 @@ def together(
             steps.append(_stacked(members, dtype, kept))
             gathered.update(run.start for run in members)
     for members in _pairs(loose, tokens):
-        size = _missing(members[0].form, dtype, kept)
-        if few_of_a_pair(members) and size <= limit:
+        bagged = few_of_a_pair(members)
+        size = _missing(members[0].form, dtype, kept) if bagged else 0
+        if bagged and size <= limit:
             limit -= size
             steps.append(_bagged(members, dtype, kept))
         else:
