@@ -416,6 +416,62 @@ def test_rows_of_many_adapters_in_16_bits_are_sums_of_rows(dtype: torch.dtype) -
     assert isinstance(step, SharedRuns)
 
 
+def pair_layer(
+    seed: int, dtype: torch.dtype, K: int = 64, N: int = 48
+) -> tuple[LayerForms, Callable[[Tensor], Tensor]]:
+    """A layer with an adapter of a pair of its own, and what it gives for x exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    A, B = (torch.randn(8, width, generator=generator).to(dtype) for width in (K, N))
+    form = SlotForm((A,), (B,), mid_scale=torch.ones(8), out_scale=torch.ones(N))
+    return LayerForms({0: form}, None, 8), lambda x: x.double() @ A.double().T @ B.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_of_one_x_with_pairs_of_their_own(dtype: torch.dtype) -> None:
+    """What layers know of one x is of one pair, also where what was made of others has given its memory back."""
+    layers = [pair_layer(seed, torch.bfloat16) for seed in range(8)]
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(9)).to(dtype)
+    ys = [x.new_zeros(1, 48) for _ in layers]
+    functional.multi_adapter_update(
+        ys, x, [None] * 8, AdapterBatch([0]), [layer for layer, _ in layers], backend="eager"
+    )
+    for y, (_, exact) in zip(ys, layers, strict=True):
+        assert (y - exact(x)).abs().max() <= 4 * torch.finfo(dtype).eps * exact(x).abs().max()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_pair_in_the_place_of_another_is_copied_anew(inference: bool) -> None:
+    """By layers that the batch has seen, and by others."""
+    dtype = torch.bfloat16
+    with torch.inference_mode(inference):
+        layer, exact = pair_layer(0, dtype)
+    other, batch = LayerForms(dict(layer.forms), None, 8), AdapterBatch([0])
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(9)).to(dtype)
+    for read in ([layer], [other, layer]):
+        for one in read:
+            y = x.new_zeros(1, 48)
+            functional.multi_adapter_update([y], x, [None], batch, [one], backend="eager")
+            assert (y - exact(x)).abs().max() <= 4 * torch.finfo(dtype).eps * exact(x).abs().max()
+        form = layer.forms[0]
+        with torch.inference_mode(inference):
+            form.A[0].mul_(-2)
+        for one in (layer, other):
+            one.forms[0] = form._replace()  # type: ignore[index]
+
+
+def test_tables_of_a_pair_keep_to_the_limit_of_copies() -> None:
+    layer, _ = pair_layer(0, torch.bfloat16)
+    run, size, kept = FormRun(0, 1, layer.forms[0]), 8 * 64 * 2, {}  # type: ignore[var-annotated]
+    (step,), left = plan.together([run], 1, torch.bfloat16, size - 1, kept)
+    assert (type(step), left, kept) == (SharedRuns, size - 1, {})
+    for expected in (1, size + 1):  # the second layer finds A's; B lies as it is read
+        (step,), left = plan.together([run], 1, torch.bfloat16, size + 1, kept)
+        assert (type(step), left) == (BagRuns, expected)
+    batch = AdapterBatch([0])
+    plan.plan(batch, layer.forms, torch.bfloat16)
+    assert batch.copied == size
+
+
 def test_layers_that_read_one_x_cast_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     resident = make_resident([Spec("lora", 16)], 64, 48, torch.bfloat16)
     steps = plan.plan(resident.batch([0] * 8, 1), resident.layer.forms, torch.bfloat16)

@@ -243,6 +243,65 @@ def test_layers_that_differ_are_looked_at_each() -> None:
         assert_follows(dict(enumerate(y)), formula, torch.float32)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("ids", [[0], [0, 1, 3], [5, 6], [0] * 9], ids=str)
+@pytest.mark.parametrize("kept", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_x_of_another_dtype_than_the_stacks(dtype: torch.dtype, kept: torch.dtype, ids: list[int]) -> None:
+    """Factors are rounded to what they are kept in; x is to nothing that it does not fit into."""
+    N, K = 20, 24
+    forms = [cast_form(form, kept) for form in make_forms(N, K, None, kept)]
+    forms = [form._replace(scaling=1.0, out_scale=1.0) if form.mid_scale is None else form for form in forms]
+    stacks, x = stacked(forms, (N, K), kept), normal(len(ids), K, seed=21).to(dtype)
+    weight = normal(N, K, seed=20, std=K**-0.5).to(dtype)
+    if dtype is torch.bfloat16:
+        x = x * 2.0**20  # beyond fp16
+    y = x @ weight.T
+    functional.multi_adapter_update([y], x, [None], AdapterBatch(ids), [stacks.layer])
+
+    def formula(to: torch.dtype) -> dict[Any, Tensor]:
+        own = [cast_form(form, to) for form in forms]
+        return dict(enumerate(multi_adapter_linear_reference(x.to(to), weight.to(to), None, own, ids)))
+
+    assert_follows(dict(enumerate(y)), formula, dtype)  # type: ignore[arg-type]
+
+
+def test_layers_of_one_product_whose_stacks_differ_in_dtype() -> None:
+    """Whichever is looked at first, and whatever it knows of x."""
+    N, K, ids = 20, 24, [0, 3, 1, 0]
+    forms = make_forms(N, K, None)
+    for kept in ([torch.float32, torch.float64], [torch.bfloat16, torch.float32], [torch.float32, torch.bfloat16]):
+        layers = [stacked(forms, (N, K), dtype) for dtype in kept]
+        dtype = torch.bfloat16 if torch.bfloat16 in kept else torch.float32
+        x, y = normal(4, K, seed=21).to(dtype), torch.zeros(4, 2 * N, dtype=dtype)
+        columns = [Columns(place * N, place * N + N, layer) for place, layer in enumerate(layers)]
+        PackedUpdate(AdapterBatch(ids), columns, dtype)(y, x)
+        for column in columns:
+            alone = torch.zeros(4, N, dtype=dtype)
+            functional.multi_adapter_update([alone], x, [None], AdapterBatch(ids), [column.stacks.layer])
+            assert torch.equal(y[:, column.start : column.stop], alone)
+
+
+@pytest.mark.parametrize("widths", [(20, 12), (12, 20)], ids=str)
+def test_layers_of_several_widths_take_the_beginnings_of_one_pair(widths: tuple[int, int]) -> None:
+    """Sums of rows where these have no gaps, products where they have, whichever layer comes first."""
+    K, dtype, batch = 24, torch.bfloat16, AdapterBatch([0, -1, 0])
+    A, B = normal(8, K, seed=1).to(dtype).T.contiguous().T, normal(20, 8, seed=2).to(dtype).T.contiguous().T
+    x = normal(3, K, seed=3).to(dtype)
+    for N in widths:
+        form = AdapterForm(A, B[:N], mid_scale=normal(8, seed=4), out_scale=normal(N, seed=5))
+        layer = stacked([form], (N, K), dtype).layer
+        (step,) = plan.plan(batch, layer.forms, dtype)
+        assert type(step) is (BagRuns if N == 20 else SharedRuns)
+        y = torch.zeros(3, N, dtype=dtype)
+        functional.multi_adapter_update([y], x, [None], batch, [layer])
+
+        def formula(to: torch.dtype, N: int = N, form: AdapterForm = form) -> dict[Any, Tensor]:
+            weight, own = torch.zeros(N, K, dtype=to), [cast_form(form, to)]
+            return dict(enumerate(multi_adapter_linear_reference(x.to(to), weight, None, own, [0, -1, 0])))
+
+        assert_follows(dict(enumerate(y)), formula, dtype)  # type: ignore[arg-type]
+
+
 def test_the_scales_of_a_prompt_are_one_row() -> None:
     N, K = 20, 24
     stacks = stacked(make_forms(N, K, None), (N, K), torch.float32)
@@ -282,6 +341,22 @@ def test_adapters_come_and_go(dtype: torch.dtype) -> None:
     for slot in range(6):
         stacks.clear(slot)
     assert stacks.bytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ids", [[0], [0, 1], [5], [5, 6], [10, 8]], ids=str)
+def test_rows_without_tokens(ids: list[int], dtype: torch.dtype) -> None:
+    N, K = 20, 24
+    layer, batch = stacked(make_forms(N, K, None), (N, K), dtype).layer, AdapterBatch(ids, 0)
+    x, y = torch.zeros(len(ids), 0, K, dtype=dtype), torch.zeros(len(ids), 0, N, dtype=dtype)
+    functional.multi_adapter_update([y], x, [None], batch, [layer])
+    pairs = make_resident(SETS["mixed"], K, N, dtype)
+    for row in ids, [2, 4]:  # of one pair
+        x = torch.zeros(len(row), 0, K, device=DEVICE, dtype=dtype)
+        found = functional.multi_adapter_linear(
+            x, pairs.weight, pairs.bias, pairs.batch(row, 0), pairs.layer, backend="eager"
+        )
+        assert found.shape == (len(row), 0, N)
 
 
 def test_bytes_of_stacks() -> None:

@@ -15,8 +15,9 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.lora.layers import LoRAMapping
 
-from fastadapt import LoRAConfig, inject, save_adapter
+from fastadapt import AdapterForm, LoRAConfig, inject, save_adapter
 from fastadapt.integrations.vllm import register
+from fastadapt.integrations.vllm.adapters import Pairs
 from fastadapt.serving import AdapterError
 
 # Not in a conftest: the folder around has one, which its tests import by that name.
@@ -90,6 +91,15 @@ def test_adapters_of_one_key_share_their_pair(manager: Any, directories: dict[st
         for form in forms.lora_a:
             assert form.A.untyped_storage().data_ptr() == A.untyped_storage().data_ptr()
             assert form.B.untyped_storage().data_ptr() == B.untyped_storage().data_ptr()
+
+
+def test_a_layer_gets_its_own_rows_of_a_pair() -> None:
+    """Neighbours or not, as in a packed layer that is shared out among processes, and as many as another layer has."""
+    pair = Pairs(torch.bfloat16, torch.device("cpu")).of(torch.randn(4, 6), torch.randn(10, 4))
+    for rows in (torch.tensor([6, 7, 2, 3]), slice(0, 4), torch.tensor([0, 1, 4, 5]), slice(2, 6), slice(0, 4)):
+        form = pair.laid_out(AdapterForm(pair.A, pair.B[rows]))
+        assert torch.equal(form.B, pair.B[rows])
+        assert form.B.T.is_contiguous()
 
 
 def test_what_is_wrong_with_an_adapter_is_said(manager: Any, directories: dict[str, Path], tmp_path: Path) -> None:

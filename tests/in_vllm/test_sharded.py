@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tests/in_vllm/environment.py")
 
+import torch
 import torch.multiprocessing as processes
 from packed_model import METHODS, check, engine_process, manager_of, save_adapters
 
@@ -18,6 +19,10 @@ def run(rank: int, count: int, store: Path, directories: dict[str, Path]) -> Non
         for name in METHODS:
             check(manager, ["", name, ""], directories)
         check(manager, ["LoRA", "", "DoRA", "VeRA", "LoRA"], directories)
+        # Few tokens in 16 bits, which are sums of rows of each one's part of the pair.
+        halves = manager_of(config, torch.bfloat16)
+        for names in (["", "VeRA", ""], ["LoRA", "", "DoRA", "VeRA", "LoRA"]):
+            check(halves, names, directories)
 
 
 # With four each head of keys and values is there twice.

@@ -39,11 +39,14 @@ class SharedPair:
         """A form whose A and B are slices of the pair, as its rows are read fastest.
 
         In 16 bits FormStacks wants tables without gaps: layers of one width share one. In fp32 it is best that all
-        layers read the beginnings of the same rows.
+        layers read the beginnings of the same rows. A B of rows that are no neighbours is no slice but a copy, the
+        layer's own.
         """
         if self.A.dtype.itemsize > 2:
             return form
         B = form.B
+        if B.untyped_storage().data_ptr() != self.B.untyped_storage().data_ptr():
+            return form._replace(B=B.T.contiguous().T)
         key = (int(B.storage_offset()), B.shape[0])
         if key not in self._whole:
             self._whole[key] = B.T.contiguous().T

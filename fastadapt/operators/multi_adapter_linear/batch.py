@@ -113,7 +113,7 @@ class AdapterBatch:
         row = 0
         for slot, members in groupby(self.adapter_ids):
             stop = row + sum(1 for _ in members)
-            if slot >= 0:
+            if slot >= 0 and tokens:
                 self.runs.append(Run(row * tokens, stop * tokens, slot))
             row = stop
 

@@ -42,7 +42,7 @@ class PlainRun(NamedTuple):
 class StackedRuns(NamedTuple):
     """Few tokens each of adapters with factors of their own: two batched products instead of two for each.
 
-    `key` is equal for layers that ask for the same tokens of the same x in the same order.
+    `key` is equal for layers that ask for the same tokens of the same x in the same order and dtype.
     Shapes: tokens a slice, or an index [T]; A [S, K, R] and B [S, R, N] with scaling and h in it, padded with zeros to
     the largest rank; base_scale and added_bias [T, N], 1 and 0 for adapters without. The T tokens are those of the S
     adapters in their order, or lie at `places` [T] of S equal parts, which are the tokens `source`.

@@ -142,9 +142,10 @@ Group = _Stacked | _Shared | _Bagged
 
 class _Outline(NamedTuple):
     """What a batch does in layers whose forms in stacks are arranged alike: groups with the slot of one of their runs,
-    and the runs that stay by themselves. scales: whether one of them has a g."""
+    and the runs that stay by themselves, those that are PlainRuns and others. scales: whether one of all has a g."""
 
     groups: list[tuple[Group, int]]
+    plain: list[Run]
     runs: list[Run]
     scales: bool
 
@@ -152,38 +153,48 @@ class _Outline(NamedTuple):
 def stacked_steps(batch: AdapterBatch, forms: StackedForms, dtype: torch.dtype) -> list[Step]:
     """What a layer with these forms does for a batch: nothing is copied, and what goes together is found once for all
     layers that are arranged alike."""
-    groups, runs, _ = outline(batch, forms)
+    groups, plain, runs, _ = outline(batch, forms, dtype)
     steps: list[Step] = [group.step(forms[slot], dtype) for group, slot in groups]
-    steps += [_alone(start, stop, forms[slot]) for start, stop, slot in runs]
+    steps += [_plain(start, stop, forms[slot]) for start, stop, slot in plain]
+    steps += [FormRun(start, stop, forms[slot]) for start, stop, slot in runs]
     return steps
 
 
-def _alone(start: int, stop: int, form: SlotForm) -> FormRun | PlainRun:
-    """What a run does that goes with no other."""
-    if form.place is None or form.mid_scale is not None:
-        return FormRun(start, stop, form)
+def _plain(start: int, stop: int, form: SlotForm) -> PlainRun:
     return PlainRun(start, stop, form.A[0].T, form.B[0], form.base_scale, form.added_bias)
 
 
-def outline(batch: AdapterBatch, forms: StackedForms) -> _Outline:
-    """What a batch does in layers that are arranged as this one; kept in the batch."""
-    found: _Outline | None = batch.gathered.get(forms.arrangement)
+def outline(batch: AdapterBatch, forms: StackedForms, dtype: torch.dtype) -> _Outline:
+    """What a batch of tokens of this dtype does in layers that are arranged as this one; kept in the batch."""
+    key = (forms.arrangement, dtype)
+    found: _Outline | None = batch.gathered.get(key)
     if found is None:
         runs = [run for run in batch.runs if run.slot in forms]
         own = [FormRun(start, stop, forms[slot]) for start, stop, slot in runs]
-        groups = _groups(own, batch.tokens)
+        groups = _groups(own, batch.tokens, dtype)
         taken = {number for group in groups for number in group.members}
-        found = batch.gathered[forms.arrangement] = _Outline(
+        alone: dict[bool, list[Run]] = {True: [], False: []}
+        for number, run in enumerate(runs):
+            if number not in taken:
+                alone[_holds(forms[run.slot], dtype)].append(run)
+        found = batch.gathered[key] = _Outline(
             [(group, runs[group.members[0]].slot) for group in groups],
-            [run for number, run in enumerate(runs) if number not in taken],
+            alone[True],
+            alone[False],
             any([run.form.base_scale is not None for run in own]),
         )
     return found
 
 
-def _groups(runs: Sequence[FormRun], tokens: int) -> list[Group]:
+def _holds(form: SlotForm, dtype: torch.dtype) -> bool:
+    """Whether a form has factors of its own in a stack that x of this dtype loses nothing in: it is cast to theirs."""
+    own = form.place is not None and form.mid_scale is None
+    return own and torch.promote_types(form.A[0].dtype, dtype) == form.A[0].dtype
+
+
+def _groups(runs: Sequence[FormRun], tokens: int, dtype: torch.dtype) -> list[Group]:
     """What goes together of the runs whose forms are in stacks; those of many tokens, or of stacks that would be read
-    in vain for the most part, do not."""
+    in vain for the most part or are of a dtype that cannot hold x's, do not."""
     stacks: dict[object, list[int]] = {}
     for number, run in enumerate(runs):
         if run.form.place is not None:
@@ -194,8 +205,11 @@ def _groups(runs: Sequence[FormRun], tokens: int) -> list[Group]:
         if first.mid_scale is not None:
             for chain in chains(runs, members, tokens):
                 bagged = few_of_a_pair([runs[number] for number in chain])
-                bagged = bagged and all([table.is_contiguous() for table in (first.A[0].T, first.B[0])])
+                tables = first.A[0].T, first.B[0]
+                bagged = bagged and all([table.dtype == dtype and table.is_contiguous() for table in tables])
                 found.append(_bagged_group(runs, chain) if bagged else _shared_group(runs, chain, tokens))
+            continue
+        if not _holds(first, dtype):
             continue
         bagged = in_bags(first.A[0])
         few_tokens = _FEW_BAGS if bagged else _FEW_TOKENS
@@ -263,7 +277,7 @@ def _stacked_group(runs: Sequence[FormRun], members: Sequence[int]) -> _Stacked:
         any([place.scaled for place in places]),
         any([place.biased for place in places]),
         rows_of(tokens),
-        ("x", *source),
+        ("x", runs[members[0]].form.A[0].dtype, *source),
         None if in_order else torch.tensor([where[token] for token in tokens]),
         None if in_order else torch.tensor(source),
     )

@@ -53,7 +53,7 @@ class PackedUpdate:
         for start, stop, stacks in layers:
             if steps := stacked_steps(batch, stacks.forms, dtype):
                 self._parts.append((start, stop, steps))
-                self.scales |= outline(batch, stacks.forms).scales
+                self.scales |= outline(batch, stacks.forms, dtype).scales
 
     @property
     def idle(self) -> bool:

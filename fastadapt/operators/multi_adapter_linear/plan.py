@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...staleness import version
 from ..arithmetic import cast, thin_dtype
 from .batch import AdapterBatch, SlotForm, StackedForms
 from .eager import BagRuns, Bags, FormRun, SharedRuns, StackedRuns, Step
@@ -63,7 +64,7 @@ def together(
     """The same work in fewer steps, for rows of `tokens` tokens, of forms that are in no stacks; and what is left of
     `limit`, the bytes that copies of factors may take. Those of a pair with a g or a bias stay by themselves.
 
-    kept: what layers have in common, the tables of a pair among it.
+    kept: what layers have in common, the tables of a pair among it, which count in the layer that copies them.
     """
     steps: list[Step] = []
     kept = {} if kept is None else kept
@@ -78,7 +79,13 @@ def together(
             steps.append(_stacked(members, dtype, kept))
             gathered.update(run.start for run in members)
     for members in _pairs(loose, tokens):
-        steps.append(_shared(members, tokens, dtype, kept))
+        bagged = few_of_a_pair(members)
+        size = _missing(members[0].form, dtype, kept) if bagged else 0
+        if bagged and size <= limit:
+            limit -= size
+            steps.append(_bagged(members, dtype, kept))
+        else:
+            steps.append(_shared(members, tokens, dtype))
         gathered.update(run.start for run in members)
     for run in runs:
         if run.start not in gathered:
@@ -143,7 +150,7 @@ def _stacked(members: Sequence[FormRun], dtype: torch.dtype, kept: dict[Any, Any
             rows.mul_(form.scaling)
     tokens = tokens_of(members, device)
     if not in_bags(A):
-        return StackedRuns(tokens, A, B, base_scale, added_bias, ("x", *[run.start for run in members]))
+        return StackedRuns(tokens, A, B, base_scale, added_bias, ("x", dtype, *[run.start for run in members]))
     down, up = (_bags(list(range(len(members))), stack.shape[1], kept) for stack in (A, B))
     tables = A.flatten(0, 1), B.to(dtype).flatten(0, 1)
     return BagRuns(tokens, *tables, down, up, rows_key(members), base_scale=base_scale, added_bias=added_bias)
@@ -158,16 +165,44 @@ def _bags(parts: list[int], rows: int, kept: dict[Any, Any]) -> Bags:
     return found
 
 
-def _tables(form: SlotForm, dtype: torch.dtype, kept: dict[Any, Any]) -> tuple[Tensor, Tensor]:
+class _Copy(NamedTuple):
+    """A table without gaps, and the one that it was made of: while that is kept, nobody else has its memory."""
+
+    source: Tensor
+    version: int
+    table: Tensor
+
+
+def _copied(table: Tensor, dtype: torch.dtype, kept: dict[Any, Any]) -> Tensor | None:
+    """The table in this dtype without gaps, where it is so or was copied and not written since; None where not."""
+    if table.dtype == dtype and table.is_contiguous():
+        return table
+    copy: _Copy | None = kept.get(_name(table, dtype))
+    # An inference tensor does not tell whether it was written.
+    known = copy is not None and not table.is_inference() and copy.version == version(table)
+    return copy.table if copy is not None and known else None
+
+
+def _name(table: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
+    return ("table", table.data_ptr(), table.dtype, table.shape, table.stride(), dtype)
+
+
+def _missing(form: SlotForm, dtype: torch.dtype, kept: dict[Any, Any]) -> int:
+    """Bytes of the tables of a pair that are still to be copied."""
+    missing = [table for table in (form.A[0].T, form.B[0]) if _copied(table, dtype, kept) is None]
+    return sum([table.numel() for table in missing]) * dtype.itemsize
+
+
+def _tables(form: SlotForm, dtype: torch.dtype, kept: dict[Any, Any]) -> list[Tensor]:
     """A pair as tables without gaps, A by its columns; copied once for all layers that have these parts of it."""
-    A, B = form.A[0], form.B[0]
-    found = []
-    for table in (A.T, B):
-        key = ("table", table.data_ptr(), table.shape, table.stride(), dtype)
-        if key not in kept:
-            kept[key] = table.to(dtype).contiguous()
-        found.append(kept[key])
-    return found[0], found[1]
+    tables = []
+    for source in (form.A[0].T, form.B[0]):
+        table = _copied(source, dtype, kept)
+        if table is None:
+            table = source.to(dtype).contiguous()
+            kept[_name(source, dtype)] = _Copy(source, version(source), table)
+        tables.append(table)
+    return tables
 
 
 def _by_form(vectors: Sequence[Tensor | None], absent: Tensor) -> Tensor | None:
@@ -190,17 +225,24 @@ def _padded(factors: Sequence[Sequence[Tensor]], rank: int, dtype: torch.dtype, 
     return stack
 
 
-def _shared(members: Sequence[FormRun], tokens: int, dtype: torch.dtype, kept: dict[Any, Any]) -> SharedRuns | BagRuns:
-    bagged = few_of_a_pair(members)
-    tokens = 1 if bagged else row_length(members, tokens)
+def _shared(members: Sequence[FormRun], tokens: int, dtype: torch.dtype) -> SharedRuns:
+    A, B = (cast(side[0], dtype) for side in (members[0].form.A, members[0].form.B))
+    mid, out = _scales(members, row_length(members, tokens))
+    return SharedRuns(tokens_of(members, A.device), A, B, mid, out, pair_key(A, rows_key(members)))
+
+
+def _bagged(members: Sequence[FormRun], dtype: torch.dtype, kept: dict[Any, Any]) -> BagRuns:
+    mid, out = _scales(members, 1)
+    A, B = _tables(members[0].form, dtype, kept)
+    down, up = (_bags([0] * len(mid), table.shape[0], kept) for table in (A, B))
+    key = rows_key(members)
+    # By the table, which stays where it is for as long as this step does.
+    return BagRuns(tokens_of(members), A, B, down, up, key, pair_key(A, key), mid.to(dtype), out.to(dtype))
+
+
+def _scales(members: Sequence[FormRun], tokens: int) -> tuple[Tensor, Tensor]:
+    """mid_scale and out_scale of each row of so many tokens, with the scalings in it."""
     forms = [run.form for run in members for _ in range(run.start, run.stop, tokens)]
-    A, B = (cast(side[0], dtype) for side in (forms[0].A, forms[0].B))
+    ones = torch.ones(forms[0].B[0].shape[1], device=forms[0].B[0].device)
     mid = torch.stack([form.mid_scale for form in forms if form.mid_scale is not None])
-    ones = torch.ones(B.shape[1], device=B.device)
-    out = torch.stack([form.scaling * (ones if form.out_scale is None else form.out_scale) for form in forms])
-    key = pair_key(A, rows_key(members))
-    if bagged:
-        down, up = (_bags([0] * len(forms), rows, kept) for rows in (A.shape[1], A.shape[0]))
-        tables, scales = _tables(forms[0], dtype, kept), (mid.to(dtype), out.to(dtype))
-        return BagRuns(tokens_of(members), *tables, down, up, rows_key(members), key, *scales)
-    return SharedRuns(tokens_of(members, A.device), A, B, mid, out, key)
+    return mid, torch.stack([form.scaling * (ones if form.out_scale is None else form.out_scale) for form in forms])

@@ -110,13 +110,14 @@ class FormStacks:
         (A,), (B,), scaling, d, h, g, beta, *_ = entry
         if d is not None:
             h = torch.full(self.shape[:1], scaling) if h is None else h * scaling
-            name = ("pair", A.data_ptr(), A.stride(), B.data_ptr(), B.stride(), entry.rank)
-            return name, FormStack(None, None, d, h, g, beta)
+            # All that decides how a batch goes through it: layers of several widths take beginnings of the same rows.
+            sides = [(side.data_ptr(), side.dtype, side.stride(), side.is_contiguous()) for side in (A.T, B)]
+            return ("pair", *sides, entry.rank), FormStack(None, None, d, h, g, beta)
         rank = max(_LEAST_RANK, 1 << (entry.rank - 1).bit_length())
         wide = torch.promote_types(self.dtype, torch.float32)
         up = B.to(wide) * (scaling if h is None else h * scaling)
         down, up = (_padded(side, rank, self.dtype) for side in (A, up))
-        return rank, FormStack(down.T, up, None, None, g, beta)
+        return (self.dtype, rank), FormStack(down.T, up, None, None, g, beta)
 
 
 def _absent(field: str) -> float:
