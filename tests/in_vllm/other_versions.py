@@ -62,7 +62,7 @@ def check(version: str) -> None:
         def run(*arguments: str) -> None:
             subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, check=True)
 
-        run("-c", f"import vllm; print('vLLM', vllm.__version__, 'with {binaries}', flush=True)")
+        run("-c", f"import vllm; print('vLLM', vllm.__version__, 'with', {binaries!r}, flush=True)")
         run("-m", "pytest", "-q", "tests/in_vllm")
 
 
