@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...functional import weight_norm_squared
 from ...operators.multi_adapter_linear.batch import added_bias
+from ...operators.multi_adapter_linear.groups import in_bags
 from ...reference import AdapterForm
 from ...serving import AdapterError, LayerShape, PartForm, ShapedAdapter, read_adapter_by_shapes
 from ...serving.entries import pair_key
@@ -42,7 +43,7 @@ class SharedPair:
         layers read the beginnings of the same rows. A B of rows that are no neighbours is no slice but a copy, the
         layer's own.
         """
-        if self.A.dtype.itemsize > 2:
+        if not in_bags(self.A):
             return form
         B = form.B
         if B.untyped_storage().data_ptr() != self.B.untyped_storage().data_ptr():
@@ -67,7 +68,7 @@ class Pairs:
             A, B = (side.to(self._device, self._dtype) for side in (A, B))
             # B by rank rows, of which every layer takes the beginnings: products of few rows read them so in half the
             # time. A in 16 bits by columns, of which every layer takes the first ones: see laid_out.
-            pair = SharedPair(A if A.dtype.itemsize > 2 else A.T.contiguous().T, B.T.contiguous().T)
+            pair = SharedPair(A.T.contiguous().T if in_bags(A) else A, B.T.contiguous().T)
             self._pairs[key] = pair
         return pair
 

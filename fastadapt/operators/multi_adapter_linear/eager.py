@@ -216,7 +216,7 @@ def _apply_stacked(
     low_rank = torch.bmm(torch.bmm(parts, run.A), run.B).view(-1, y.shape[1])
     if run.places is not None:
         low_rank = low_rank.index_select(0, run.places)
-    _add(y, x, biased, run, low_rank, None)
+    _add(y, x, biased, run, low_rank, None, run.base_scale, run.added_bias)
 
 
 def _apply_bags(
@@ -232,7 +232,8 @@ def _apply_bags(
             memory[run.shared] = u
     if run.mid_scale is not None:
         u = torch.mul(u, run.mid_scale)
-    _add(y, x, biased, run, _summed(run.B, run.up, u.view(-1)), run.out_scale)
+    low_rank = _summed(run.B, run.up, u.view(-1))
+    _add(y, x, biased, run, low_rank, run.out_scale, run.base_scale, run.added_bias)
 
 
 def _summed(table: Tensor, bags: Bags, weights: Tensor) -> Tensor:
@@ -244,15 +245,21 @@ def _add(
     y: Tensor,
     x: Tensor,
     biased: tuple[Tensor | None, Tensor] | None,
-    run: StackedRuns | BagRuns,
+    run: StackedRuns | SharedRuns | BagRuns,
     low_rank: Tensor,
     h: Tensor | None,
+    g: Tensor | None,
+    beta: Tensor | None,
 ) -> None:
-    """Makes of the base layer's y the adapters' at the run's tokens, in place."""
-    rows = rows_at(y, run.tokens)
-    if run.base_scale is not None:
-        bias = None if biased is None else _take_off_bias(rows, rows_at(x, run.tokens), *biased)
-        rows.mul_(run.base_scale)
+    """Makes of the base layer's y the adapters' at the run's tokens, in place.
+
+    Shapes: low_rank [T, N] and the vectors [T, N], or [S, tokens, N] and [S, 1, N] of S rows of tokens.
+    """
+    own = rows_at(y, run.tokens)
+    rows = own if low_rank.dim() == 2 else own.view(low_rank.shape)
+    if g is not None:
+        bias = None if biased is None else _take_off_bias(own, rows_at(x, run.tokens), *biased)
+        rows.mul_(g)
         if bias is not None:
             rows.add_(bias)
     if h is None:
@@ -261,10 +268,10 @@ def _add(
         rows.addcmul_(low_rank, h)
     else:
         rows.add_(low_rank.mul_(h))
-    if run.added_bias is not None:
-        rows.add_(run.added_bias)
+    if beta is not None:
+        rows.add_(beta)
     if not isinstance(run.tokens, slice):
-        y.index_copy_(0, run.tokens, rows)
+        y.index_copy_(0, run.tokens, own)
 
 
 def _take_off_bias(y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor) -> Tensor:
@@ -292,21 +299,7 @@ def _apply_shared(
     if g is None and beta is None and not isinstance(run.tokens, slice):
         y.index_add_(0, run.tokens, low_rank.mul_(run.out_scale))
         return
-    own = rows_at(y, run.tokens)
-    part, low_rank = (tensor if single else tensor.view(rows, -1, y.shape[1]) for tensor in (own, low_rank))
-    if g is not None:
-        bias = None if biased is None else _take_off_bias(own, rows_at(x, run.tokens), *biased)
-        part.mul_(g)
-        if bias is not None:
-            part.add_(bias)
-    if out.dtype == y.dtype:
-        part.addcmul_(low_rank, out)
-    else:
-        part.add_(low_rank.mul_(out))
-    if beta is not None:
-        part.add_(beta)
-    if not isinstance(run.tokens, slice):
-        y.index_copy_(0, run.tokens, own)
+    _add(y, x, biased, run, low_rank if single else low_rank.view(rows, -1, y.shape[1]), out, g, beta)
 
 
 def _apply(y: Tensor, x: Tensor, thin: Tensor, biased: tuple[Tensor | None, Tensor] | None, form: SlotForm) -> None:

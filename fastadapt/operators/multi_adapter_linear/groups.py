@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..arithmetic import cast
-from .batch import AdapterBatch, Place, Run, SlotForm, StackedForms
+from .batch import AdapterBatch, FormStack, Place, Run, SlotForm, StackedForms
 from .eager import BagRuns, Bags, FormRun, PlainRun, SharedRuns, StackedRuns, Step, rows_at
 
 # Tokens up to which a run goes with others through the stack that holds its factors, and how many adapters' factors are
@@ -50,17 +50,8 @@ class _Stacked(NamedTuple):
         assert stack is not None
         assert stack.A is not None
         assert stack.B is not None
-        g, beta = stack.base_scale if self.scaled else None, stack.added_bias if self.biased else None
-        return StackedRuns(
-            self.tokens,
-            stack.A[self.parts],
-            stack.B[self.parts],
-            None if g is None else rows_at(g, self.own),
-            None if beta is None else rows_at(beta, self.own),
-            self.key,
-            self.places,
-            self.source,
-        )
+        A, B, vectors = stack.A[self.parts], stack.B[self.parts], _vectors(stack, self)
+        return StackedRuns(self.tokens, A, B, *vectors, self.key, self.places, self.source)
 
 
 class _Shared(NamedTuple):
@@ -79,22 +70,13 @@ class _Shared(NamedTuple):
         assert stack is not None
         assert stack.mid_scale is not None
         assert stack.out_scale is not None
-        g, beta = stack.base_scale if self.scaled else None, stack.added_bias if self.biased else None
-        return SharedRuns(
-            self.tokens,
-            A,
-            B,
-            rows_at(stack.mid_scale, self.own),
-            rows_at(stack.out_scale, self.own),
-            pair_key(A, self.key),
-            None if g is None else rows_at(g, self.own),
-            None if beta is None else rows_at(beta, self.own),
-        )
+        mid, out = (rows_at(scale, self.own) for scale in (stack.mid_scale, stack.out_scale))
+        return SharedRuns(self.tokens, A, B, mid, out, pair_key(A, self.key), *_vectors(stack, self))
 
 
 class _Bagged(NamedTuple):
     """Runs, by their numbers, that go through one stack or pair as sums of its rows, as _Stacked. own: the part of each
-    token. bags: by the rows of a part, as many as layers have widths and ranks."""
+    token. bags: those of bags_of, as many as layers have widths and ranks."""
 
     members: Sequence[int]
     own: slice | Tensor
@@ -103,41 +85,43 @@ class _Bagged(NamedTuple):
     tokens: slice | Tensor
     key: tuple[object, ...]
     parts: list[int]
-    bags: dict[int, Bags]
+    bags: dict[Any, Any]
 
     def step(self, form: SlotForm, _: torch.dtype) -> BagRuns:
         """What a layer does in which the first of them has this form."""
         stack = form.stack
         assert stack is not None
-        g, beta = stack.base_scale if self.scaled else None, stack.added_bias if self.biased else None
-        vectors = (None if vector is None else rows_at(vector, self.own) for vector in (g, beta))
+        vectors = _vectors(stack, self)
         if stack.A is not None and stack.B is not None:
             A, B = stack.A.flatten(0, 1), stack.B.flatten(0, 1)
-            down, up = self._of(stack.A.shape[1]), self._of(stack.B.shape[1])
+            down, up = (bags_of(self.parts, side.shape[1], self.bags) for side in (stack.A, stack.B))
             return BagRuns(self.tokens, A, B, down, up, self.key, None, None, None, *vectors)
         A, B = form.A[0].T, form.B[0]
         assert stack.mid_scale is not None
         assert stack.out_scale is not None
-        scales = (rows_at(scale, self.own).to(A.dtype) for scale in (stack.mid_scale, stack.out_scale))
-        down, up = self._of(A.shape[0]), self._of(B.shape[0])
-        return BagRuns(self.tokens, A, B, down, up, self.key, pair_key(form.A[0], self.key), *scales, *vectors)
-
-    def _of(self, rows: int) -> Bags:
-        """The bags of parts of so many rows."""
-        found = self.bags.get(rows)
-        if found is None:
-            found = self.bags[rows] = bags_of(self.parts, rows)
-        return found
-
-
-def bags_of(parts: Sequence[int], rows: int) -> Bags:
-    """For each token all rows of its part of a table, of so many rows a part."""
-    first = torch.tensor(parts, dtype=torch.int32)[:, None] * rows
-    places = first + torch.arange(rows, dtype=torch.int32)
-    return Bags(places.view(-1), torch.arange(len(parts), dtype=torch.int32) * rows)
+        mid, out = (rows_at(scale, self.own).to(A.dtype) for scale in (stack.mid_scale, stack.out_scale))
+        down, up = (bags_of(self.parts, side.shape[0], self.bags) for side in (A, B))
+        return BagRuns(self.tokens, A, B, down, up, self.key, pair_key(form.A[0], self.key), mid, out, *vectors)
 
 
 Group = _Stacked | _Shared | _Bagged
+
+
+def _vectors(stack: FormStack, group: Group) -> tuple[Tensor | None, Tensor | None]:
+    """The rows of g and β that a group has of a stack, None for one that nobody in it has."""
+    g, beta = stack.base_scale if group.scaled else None, stack.added_bias if group.biased else None
+    return None if g is None else rows_at(g, group.own), None if beta is None else rows_at(beta, group.own)
+
+
+def bags_of(parts: Sequence[int], rows: int, kept: dict[Any, Any]) -> Bags:
+    """For each token all rows of its part of a table, of so many rows a part; made once for all that keep them here."""
+    key = ("bags", *parts, rows)
+    found: Bags | None = kept.get(key)
+    if found is None:
+        first = torch.tensor(parts, dtype=torch.int32)[:, None] * rows
+        places = first + torch.arange(rows, dtype=torch.int32)
+        found = kept[key] = Bags(places.view(-1), torch.arange(len(parts), dtype=torch.int32) * rows)
+    return found
 
 
 class _Outline(NamedTuple):

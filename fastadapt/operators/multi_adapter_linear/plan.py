@@ -18,7 +18,7 @@ from torch import Tensor
 from ...staleness import version
 from ..arithmetic import cast, thin_dtype
 from .batch import AdapterBatch, SlotForm, StackedForms
-from .eager import BagRuns, Bags, FormRun, SharedRuns, StackedRuns, Step
+from .eager import BagRuns, FormRun, SharedRuns, StackedRuns, Step
 from .groups import bags_of, chains, few_of_a_pair, in_bags, pair_key, row_length, rows_key, stacked_steps, tokens_of
 
 # A batch may keep copies of factors up to this many bytes.
@@ -151,18 +151,9 @@ def _stacked(members: Sequence[FormRun], dtype: torch.dtype, kept: dict[Any, Any
     tokens = tokens_of(members, device)
     if not in_bags(A):
         return StackedRuns(tokens, A, B, base_scale, added_bias, ("x", dtype, *[run.start for run in members]))
-    down, up = (_bags(list(range(len(members))), stack.shape[1], kept) for stack in (A, B))
+    down, up = (bags_of(range(len(members)), stack.shape[1], kept) for stack in (A, B))
     tables = A.flatten(0, 1), B.to(dtype).flatten(0, 1)
     return BagRuns(tokens, *tables, down, up, rows_key(members), base_scale=base_scale, added_bias=added_bias)
-
-
-def _bags(parts: list[int], rows: int, kept: dict[Any, Any]) -> Bags:
-    """Those of bags_of, made once for all layers."""
-    key = ("bags", *parts, rows)
-    if key not in kept:
-        kept[key] = bags_of(parts, rows)
-    found: Bags = kept[key]
-    return found
 
 
 class _Copy(NamedTuple):
@@ -234,7 +225,7 @@ def _shared(members: Sequence[FormRun], tokens: int, dtype: torch.dtype) -> Shar
 def _bagged(members: Sequence[FormRun], dtype: torch.dtype, kept: dict[Any, Any]) -> BagRuns:
     mid, out = _scales(members, 1)
     A, B = _tables(members[0].form, dtype, kept)
-    down, up = (_bags([0] * len(mid), table.shape[0], kept) for table in (A, B))
+    down, up = (bags_of([0] * len(mid), table.shape[0], kept) for table in (A, B))
     key = rows_key(members)
     # By the table, which stays where it is for as long as this step does.
     return BagRuns(tokens_of(members), A, B, down, up, key, pair_key(A, key), mid.to(dtype), out.to(dtype))
