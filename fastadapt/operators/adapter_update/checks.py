@@ -29,7 +29,7 @@ def check_adapter_update(
     if y.shape != (*x.shape[:-1], n):
         raise shape_error("y", f"{[*x.shape[:-1], n]}, as x and form.B have it", y)
     if y_dropped is not None and y_dropped.shape != y.shape:
-        raise shape_error("y_dropped", f"{list(y.shape)}, as y has it,", y_dropped)
+        raise shape_error("y_dropped", f"{list(y.shape)}, as y has it", y_dropped)
     device = x.device
     for name, value in (("y", y), ("y_dropped", y_dropped), ("form.A", form.A), ("form.B", form.B)):
         if value is not None:
