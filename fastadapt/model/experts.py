@@ -24,7 +24,7 @@ from ..methods import AdapterConfig, LoRAConfig, patterns
 from ..methods.config import pattern_value
 from ..methods.experts import ExpertLoRA
 from .adapted import PREFIX, Injection
-from .targets import base_modules, in_layers, is_excluded, parameter_targets, saved_whole
+from .targets import base_modules, ends_of, is_excluded, is_listed, layer_indices, parameter_targets, saved_whole
 from .wrappers import inside
 
 # The parameter that each of the old names has become a part of, by the family of models, and the families' models by
@@ -126,7 +126,7 @@ def with_experts(
         taken |= {new} if keys <= given.keys() else keys & given.keys()
     targets: list[str] | str | None = config.target_modules
     if not isinstance(targets, str):
-        known, gone = {end for path in modules for end in _ends(path)}, {old.name for old in found}
+        known, gone = {end for path in modules for end in ends_of(path)}, {old.name for old in found}
         targets = [t for t in targets or () if t in known or t.rpartition(".")[2] not in gone]
     elif targets.lower() != "all-linear":
         named = any(patterns.fullmatch("target_modules", targets, path) for path in modules)
@@ -167,10 +167,9 @@ def old_layers(names: Mapping[str, str], modules: Mapping[str, nn.Module]) -> It
 
 def _named(everything: Iterable[Old], config: LoRAConfig, modules: Mapping[str, nn.Module]) -> list[Old]:
     """Those that config.target_modules takes."""
-    targets, layers = config.target_modules, config.layers_to_transform
+    targets, indices = config.target_modules, layer_indices(config)
     everywhere = isinstance(targets, str) and targets.lower() == "all-linear"
     listed = set() if isinstance(targets, str) else {re.sub(r"(^|\.)\d+\.(?=\w+$)", r"\1", t) for t in targets or ()}
-    indices = {layers} if isinstance(layers, int) else set(layers or [])
     whole = saved_whole(modules, config) if config.modules_to_save else set()
 
     def takes(old: Old) -> bool:
@@ -178,10 +177,7 @@ def _named(everything: Iterable[Old], config: LoRAConfig, modules: Mapping[str, 
             return False
         if isinstance(targets, str):
             return everywhere or any(patterns.fullmatch("target_modules", targets, path) for path in old.layers())
-        return any(
-            path in listed or (not listed.isdisjoint(_ends(path)) and in_layers(path, config, indices))
-            for path in old.paths
-        )
+        return any(is_listed(path, listed, config, indices) for path in old.paths)
 
     return [old for old in everything if takes(old)]
 
@@ -268,11 +264,6 @@ def with_shared_ranks(model: nn.Module, config: AdapterConfig, own: AdapterConfi
         if key not in config.rank_pattern and not pattern_value("rank_pattern", own.rank_pattern, key, 0)
     }
     return replace(config, rank_pattern={**ranks, **config.rank_pattern})
-
-
-def _ends(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[index:]) for index in range(len(parts))]
 
 
 _OF_ONE = re.compile(r"(?P<outer>.*)\.experts\.(?P<expert>\d+)\.(?P<name>\w+)\.lora_(?P<side>[AB])\.weight")

@@ -95,13 +95,13 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D" or is_packed_linear(base)
 
 
-def _ends(path: str) -> list[str]:
+def ends_of(path: str) -> list[str]:
     """What a list of names may hold to mean this path."""
     return [path, *path_suffixes(path)]
 
 
 def _suffix_match(path: str, names: Collection[str]) -> bool:
-    return any(end in names for end in _ends(path))
+    return any(end in names for end in ends_of(path))
 
 
 def _excluded(path: str, exclude: Collection[str]) -> bool:
@@ -120,7 +120,19 @@ def is_excluded(path: str, config: AdapterConfig) -> bool:
     return any(_excluded(part, exclude if isinstance(exclude, str) else set(exclude)) for part in paths)
 
 
-def in_layers(path: str, config: AdapterConfig, indices: Collection[int]) -> bool:
+def layer_indices(config: AdapterConfig) -> set[int]:
+    """Those of layers_to_transform; none means all."""
+    layers = config.layers_to_transform
+    return {layers} if isinstance(layers, int) else set(layers or [])
+
+
+def is_listed(path: str, names: Collection[str], config: AdapterConfig, indices: Collection[int]) -> bool:
+    """Whether a list of names takes the module at this path: by the whole of it, or by its end in one of the layers
+    with these `indices`."""
+    return path in names or (_suffix_match(path, names) and _in_layers(path, config, indices))
+
+
+def _in_layers(path: str, config: AdapterConfig, indices: Collection[int]) -> bool:
     """Whether the path's layer index is among `indices`, those of layers_to_transform; none of them means all."""
     if not indices:
         return True
@@ -213,17 +225,12 @@ def target_paths(
         missing = [] if chosen else [targets]
     else:
         # Sets: a file may hold very many names.
-        known = {end for path in modules for end in _ends(path)}
+        known = {end for path in modules for end in ends_of(path)}
         missing = [name for name in targets if name not in known]
         if not every_name and len(missing) < len(targets):
             missing = []
-        wanted, layers = set(targets), config.layers_to_transform
-        indices = {layers} if isinstance(layers, int) else set(layers or [])
-        chosen = [
-            path
-            for path in paths
-            if path in wanted or (_suffix_match(path, wanted) and in_layers(path, config, indices))
-        ]
+        wanted, indices = set(targets), layer_indices(config)
+        chosen = [path for path in paths if is_listed(path, wanted, config, indices)]
         if not chosen and not missing:
             missing = [] if parameters else list(targets)
     if missing and not (parameters and not every_name):
