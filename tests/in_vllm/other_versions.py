@@ -19,6 +19,8 @@ from environment import ROOT, name_the_version
 
 # The oldest and the newest in which the plugin is on.
 VERSIONS = ["0.31.0", "0.33.0"]
+# What the servers of these import on a CPU and the version that is installed has no need of.
+ASKED_FOR = {"0.33.0": ["orjson"]}
 
 
 def download(requirement: str, folder: Path) -> Path:
@@ -42,6 +44,9 @@ def unpack(version: str, folder: Path) -> str:
                 if name.startswith("vllm/") and (own or not name.endswith(".so")):
                     archive.extract(name, folder)
     name_the_version(folder, version)
+    if version in ASKED_FOR:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *ASKED_FOR[version]]
+        subprocess.run(pip, check=True)
     if own:
         return "its own binaries"
     installed = find_spec("vllm")
