@@ -2,7 +2,9 @@
 
 from ..model.untrusted import AdapterError, Limits
 from ..operators.multi_adapter_linear.batch import AdapterBatch
+from ..operators.multi_adapter_linear.captured import CapturedUpdate, PagedColumns, TokenBuffers
 from ..operators.multi_adapter_linear.experts import ExpertForms, ExpertPart
+from ..operators.multi_adapter_linear.form_pages import FormPages
 from ..operators.multi_adapter_linear.packed import Columns, PackedUpdate
 from ..operators.multi_adapter_linear.stacks import FormStacks
 from .entries import AdapterInfo
@@ -16,19 +18,23 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "AdapterPool",
+    "CapturedUpdate",
     "Columns",
     "ExpertForms",
     "ExpertPart",
+    "FormPages",
     "FormStacks",
     "LayerShape",
     "Limits",
     "LoadedAdapter",
     "MultiAdapterModel",
     "PackedUpdate",
+    "PagedColumns",
     "PartForm",
     "PoolFullError",
     "ShapedAdapter",
     "Shard",
+    "TokenBuffers",
     "adapter_directory",
     "read_adapter",
     "read_adapter_by_shapes",

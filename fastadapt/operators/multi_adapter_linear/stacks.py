@@ -59,18 +59,11 @@ class FormStacks:
         base_bias: the layer's b0, of which the form's β = b0 + what the adapter adds has its part.
         Raises ValueError for a slot below 0, a form with U and V, or factors that do not fit; nothing is changed then.
         """
-        N, K = self.shape
         if slot < 0:
             raise ValueError(f"slot must be 0 or more, got {slot}")
-        if form.U is not None:
-            raise ValueError("a form with U and V scales every weight by itself, which rows of others cannot share")
-        if form.A.dim() != 2 or form.A.shape[1] != K or form.B.shape != (N, form.A.shape[0]):
-            raise ValueError(
-                f"A and B must be [r, {K}] and [{N}, r], got {tuple(form.A.shape)} and {tuple(form.B.shape)}"
-            )
         # Tensors of inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            entry = _entry(form, base_bias)
+            entry = entry_of(self.shape, form, base_bias)
             self.clear(slot)
             self._forms[slot] = self._stacked(entry) if entry.rank else entry
             self._forms.arrangement = Arrangement(self._forms)
@@ -170,8 +163,16 @@ def _placed(form: SlotForm, stack: FormStack, place: Place) -> SlotForm:
     )
 
 
-def _entry(form: AdapterForm, base_bias: Tensor | None) -> SlotForm:
-    """The form with its vectors in fp32, and the scalar part of h in `scaling`."""
+def entry_of(shape: tuple[int, int], form: AdapterForm, base_bias: Tensor | None) -> SlotForm:
+    """A form for a layer of this shape (N, K) with its vectors in fp32, and the scalar part of h in `scaling`.
+
+    Raises ValueError for a form with U and V, or factors that do not fit.
+    """
+    N, K = shape
+    if form.U is not None:
+        raise ValueError("a form with U and V scales every weight by itself, which rows of others cannot share")
+    if form.A.dim() != 2 or form.A.shape[1] != K or form.B.shape != (N, form.A.shape[0]):
+        raise ValueError(f"A and B must be [r, {K}] and [{N}, r], got {tuple(form.A.shape)} and {tuple(form.B.shape)}")
 
     def vector(value: Tensor | float | None) -> Tensor | None:
         return value.detach().float().clone() if isinstance(value, Tensor) and value.dim() else None

@@ -1,0 +1,142 @@
+"""A layer's adapters by slot at addresses that never change, which a captured CUDA graph goes on reading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ...reference import AdapterForm
+from .batch import PAGE_RANKS, FormTables, LayerForms, SlotForm
+from .stacks import entry_of
+
+_NOBODY = SlotForm((), ())
+
+
+class FormPages:
+    """The adapter forms of one layer, or of one slice of a packed layer, by slot: `layer` is what operators read.
+
+    Every slot has room for a form of any rank up to max_rank, as engines lay out their adapters; kernels read the ranks
+    that are there alone. Where everything lies is settled once: which adapters are in, their ranks and which vectors
+    they have is in tables on the device, so that graphs may be captured before the first adapter comes.
+    shape: (N, K) of the layer. slots: how many. dtype: of factors, as x's; d goes into A, other vectors are fp32.
+    Not thread-safe; what is written comes behind what the current stream has got to do.
+
+    >>> layer, forms = torch.nn.Linear(16, 8, bias=False), FormPages((8, 16), 4, 8, torch.float32)
+    >>> forms.write(2, AdapterForm(torch.randn(4, 16), torch.randn(8, 4)))
+    >>> x = torch.randn(3, 16)
+    >>> y = layer(x).detach()
+    >>> multi_adapter_update([y], x, [None], AdapterBatch([2, -1, 2]), [forms.layer])
+    >>> torch.equal(y[1], layer(x)[1])
+    True
+    """
+
+    @torch.inference_mode(False)  # it is written in any mode
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        slots: int,
+        max_rank: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.shape, self.slots, self.max_rank = shape, slots, max_rank
+        N, K = shape
+        pages = -(-max_rank // PAGE_RANKS)
+        ranks = pages * PAGE_RANKS
+        # Whole pages of A and of B one behind the other: 8 rows of any width end on a multiple of 16 bytes.
+        memory = torch.zeros(slots * ranks * (K + N), dtype=dtype, device=device)
+        self._A = memory[: slots * ranks * K].view(slots, ranks, K)
+        self._B = memory[slots * ranks * K :].view(slots, ranks, N)
+        self._vectors = torch.zeros(slots, 3, N, device=device)  # h, g and β − b0
+        place = torch.arange(slots * pages, device=device).view(slots, pages) * PAGE_RANKS
+        absent = (torch.full((slots,), -1, device=device) for _ in range(3))
+        tables = FormTables(
+            memory,
+            self._vectors.view(-1),
+            torch.zeros(slots, dtype=torch.int32, device=device),
+            place * K,
+            place * N + slots * ranks * K,
+            torch.full((slots,), K, dtype=torch.int32, device=device),
+            torch.full((slots,), N, dtype=torch.int32, device=device),
+            torch.zeros(slots, device=device),
+            None,
+            *absent,
+        )
+        self._forms: dict[int, SlotForm] = {}
+        self._layer = LayerForms(self._forms, tables, max_rank)
+
+    @property
+    def forms(self) -> Mapping[int, SlotForm]:
+        """By slot."""
+        return self._forms
+
+    @property
+    def layer(self) -> LayerForms:
+        """The forms as they are now and will be: it need not be asked for again."""
+        return self._layer
+
+    @property
+    def tables(self) -> FormTables:
+        """What kernels read of them, of which no address changes."""
+        tables = self._layer.tables
+        assert tables is not None
+        return tables
+
+    @property
+    def bytes(self) -> int:
+        return sum([table.nbytes for table in self.tables if table is not None])
+
+    def check(self, form: AdapterForm) -> None:
+        """Raises ValueError for a form that has no room here. Ranks that d switches off take none."""
+        rank = form.A.shape[0] if form.mid_scale is None else int(form.mid_scale.count_nonzero())
+        if rank > self.max_rank:
+            raise ValueError(f"r must be at most {self.max_rank}, which is what slots have room for, got {rank}")
+
+    def write(self, slot: int, form: AdapterForm, *, base_bias: Tensor | None = None) -> None:
+        """Enters an adapter in a slot, in the place of another that was there.
+
+        base_bias: the layer's b0, of which the form's β = b0 + what the adapter adds has its part.
+        Raises ValueError for a slot that there is not, a form with U and V, factors that do not fit or a rank above
+        max_rank; nothing is changed then.
+        """
+        self._check_slot(slot)
+        self.check(form)
+        with torch.inference_mode(False), torch.no_grad():
+            (A,), (B,), scaling, d, h, g, beta, *_ = entry_of(self.shape, form, base_bias)
+            if d is not None:
+                used = d != 0
+                A, B = A[used] * d[used, None], B[used]
+            self.clear(slot)
+            rank = A.shape[0]
+            factors = self._A[slot, :rank].copy_(A), self._B[slot, :rank].copy_(B)
+            tied = h is not None and h is g
+            own_h, own_g, own_beta = (
+                None if vector is None else room.copy_(vector)
+                for room, vector in zip(self._vectors[slot], (None if tied else h, g, beta), strict=True)
+            )
+            down, up = ((side,) if rank else () for side in factors)
+            entered = SlotForm(down, up, scaling, None, own_g if tied else own_h, own_g, own_beta)
+            self._forms[slot] = entered
+            self._enter(slot, entered)
+
+    def clear(self, slot: int) -> None:
+        """Makes a slot the base model's. Raises ValueError for one that there is not."""
+        self._check_slot(slot)
+        if self._forms.pop(slot, None) is not None:
+            self._enter(slot, _NOBODY)
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot must be 0 to {self.slots - 1}, got {slot}")
+
+    @torch.inference_mode(False)
+    def _enter(self, slot: int, form: SlotForm) -> None:
+        """What the tables say of a slot."""
+        tables, vectors = self.tables, (form.out_scale, form.base_scale, form.added_bias)
+        tables.ranks[slot] = form.rank
+        tables.scalings[slot] = form.scaling
+        for table, vector in zip(tables[-3:], vectors, strict=True):
+            assert table is not None
+            table[slot] = -1 if vector is None else int(vector.storage_offset())
