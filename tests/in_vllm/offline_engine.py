@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tiny_served import PROMPTS, TOKENS, Served  # first: it sets the environment
+from tiny_served import MAX_RANK, PROMPTS, TOKENS, Served  # first: it sets the environment
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -20,7 +20,7 @@ def engine(model: Path, **fields: Any) -> LLM:
         dtype="float32",
         enforce_eager=True,
         enable_lora=True,
-        **{"max_loras": SLOTS, "max_lora_rank": 8, "max_model_len": 64, "max_num_seqs": 64} | fields,
+        **{"max_loras": SLOTS, "max_lora_rank": MAX_RANK, "max_model_len": 64, "max_num_seqs": 64} | fields,
     )
 
 

@@ -52,7 +52,7 @@ def test_adapters_come_in_the_middle_of_a_step_and_between_steps(manager: Any, d
         assert not any(
             tensor is not None and tensor.is_inference()
             for part in layer.slices
-            for form in part.stacks.layer.forms.values()
+            for form in part.forms.layer.forms.values()
             for tensor in (*form.A, *form.B, form.mid_scale, form.out_scale, form.base_scale)
         )
     manager.remove_all_adapters()
@@ -74,11 +74,11 @@ def test_rows_that_fill_up_a_batch_are_the_base_models(manager: Any, directories
 
 def test_slots_of_nobody_hold_nothing(manager: Any, directories: dict[str, Path]) -> None:
     numbers = load(manager, ["LoRA", "DoRA"], directories)
-    layers = [module for module in manager.modules.values() for part in module.slices if part.stacks.bytes]
+    layers = [module for module in manager.modules.values() for part in module.slices if part.forms.bytes]
     assert len(layers) == 7
     manager.remove_adapter(numbers["LoRA"])
     manager.remove_all_adapters()
-    assert not any(part.stacks.bytes for module in manager.modules.values() for part in module.slices)
+    assert not any(part.forms.bytes for module in manager.modules.values() for part in module.slices)
 
 
 def test_adapters_of_one_key_share_their_pair(manager: Any, directories: dict[str, Path]) -> None:
@@ -95,7 +95,7 @@ def test_adapters_of_one_key_share_their_pair(manager: Any, directories: dict[st
 
 def test_a_layer_gets_its_own_rows_of_a_pair() -> None:
     """Neighbours or not, as in a packed layer that is shared out among processes, and as many as another layer has."""
-    pair = Pairs(torch.bfloat16, torch.device("cpu")).of(torch.randn(4, 6), torch.randn(10, 4))
+    pair = Pairs(torch.bfloat16).of(torch.randn(4, 6), torch.randn(10, 4))
     for rows in (torch.tensor([6, 7, 2, 3]), slice(0, 4), torch.tensor([0, 1, 4, 5]), slice(2, 6), slice(0, 4)):
         form = pair.laid_out(AdapterForm(pair.A, pair.B[rows]))
         assert torch.equal(form.B, pair.B[rows])
@@ -113,7 +113,7 @@ def test_a_form_without_a_bias_of_its_own_goes_into_the_stacks(manager: Any, dir
     check(manager, ["LoRA", "DoRA", ""], directories)
     assert any(layer.base_layer.bias is not None for layer in manager.fast.values())
     forms = [
-        form for layer in manager.fast.values() for part in layer.slices for form in part.stacks.layer.forms.values()
+        form for layer in manager.fast.values() for part in layer.slices for form in part.forms.layer.forms.values()
     ]
     assert all(form.added_bias is None and form.stack is not None for form in forms)
 

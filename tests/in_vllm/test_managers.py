@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.platforms import current_platform
 
 from fastadapt.integrations.vllm import register, resolver
 from fastadapt.integrations.vllm.layers import FastLinear
@@ -64,11 +66,11 @@ def test_requests_load_adapters_and_change_them_in_place(worker: Any, directorie
     assert worker.add_adapter(LoRARequest("a", 7, str(directories["DoRA"])))
     assert worker.list_adapters() == {7}
     layer = worker._adapter_manager.modules["attn.qkv_proj"]
-    assert layer.slices[0].stacks.layer.forms[0].base_scale is not None
+    assert layer.slices[0].forms.layer.forms[0].base_scale is not None
     assert worker.add_adapter(LoRARequest("a", 7, str(directories["VeRA"]), load_inplace=True))
-    assert layer.slices[0].stacks.layer.forms[0].mid_scale is not None
+    assert layer.slices[0].forms.layer.forms[0].mid_scale is not None
     assert worker.remove_adapter(7)
-    assert not layer.slices[0].stacks.layer.forms
+    assert not layer.slices[0].forms.layer.forms
 
 
 def test_what_cannot_be_loaded_leaves_nothing_behind(worker: Any, directories: dict[str, Path], tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_the_adapters_of_the_warm_up_are_taken(worker: Any, directories: dict[st
     for number in range(1, SLOTS + 1):
         assert worker.add_dummy_lora(LoRARequest("warm-up", number, "nowhere"), rank=8)
         manager.activate_adapter(number)
-    assert all(len(part.stacks.layer.forms) == SLOTS for layer in manager.fast.values() for part in layer.slices)
+    assert all(len(part.forms.layer.forms) == SLOTS for layer in manager.fast.values() for part in layer.slices)
     manager.remove_all_adapters()
     check(manager, ["DoRA", "", "LoRA"], directories)
 
@@ -141,11 +143,30 @@ def test_another_version_of_vllm_goes_on_without_the_plugin(
     before = utils._all_lora_classes
     monkeypatch.setattr(vllm, "__version__", "0.30.1")
     monkeypatch.setattr("vllm.logger._configure_vllm_root_logger", lambda: None, raising=False)
-    import logging
-
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     register()
     assert "fastadapt is off: it needs vLLM 0.31 to 0.33, got 0.30.1" in caplog.text
+    assert utils._all_lora_classes is before
+
+
+@pytest.mark.parametrize(
+    ("is_gpu", "line"),
+    [
+        (True, "fastadapt is off: inside vLLM it was never run on a GPU; FASTADAPT_VLLM_GPU=1 turns it on"),
+        (False, "fastadapt is off: inside vLLM it serves on CPUs, got "),
+    ],
+)
+def test_other_devices_go_on_without_the_plugin(
+    is_gpu: bool, line: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = utils._all_lora_classes
+    monkeypatch.delenv("FASTADAPT_VLLM_GPU", raising=False)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: is_gpu)
+    monkeypatch.setattr("vllm.logger._configure_vllm_root_logger", lambda: None, raising=False)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    register()
+    assert line in caplog.text
     assert utils._all_lora_classes is before
 
 

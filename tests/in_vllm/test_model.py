@@ -21,7 +21,7 @@ pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tes
 
 import peft
 from packed_model import process_group
-from tiny_served import ADAPTERS, MODELS, PROMPTS, TOKENS, Served, save
+from tiny_served import ADAPTERS, MAX_RANK, MODELS, PROMPTS, TOKENS, Served, save
 from torch import Tensor
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -40,7 +40,7 @@ class Runner(LoRAModelRunnerMixin):
     """A model runner's part that has to do with adapters, over a model that starts anew at each step."""
 
     def __init__(self, model: Path, **fields: Any) -> None:
-        given = {"max_loras": SLOTS, "max_lora_rank": 8, "max_model_len": 64, "max_num_seqs": 64} | fields
+        given = {"max_loras": SLOTS, "max_lora_rank": MAX_RANK, "max_model_len": 64, "max_num_seqs": 64} | fields
         arguments = EngineArgs(
             str(model), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, enable_lora=True, **given
         )

@@ -14,9 +14,12 @@ pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tes
 
 import peft
 from offline_engine import GREEDY, engine, wrong
-from tiny_served import ADAPTERS, MODELS, PROMPTS, Served, save
+from tiny_served import ADAPTERS, MODELS, PAGED, PROMPTS, Served, save
 from vllm import LLM
+from vllm.lora import utils
 from vllm.lora.request import LoRARequest
+
+from fastadapt.integrations.vllm.layers import LINEAR
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -34,6 +37,14 @@ def llm(served: Served) -> Iterator[LLM]:
 
 def test_the_adapters_do_something(served: Served) -> None:
     assert [name for name, tokens in served.tokens.items() if name and tokens == served.tokens[""]] == []
+
+
+def test_adapters_lie_as_they_were_asked_to(llm: LLM) -> None:
+    from fastadapt.integrations.vllm.layers import StackedLinear
+    from fastadapt.integrations.vllm.paged import PagedLinear
+
+    ours = [kind for kind in utils._all_lora_classes if issubclass(kind, PagedLinear if PAGED else StackedLinear)]
+    assert len(ours) == len(LINEAR)
 
 
 def test_adapters_of_all_kinds_and_base_rows_in_one_batch(llm: LLM, served: Served) -> None:

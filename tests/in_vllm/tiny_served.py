@@ -27,6 +27,9 @@ disable_progress_bar()
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY, TOKENS = 192, 8
+# Whether adapters lie as on a GPU, where an engine's max_lora_rank bounds them all.
+PAGED = os.environ.get("FASTADAPT_VLLM_GPU") == "1"
+MAX_RANK = 64 if PAGED else 8
 PROMPTS = [[5, 9, 20, 7, 33], [150, 100, 50, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42], [17, 18]]
 
 # A CPU's attention in vLLM takes heads of 32 and more.

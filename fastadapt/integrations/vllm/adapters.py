@@ -55,17 +55,17 @@ class SharedPair:
 
 
 class Pairs:
-    """The pairs that are in use, by their content."""
+    """The pairs that are in use, by their content. In the host's memory, as all forms that are in no slot."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._pairs: WeakValueDictionary[object, SharedPair] = WeakValueDictionary()
 
     def of(self, A: Tensor, B: Tensor) -> SharedPair:
         key = pair_key(A, B)
         pair = self._pairs.get(key)
         if pair is None:
-            A, B = (side.to(self._device, self._dtype) for side in (A, B))
+            A, B = (side.to(self._dtype) for side in (A, B))
             # B by rank rows, of which every layer takes the beginnings: products of few rows read them so in half the
             # time. A in 16 bits by columns, of which every layer takes the first ones: see laid_out.
             pair = SharedPair(A.T.contiguous().T if in_bags(A) else A, B.T.contiguous().T)
@@ -137,7 +137,7 @@ def local_forms(
 
 def _bias(layer: FastLinear, part: Slice) -> Tensor | None:
     bias = layer.base_layer.bias
-    return None if bias is None else bias[part.start : part.stop]
+    return None if bias is None else bias[part.start : part.stop].cpu()
 
 
 def _own(form: AdapterForm) -> AdapterForm:
@@ -156,12 +156,13 @@ def _norms(
     for path, (layer, part, (form, magnitude)) in parts.items():
         if magnitude is None:
             continue
-        A, rows = form.A.float(), slice(part.start, part.stop)
-        squares[path] = weight_norm_squared(layer.squares()[rows], layer.products(A)[rows], A, form.whole_up(), 1.0)
+        A, B = (side.to(layer.device) for side in (form.A.float(), form.whole_up()))  # where the weight is
+        rows = slice(part.start, part.stop)
+        squares[path] = weight_norm_squared(layer.squares()[rows], layer.products(A)[rows], A, B, 1.0)
         if layer.norms_are_partial:
             partial.append(path)
     if partial:
         # In one call: each waits for all processes.
         sums = add_up(torch.cat([squares[path] for path in partial]))
         squares |= zip(partial, sums.split([len(squares[path]) for path in partial]), strict=True)
-    return {path: value.clamp(min=0.0).sqrt() for path, value in squares.items()}
+    return {path: value.clamp(min=0.0).sqrt().cpu() for path, value in squares.items()}

@@ -1,9 +1,9 @@
-"""vLLM's linear layers with LoRA, with adapter forms in the place of padded factors."""
+"""vLLM's linear layers with LoRA, with adapter forms in the place of padded factors; on CPUs in stacks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from ...reference import AdapterForm
-from ...serving import AdapterBatch, Columns, FormStacks, LayerShape, PackedUpdate, Shard
+from ...serving import AdapterBatch, Columns, FormPages, FormStacks, LayerShape, PackedUpdate, Shard
 from .shards import Piece, rows_of
 
 # vLLM's classes that get a fast kind. Those of fully sharded LoRAs do not: see FastWorkerManager.
@@ -57,7 +57,7 @@ class Slice(NamedTuple):
     shard: Shard
     start: int
     stop: int
-    stacks: FormStacks
+    forms: FormStacks | FormPages
 
 
 def outside_inference(function: Function) -> Function:
@@ -84,8 +84,6 @@ class FastLinear(nn.Module):
     input_size: int
     device: torch.device
     slices: Sequence[Slice] = ()
-    _batch: AdapterBatch | None = None
-    _update: PackedUpdate
     _squares: Tensor | None = None
 
     @classmethod
@@ -99,8 +97,9 @@ class FastLinear(nn.Module):
         super().create_lora_weights(*args, **kwargs)  # type: ignore[misc]
         self.device = device
 
-    def bind(self, paths: Sequence[str], dtype: torch.dtype) -> None:
-        """Makes the slices. paths: of the layers that are packed in this one, or its own. dtype: of the engine."""
+    def bind(self, name: str, paths: Sequence[str], dtype: torch.dtype, context: dict[str, Any]) -> None:
+        """Makes the slices. name: of this layer. paths: of the layers that are packed in it, or its own. dtype: of the
+        engine. context: the engine's layers that operators find by name."""
         base = self.base_layer
         by_columns = isinstance(base, RowParallelLinear)
         width = self.input_size
@@ -113,10 +112,17 @@ class FastLinear(nn.Module):
                 Shard(rows.rows, columns),
                 rows.start,
                 rows.stop,
-                FormStacks((rows.stop - rows.start, width), dtype),
+                self.room((rows.stop - rows.start, width), dtype),
             )
             for path, rows in zip(paths, rows_of(_pieces(base), len(paths)), strict=False)
         ]
+
+    def room(self, shape: tuple[int, int], dtype: torch.dtype) -> FormStacks | FormPages:
+        """Where the adapters of a slice of this shape (N, K) are."""
+        raise NotImplementedError
+
+    def check(self, forms: Sequence[AdapterForm | None]) -> None:
+        """Raises ValueError for forms, one a slice, that there is no room for."""
 
     @property
     def adds_bias(self) -> bool:
@@ -130,8 +136,7 @@ class FastLinear(nn.Module):
     @outside_inference
     def reset_lora(self, index: int) -> None:
         for part in self.slices:
-            part.stacks.clear(index)
-        self._batch = None
+            part.forms.clear(index)
 
     @outside_inference
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
@@ -140,30 +145,7 @@ class FastLinear(nn.Module):
         forms = lora_a if lora_b is None else self._of_factors(lora_a, lora_b)
         for part, form in zip(self.slices, forms, strict=True):
             if form is not None:
-                part.stacks.write(index, form)
-
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        batch = self.punica_wrapper.batch
-        update = self._update if batch is self._batch else self._updated(batch)
-        base: Any = self._modules["base_layer"]
-        product: Callable[..., Tensor] = base.quant_method.apply
-        if update.idle:
-            return product(base, x, bias)
-        # A g scales the product alone: then the bias comes behind it, for all slices.
-        y = product(base, x, None if update.scales else bias)
-        flat = y.dim() == 2
-        update(
-            y if flat else y.view(-1, y.shape[-1]),
-            x if flat else x.reshape(-1, x.shape[-1]),
-            bias if update.scales else None,
-        )
-        return y
-
-    def _updated(self, batch: AdapterBatch) -> PackedUpdate:
-        """What is done for a batch, kept until another one comes, or another adapter."""
-        columns = [Columns(part.start, part.stop, part.stacks) for part in self.slices]
-        self._batch, self._update = batch, PackedUpdate(batch, columns, self.base_layer.params_dtype)
-        return self._update
+                part.forms.write(index, form)
 
     def products(self, A: Tensor) -> Tensor:
         """W0 Aᵀ of what is here of the weight, in A's dtype. Shapes: A [r, columns]; result [outputs, r]."""
@@ -197,11 +179,51 @@ class FastLinear(nn.Module):
             if A is None or B is None:
                 forms.append(None)
                 continue
-            n, k = part.stacks.shape
+            n, k = part.forms.shape
             A = A if A.shape[1] == k else A[:, part.shard.columns]
             B = B if B.shape[0] == n else B[part.shard.rows]
             forms.append(AdapterForm(A, B))
         return forms
+
+
+class StackedLinear(FastLinear):
+    """On CPUs: the forms in stacks, and what is done for a batch found when it comes."""
+
+    _batch: AdapterBatch | None = None
+    _update: PackedUpdate
+
+    def room(self, shape: tuple[int, int], dtype: torch.dtype) -> FormStacks:
+        return FormStacks(shape, dtype)
+
+    @outside_inference
+    def reset_lora(self, index: int) -> None:
+        super().reset_lora(index)
+        self._batch = None
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        batch = self.punica_wrapper.batch
+        update = self._update if batch is self._batch else self._updated(batch)
+        base: Any = self._modules["base_layer"]
+        product: Callable[..., Tensor] = base.quant_method.apply
+        if update.idle:
+            return product(base, x, bias)
+        # A g scales the product alone: then the bias comes behind it, for all slices.
+        y = product(base, x, None if update.scales else bias)
+        flat = y.dim() == 2
+        update(
+            y if flat else y.view(-1, y.shape[-1]),
+            x if flat else x.reshape(-1, x.shape[-1]),
+            bias if update.scales else None,
+        )
+        return y
+
+    def _updated(self, batch: AdapterBatch) -> PackedUpdate:
+        """What is done for a batch, kept until another one comes, or another adapter."""
+        columns = [
+            Columns(part.start, part.stop, part.forms) for part in self.slices if isinstance(part.forms, FormStacks)
+        ]
+        self._batch, self._update = batch, PackedUpdate(batch, columns, self.base_layer.params_dtype)
+        return self._update
 
 
 def _pieces(base: Any) -> list[Piece]:
@@ -221,7 +243,6 @@ def _pieces(base: Any) -> list[Piece]:
     return [Piece(base.output_size, base.output_size)]
 
 
-@cache
-def fast_class(kind: type) -> type:
-    """The fast kind of one of vLLM's classes."""
-    return type(f"Fast{kind.__name__}", (FastLinear, kind), {})
+def fast_class(kind: type, fast: type[FastLinear]) -> type:
+    """One of vLLM's classes with a kind of FastLinear before it."""
+    return type(f"Fast{kind.__name__}", (fast, kind), {})

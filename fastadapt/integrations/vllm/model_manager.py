@@ -32,10 +32,11 @@ class FastModelManager(LRUCacheLoRAModelManager):
         super().__init__(model, *args, **kwargs)
         self.fast = {name: module for name, module in self.modules.items() if isinstance(module, FastLinear)}
         dtype = torch.get_default_dtype()
+        context = kwargs["vllm_config"].compilation_config.static_forward_context
         for name, layer in self.fast.items():
             dtype = layer.base_layer.params_dtype
-            layer.bind(self.packed_modules.get(name) or [self._unpacked(name)], dtype)
-        self._pairs = Pairs(dtype, self.device)
+            layer.bind(name, self.packed_modules.get(name) or [self._unpacked(name)], dtype, context)
+        self._pairs = Pairs(dtype)
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         if mapper is not None and hasattr(mapper, "get_rename_mapper"):
             mapper = mapper.get_rename_mapper()
@@ -57,6 +58,8 @@ class FastModelManager(LRUCacheLoRAModelManager):
         adapter, naming = read(directory, self._shapes, self._namings)
         with refused(directory):
             forms, pair = local_forms(adapter, naming, self.fast, self._pairs, _add_up)
+            for name, slices in forms.items():
+                self.fast[name].check(slices.lora_a)
         return FastLoRA(lora_id, forms, pair)
 
     def activate_adapter(self, lora_id: int) -> bool:

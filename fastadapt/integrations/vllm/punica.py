@@ -10,6 +10,13 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from ...serving import AdapterBatch
 
 
+def slots_of(mapping: Any, lora_index_to_id: Any) -> list[int]:
+    """The slot of each token of a step, -1 for the base model."""
+    slots = {name: slot for slot, name in enumerate(lora_index_to_id) if name is not None}
+    slots[0] = -1
+    return [slots[name] for name in mapping.index_mapping]
+
+
 class FastPunica(PunicaWrapperCPU):
     """batch: the slot of each token. others: whether a resident adapter has weights for an embedding, the head or
     experts, which stay with vLLM; where none has, these cost nothing."""
@@ -21,9 +28,7 @@ class FastPunica(PunicaWrapperCPU):
 
     def update_metadata(self, mapping: Any, lora_index_to_id: Any, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)
-        slots = {name: slot for slot, name in enumerate(lora_index_to_id) if name is not None}
-        slots[0] = -1
-        self.batch = AdapterBatch([slots[name] for name in mapping.index_mapping])
+        self.batch = AdapterBatch(slots_of(mapping, lora_index_to_id))
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 # Tried with 0.32; of the others what the plugin replaces was compared.
@@ -12,6 +13,10 @@ def is_supported(version: str) -> bool:
     """Whether a vLLM of that version has the seams as they are expected."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return found is not None and FIRST <= (int(found[1]), int(found[2])) <= LAST
+
+
+# Set to 1, adapters are on where there is a GPU; on a CPU they lie as on one, for tests.
+VARIABLE = "FASTADAPT_VLLM_GPU"
 
 
 def register() -> None:
@@ -27,11 +32,15 @@ def register() -> None:
     if not is_supported(vllm.__version__):
         logger.warning("fastadapt is off: it needs vLLM %d.%d to %d.%d, got %s", *FIRST, *LAST, vllm.__version__)
         return
-    if not current_platform.is_cpu():
+    paged = os.environ.get(VARIABLE) == "1"
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         logger.warning("fastadapt is off: inside vLLM it serves on CPUs, got %s", current_platform.device_name)
+        return
+    if not (current_platform.is_cpu() or paged):
+        logger.warning("fastadapt is off: inside vLLM it was never run on a GPU; %s=1 turns it on", VARIABLE)
         return
     from .resolver import register_resolver
     from .seams import replace
 
-    replace()
+    replace(paged=paged)
     register_resolver()

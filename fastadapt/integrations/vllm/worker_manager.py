@@ -10,6 +10,7 @@ from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.platforms import current_platform
 
 from ...model.peft_files import TENSOR_FILE, check_header
 from ...model.untrusted import DEFAULT_LIMITS, tensor_header
@@ -30,7 +31,7 @@ class FastWorkerManager(LRUCacheWorkerLoRAManager):
                 "fully_sharded_loras must be false with fastadapt, whose adapters are not cut along their ranks: "
                 "start without it, or without the plugin (VLLM_PLUGINS without fastadapt)"
             )
-        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        if vllm_config.parallel_config.pipeline_parallel_size > 1 and current_platform.is_cpu():
             # Asserted at the first request in 0.31 to 0.33: what a later stage receives into is made in a warm-up that
             # is left out where nothing is compiled, and with LoRA nothing is.
             raise ValueError(

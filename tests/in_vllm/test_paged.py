@@ -1,0 +1,156 @@
+"""The way of GPUs on a CPU: adapters on pages, tokens in buffers, one operator that compilers do not look into."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tests/in_vllm/environment.py")
+
+from packed_model import METHODS, PACKED, WIDTH, Plain, check, load, manager_of
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.lora import utils
+from vllm.lora.layers import LoRAMapping
+from vllm.platforms import current_platform
+
+from fastadapt import LoRAConfig, inject, save_adapter
+from fastadapt.integrations.vllm.layers import FastLinear
+from fastadapt.integrations.vllm.paged import PagedLinear
+from fastadapt.integrations.vllm.seams import fast_classes
+from fastadapt.serving import AdapterError
+
+# Triton asks for it when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+pytest_plugins = ["one_process"]
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+@pytest.fixture
+def paged(alone: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `replace(paged=True)` does, for one test."""
+    own = tuple(kind for kind in utils._all_lora_classes if not issubclass(kind, FastLinear))
+    monkeypatch.setattr(utils, "_all_lora_classes", own)
+    monkeypatch.setattr(utils, "_all_lora_classes", fast_classes(PagedLinear))
+    punica = "fastadapt.integrations.vllm.paged_punica.PagedPunicaOnCPU"
+    monkeypatch.setattr(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: punica))
+
+
+@pytest.fixture
+def manager(alone: VllmConfig, paged: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(PagedLinear, "backend", "triton" if INTERPRETED else "eager")
+    found = manager_of(alone)
+    assert all(isinstance(layer, PagedLinear) for layer in found.fast.values())
+    return found
+
+
+@pytest.fixture
+def context(alone: VllmConfig) -> Iterator[None]:
+    with set_forward_context(None, alone):
+        yield
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_the_same_with_the_kernels_in_tritons_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    some = "change_hands or fill_up or (base_rows and (DVoRA or own))"  # it is slow
+    pytest_of_them = [sys.executable, "-m", "pytest", "-q", __file__, "-k", some]
+    done = subprocess.run(pytest_of_them, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_beside_base_rows(name: str, manager: Any, directories: dict[str, Path], context: None) -> None:
+    check(manager, ["", name, name, ""], directories)
+
+
+def test_layers_outside_of_a_step(manager: Any, directories: dict[str, Path]) -> None:
+    """As in an image model's tower."""
+    check(manager, ["", "DoRA", "LoRA"], directories)
+
+
+def test_methods_beside_each_other_in_slots_that_change_hands(
+    manager: Any, directories: dict[str, Path], context: None
+) -> None:
+    with torch.inference_mode():
+        check(manager, ["LoRA", "", "DoRA", "VeRA", "LoRA"], directories)
+    check(manager, ["DVoRA", "AdaLoRA", ""], directories)
+    with torch.inference_mode():
+        check(manager, ["partly", "SSF", "VeRA", ""], directories)
+    manager.remove_all_adapters()
+    check(manager, ["DoRA, partly", "a bias of B", "a bias of its own"], directories)
+    check(manager, ["", ""], directories)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_each_method_in_16_bits(
+    dtype: torch.dtype, alone: VllmConfig, paged: None, directories: dict[str, Path], context: None
+) -> None:
+    manager = manager_of(alone, dtype)
+    for name in METHODS:
+        check(manager, ["", name, name, ""], directories)
+
+
+def test_rows_that_fill_up_a_step_are_nobodys(manager: Any, directories: dict[str, Path], context: None) -> None:
+    layer, x = manager.modules["attn.qkv_proj"], torch.randn(5, WIDTH)
+    base = layer.base_layer(x)[0]
+    numbers = load(manager, ["DoRA"], directories)
+    manager.set_adapter_mapping(LoRAMapping((numbers["DoRA"],) * 3, (numbers["DoRA"],), is_prefill=True))
+    y = layer(x)[0]
+    assert (y[:3] - base[:3]).abs().max() > 0.1
+    assert y[3:].isfinite().all()
+
+
+def test_what_is_compiled_once_serves_whoever_comes(
+    alone: VllmConfig, paged: None, directories: dict[str, Path], context: None
+) -> None:
+    manager = manager_of(alone)
+    for path in PACKED:
+        layer = manager.model.get_submodule(path)
+        layer.forward = torch.compile(layer.forward, fullgraph=True)
+    torch._dynamo.reset()
+    check(manager, ["", "", "", ""], directories)  # 1 + 2 + 3 + 1 tokens
+    with torch.compiler.set_stance("fail_on_recompile"):
+        check(manager, ["LoRA", "", "DoRA", "VeRA"], directories)
+        check(manager, ["DVoRA", "AdaLoRA", "", "SSF"], directories)
+        check(manager, ["", "a bias of B", "a bias of its own", "partly"], directories)
+
+
+def test_no_address_changes(manager: Any, directories: dict[str, Path], context: None) -> None:
+    """A captured graph goes on reading what it read."""
+
+    def addresses() -> list[int]:
+        tables = [table for layer in manager.fast.values() for part in layer.slices for table in part.forms.tables]
+        tokens = manager.modules["attn.qkv_proj"].punica_wrapper.tokens.of(7)[:-1]
+        return [tensor.data_ptr() for tensor in (*tables, *tokens) if tensor is not None]
+
+    before = addresses()
+    check(manager, ["LoRA", "", "DoRA", "VeRA", "LoRA"], directories)
+    check(manager, ["DVoRA", "SSF", "partly"], directories)
+    manager.remove_all_adapters()
+    assert addresses() == before
+
+
+def test_a_rank_that_has_no_room_is_refused(manager: Any, directories: dict[str, Path], tmp_path: Path) -> None:
+    save_adapter(inject(Plain(), LoRAConfig(r=33, target_modules=["k_proj"])), tmp_path)
+    with pytest.raises(
+        AdapterError, match=r"attn.k_proj: r must be at most 32, which is what slots have room for, got 33: start the"
+    ):
+        manager.read(1, str(tmp_path))
+
+
+def test_the_adapters_of_the_warm_up_are_taken(manager: Any, directories: dict[str, Path], context: None) -> None:
+    for number in range(1, manager.lora_slots + 1):
+        manager.add_adapter(manager.create_dummy_lora(number, 8, {}))
+        manager.activate_adapter(number)
+    assert all(len(part.forms.forms) == manager.lora_slots for layer in manager.fast.values() for part in layer.slices)
+    manager.remove_all_adapters()
+    check(manager, ["DoRA", "", "LoRA"], directories)
