@@ -51,6 +51,7 @@ def settings(alone: VllmConfig, **fields: Any) -> Any:
         "scheduler_config": SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=64),
         "parallel_config": SimpleNamespace(pipeline_parallel_size=1, enable_expert_parallel=False),
         "model_config": model,
+        "compilation_config": alone.compilation_config,
     }
     return SimpleNamespace(**parts | fields)
 
