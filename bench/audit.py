@@ -176,7 +176,6 @@ class Batch(NamedTuple):
     bias: bool = True
     factors: torch.dtype | None = None  # None: as the activations
     layers: int = 1  # that read the same x
-    apart: bool = False  # whether each layer's adapters lie in a memory of its own, as an engine's do
 
 
 # A token a row, few and many rows; prefill.
@@ -188,7 +187,7 @@ BATCHES_BY_CONFIG: list[Batch] = [
 BATCHES_BY_OPERANDS: list[Batch] = [
     *(Batch(rows, tokens, R=64, vectors="", bias=False) for rows, tokens in BATCH_ROWS),
     *(Batch(rows, tokens, layers=3) for rows, tokens in BATCH_ROWS),
-    *(Batch(rows, tokens, vectors="hgb", layers=3, apart=True) for rows, tokens in BATCH_ROWS),
+    *(Batch(rows, tokens, vectors="hgb", layers=3) for rows, tokens in BATCH_ROWS),
     *(Batch(rows, tokens, R=256, vectors="dh", factors=torch.float32) for rows, tokens in BATCH_ROWS),
     # Widths and ranks that divide by nothing; vectors without a rank.
     *(Batch(rows, tokens, 577, 193, R) for rows, tokens in ((8, 1), (4, 2048)) for R in (5, 0)),
@@ -399,13 +398,7 @@ def launch_batch(dtype: torch.dtype, batch: Batch) -> None:
     tokens = SortedTokens(integers(M), integers(M), integers(M), integers(tiles, 3), block)
     bias = tensor(batch.N) if batch.bias else None
     x, weights = tensor(M, batch.K), [tensor(batch.N, batch.K) for _ in range(batch.layers)]
-    of_layers = [tables] * batch.layers
-    if batch.apart:
-        of_layers = [
-            tables._replace(pages=torch.empty_like(tables.pages), vectors=torch.empty_like(tables.vectors))
-            for _ in weights
-        ]
-    multi_adapter_linear(x, weights, [bias] * batch.layers, of_layers, tokens, batch.R)
+    multi_adapter_linear(x, weights, [bias] * batch.layers, [tables] * batch.layers, tokens, batch.R)
 
 
 def launch_recomposed(dtype: torch.dtype, case: Recomposed) -> None:

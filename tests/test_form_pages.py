@@ -23,12 +23,14 @@ SLOTS, MAX_RANK, MOST, K = 12, 16, 200, 24
 WIDTHS = (20, 36)
 
 
-def paged(forms: list[AdapterForm], shape: tuple[int, int], dtype: torch.dtype, max_rank: int = MAX_RANK) -> FormPages:
-    pages = FormPages(shape, SLOTS, max_rank, dtype, DEVICE)
-    pages.tables.pages.fill_(torch.nan)  # of what no adapter has written, nothing may be read
-    for slot, form in enumerate(forms):
-        pages.write(slot, form, base_bias=forms[0].bias)
-    return pages
+def paged(dtype: torch.dtype, *forms: list[AdapterForm]) -> list[FormPages]:
+    """The layers of one product, each with its forms."""
+    layers = FormPages.packed([(N, K) for N in WIDTHS], SLOTS, MAX_RANK, dtype, DEVICE)
+    layers[0].tables.pages.fill_(torch.nan)  # of what no adapter has written, nothing may be read
+    for pages, own in zip(layers, forms, strict=bool(forms)):
+        for slot, form in enumerate(own):
+            pages.write(slot, form, base_bias=own[0].bias)
+    return layers
 
 
 def tokens_of(batch: str) -> list[int]:
@@ -51,7 +53,7 @@ def test_every_token_of_a_step_is_its_adapters(
         [form._replace(bias=None if form.bias is None else form.bias.float()) for form in make_forms(N, K, b0)]
         for N, b0 in zip(WIDTHS, biases, strict=True)
     ]
-    layers = [paged(own, (N, K), dtype) for own, N in zip(forms, WIDTHS, strict=True)]
+    layers = paged(dtype, *forms)
     first, second = (0, WIDTHS[0]), (WIDTHS[0] + gap, WIDTHS[0] + gap + WIDTHS[1])
     y = torch.full((len(x), second[1]), torch.nan, dtype=dtype, device=DEVICE)
     packed_bias = torch.zeros(second[1], dtype=dtype, device=DEVICE) if bias else None
@@ -89,7 +91,7 @@ def outlined(value: Any) -> Any:
 
 def test_nothing_of_a_launch_depends_on_who_is_in_and_who_is_there() -> None:
     """So a CUDA graph that was captured in a warm-up serves every step of its size, after any load and unload."""
-    layers = [paged([], (N, K), torch.float32) for N in WIDTHS]
+    layers = paged(torch.float32)
     buffers = TokenBuffers(MOST, SLOTS, DEVICE)
     update = CapturedUpdate(
         [PagedColumns(0, 20, layers[0]), PagedColumns(20, 56, layers[1])], buffers, backend="triton"

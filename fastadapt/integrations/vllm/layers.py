@@ -105,6 +105,8 @@ class FastLinear(nn.Module):
         width = self.input_size
         columns = slice(width * base.tp_rank, width * (base.tp_rank + 1)) if by_columns else slice(None)
         whole_width = base.input_size if by_columns else width
+        places = list(zip(paths, rows_of(_pieces(base), len(paths)), strict=False))
+        rooms = self.rooms([(rows.stop - rows.start, width) for _, rows in places], dtype)
         self.slices = [
             Slice(
                 path,
@@ -112,13 +114,13 @@ class FastLinear(nn.Module):
                 Shard(rows.rows, columns),
                 rows.start,
                 rows.stop,
-                self.room((rows.stop - rows.start, width), dtype),
+                room,
             )
-            for path, rows in zip(paths, rows_of(_pieces(base), len(paths)), strict=False)
+            for (path, rows), room in zip(places, rooms, strict=True)
         ]
 
-    def room(self, shape: tuple[int, int], dtype: torch.dtype) -> FormStacks | FormPages:
-        """Where the adapters of a slice of this shape (N, K) are."""
+    def rooms(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Sequence[FormStacks | FormPages]:
+        """Where the adapters of slices of these shapes (N, K) are."""
         raise NotImplementedError
 
     def check(self, forms: Sequence[AdapterForm | None]) -> None:
@@ -192,8 +194,8 @@ class StackedLinear(FastLinear):
     _batch: AdapterBatch | None = None
     _update: PackedUpdate
 
-    def room(self, shape: tuple[int, int], dtype: torch.dtype) -> FormStacks:
-        return FormStacks(shape, dtype)
+    def rooms(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[FormStacks]:
+        return [FormStacks(shape, dtype) for shape in shapes]
 
     @outside_inference
     def reset_lora(self, index: int) -> None:

@@ -33,8 +33,8 @@ class PagedLinear(FastLinear):
         super().create_lora_weights(max_loras, lora_config, *args, **kwargs)
         self._slots, self._max_rank = max_loras, lora_config.max_lora_rank
 
-    def room(self, shape: tuple[int, int], dtype: torch.dtype) -> FormPages:
-        return FormPages(shape, self._slots, self._max_rank, dtype, self.device)
+    def rooms(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[FormPages]:
+        return FormPages.packed(shapes, self._slots, self._max_rank, dtype, self.device)
 
     def bind(self, name: str, paths: Sequence[str], dtype: torch.dtype, context: dict[str, Any]) -> None:
         super().bind(name, paths, dtype, context)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,15 @@ from .batch import PAGE_RANKS, FormTables, LayerForms, SlotForm
 from .stacks import entry_of
 
 _NOBODY = SlotForm((), ())
+
+
+class _Room(NamedTuple):
+    """Where a layer's pages and vectors begin in memory that layers share. Shapes: pages and vectors [elements]."""
+
+    pages: Tensor
+    vectors: Tensor
+    page: int
+    vector: int
 
 
 class FormPages:
@@ -40,24 +51,27 @@ class FormPages:
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        *,
+        room: _Room | None = None,
     ) -> None:
         self.shape, self.slots, self.max_rank = shape, slots, max_rank
         N, K = shape
+        if room is None:
+            (room,) = _rooms([shape], slots, max_rank, dtype, device)
         pages = -(-max_rank // PAGE_RANKS)
         ranks = pages * PAGE_RANKS
-        # Whole pages of A and of B one behind the other: 8 rows of any width end on a multiple of 16 bytes.
-        memory = torch.zeros(slots * ranks * (K + N), dtype=dtype, device=device)
-        self._A = memory[: slots * ranks * K].view(slots, ranks, K)
-        self._B = memory[slots * ranks * K :].view(slots, ranks, N)
-        self._vectors = torch.zeros(slots, 3, N, device=device)  # h, g and β − b0
+        B_first = room.page + slots * ranks * K
+        self._A = room.pages[room.page : B_first].view(slots, ranks, K)
+        self._B = room.pages[B_first : B_first + slots * ranks * N].view(slots, ranks, N)
+        self._vectors = room.vectors[room.vector : room.vector + 3 * slots * N].view(slots, 3, N)  # h, g and β − b0
         place = torch.arange(slots * pages, device=device).view(slots, pages) * PAGE_RANKS
         absent = (torch.full((slots,), -1, device=device) for _ in range(3))
         tables = FormTables(
-            memory,
-            self._vectors.view(-1),
+            room.pages,
+            room.vectors,
             torch.zeros(slots, dtype=torch.int32, device=device),
-            place * K,
-            place * N + slots * ranks * K,
+            place * K + room.page,
+            place * N + B_first,
             torch.full((slots,), K, dtype=torch.int32, device=device),
             torch.full((slots,), N, dtype=torch.int32, device=device),
             torch.zeros(slots, device=device),
@@ -66,6 +80,21 @@ class FormPages:
         )
         self._forms: dict[int, SlotForm] = {}
         self._layer = LayerForms(self._forms, tables, max_rank)
+
+    @classmethod
+    def packed(
+        cls,
+        shapes: Sequence[tuple[int, int]],
+        slots: int,
+        max_rank: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> list[FormPages]:
+        """Those of the layers of one packed product, in one memory, so that kernels need not choose among several."""
+        rooms = _rooms(shapes, slots, max_rank, dtype, device)
+        return [
+            cls(shape, slots, max_rank, dtype, device, room=room) for shape, room in zip(shapes, rooms, strict=True)
+        ]
 
     @property
     def forms(self) -> Mapping[int, SlotForm]:
@@ -83,10 +112,6 @@ class FormPages:
         tables = self._layer.tables
         assert tables is not None
         return tables
-
-    @property
-    def bytes(self) -> int:
-        return sum([table.nbytes for table in self.tables if table is not None])
 
     def check(self, form: AdapterForm) -> None:
         """Raises ValueError for a form that has no room here. Ranks that d switches off take none."""
@@ -140,3 +165,16 @@ class FormPages:
         for table, vector in zip(tables[-3:], vectors, strict=True):
             assert table is not None
             table[slot] = -1 if vector is None else int(vector.storage_offset())
+
+
+@torch.inference_mode(False)
+def _rooms(
+    shapes: Sequence[tuple[int, int]], slots: int, max_rank: int, dtype: torch.dtype, device: torch.device | str
+) -> list[_Room]:
+    """One behind the other, whole pages of A and of B in each: 8 rows of any width end on a multiple of 16 bytes."""
+    ranks = -(-max_rank // PAGE_RANKS) * PAGE_RANKS
+    pages = list(accumulate([slots * ranks * (K + N) for N, K in shapes], initial=0))
+    vectors = list(accumulate([3 * slots * N for N, _ in shapes], initial=0))
+    memory = torch.zeros(pages[-1], dtype=dtype, device=device)
+    scales = torch.zeros(vectors[-1], device=device)
+    return [_Room(memory, scales, page, vector) for page, vector in zip(pages[:-1], vectors[:-1], strict=True)]
