@@ -222,3 +222,29 @@ def test_what_buffers_refuse() -> None:
         with pytest.raises(ValueError, match=f"slots must be -1 for the base model to 1, got {slot}"):
             buffers.write([slot])
     assert buffers.of(1).adapters.tolist() == [1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_rows_than_a_step_may_have_are_nobodys(backend: str) -> None:
+    """As rows that fill up a batch, or those of an image model whose engine counts its tokens otherwise."""
+    pages, buffers = FormPages((20, K), 1, MAX_RANK, torch.float32, DEVICE), TokenBuffers(4, 1, DEVICE)
+    pages.write(0, make_forms(20, K, None)[1])
+    buffers.write([0] * 4)
+    x, before, bias = (normal(*shape, seed=1).to(DEVICE) for shape in ((6, K), (6, 20), (20,)))
+    y = before.clone()
+    update = CapturedUpdate([PagedColumns(0, 20, pages)], buffers, backend=backend)
+    update(y, x)
+    assert (y[:4] != before[:4]).any(1).all()
+    assert torch.equal(y[4:], before[4:])
+    y = before.clone()
+    update(y, x, bias)
+    assert torch.equal(y[4:], before[4:] + bias)
+
+
+def test_before_the_first_step_graphs_are_captured_for_all() -> None:
+    pages, buffers = FormPages((20, K), 1, MAX_RANK, torch.float32, DEVICE), TokenBuffers(4, 1, DEVICE)
+    with configs.recorded_launches(LARGE) as found:
+        CapturedUpdate([PagedColumns(0, 20, pages)], buffers, backend="triton")(
+            torch.zeros(4, 20, device=DEVICE), torch.zeros(4, K, device=DEVICE)
+        )
+    assert len(found) == 2

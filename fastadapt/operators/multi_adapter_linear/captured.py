@@ -39,6 +39,8 @@ class TokenBuffers:
         self._order, self._adapters, *tiles = (self._memory[part] for part in self._parts)
         self._by_block = {block: part.view(-1, 3) for block, part in zip(self._sizes, tiles, strict=True)}
         self.write(())
+        # Until somebody says who is there, graphs are captured for all.
+        self.idle = False
 
     def write(self, slots: Sequence[int]) -> None:
         """Takes in the slot of each token of a step, -1 for the base model; `idle` is whether all are.
@@ -115,11 +117,16 @@ class CapturedUpdate:
 
     def __call__(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
         """Shapes: y [M, N] = x W0ᵀ without b0, and x [M, K], of the step's tokens, or of more, which are nobody's;
-        bias b0 [N], which all tokens of the step get. Raises ValueError for too many tokens."""
+        bias b0 [N], which all tokens of the step get."""
         if self._tokens.idle:
             if bias is not None:
                 y.add_(bias)
             return
+        most = self._tokens.tokens
+        if x.shape[0] > most:  # no step has those behind
+            if bias is not None:
+                y[most:].add_(bias)
+            y, x = y[:most], x[:most]
         ys = [y[:, start:stop] for start, stop, _ in self._layers]
         biases = [None if bias is None else bias[start:stop] for start, stop, _ in self._layers]
         tokens = self._tokens.of(x.shape[0])
