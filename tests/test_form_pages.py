@@ -224,6 +224,27 @@ def test_what_buffers_refuse() -> None:
     assert buffers.of(1).adapters.tolist() == [1]
 
 
+def test_memory_whose_contents_are_lost() -> None:
+    """As of an engine that sleeps: what is entered after it is found where it was."""
+    pages, buffers = FormPages((20, K), 3, MAX_RANK, torch.float32, DEVICE), TokenBuffers(4, 3, DEVICE)
+    forms = make_forms(20, K, None)
+    pages.write(0, forms[0])
+    for table in pages.tables:
+        if table is not None:
+            table.fill_(1 << 20)
+    pages.write(2, forms[1])
+    pages.clear(1)
+    buffers.write([2, -1, 1, 2])
+    x, before = normal(4, K, seed=1).to(DEVICE), normal(4, 20, seed=2).to(DEVICE)
+    fresh = FormPages((20, K), 3, MAX_RANK, torch.float32, DEVICE)
+    fresh.write(2, forms[1])
+    for backend in BACKENDS:
+        found, expected = before.clone(), before.clone()
+        CapturedUpdate([PagedColumns(0, 20, pages)], buffers, backend=backend)(found, x)
+        CapturedUpdate([PagedColumns(0, 20, fresh)], buffers, backend=backend)(expected, x)
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_rows_than_a_step_may_have_are_nobodys(backend: str) -> None:
     """As rows that fill up a batch, or those of an image model whose engine counts its tokens otherwise."""

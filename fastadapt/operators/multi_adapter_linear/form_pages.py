@@ -32,7 +32,8 @@ class FormPages:
     that are there alone. Where everything lies is settled once: which adapters are in, their ranks and which vectors
     they have is in tables on the device, so that graphs may be captured before the first adapter comes.
     shape: (N, K) of the layer. slots: how many. dtype: of factors, as x's; d goes into A, other vectors are fp32.
-    Not thread-safe; what is written comes behind what the current stream has got to do.
+    Not thread-safe; what is written comes behind what the current stream has got to do. A write or a clear enters all
+    that kernels read of its slot: engines that sleep lose what is in memory, and keep its addresses.
 
     >>> layer, forms = torch.nn.Linear(16, 8, bias=False), FormPages((8, 16), 4, 8, torch.float32)
     >>> forms.write(2, AdapterForm(torch.randn(4, 16), torch.randn(8, 4)))
@@ -133,7 +134,6 @@ class FormPages:
             if d is not None:
                 used = d != 0
                 A, B = A[used] * d[used, None], B[used]
-            self.clear(slot)
             rank = A.shape[0]
             factors = self._A[slot, :rank].copy_(A), self._B[slot, :rank].copy_(B)
             tied = h is not None and h is g
@@ -149,8 +149,8 @@ class FormPages:
     def clear(self, slot: int) -> None:
         """Makes a slot the base model's. Raises ValueError for one that there is not."""
         self._check_slot(slot)
-        if self._forms.pop(slot, None) is not None:
-            self._enter(slot, _NOBODY)
+        self._forms.pop(slot, None)
+        self._enter(slot, _NOBODY)
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.slots:
@@ -160,6 +160,13 @@ class FormPages:
     def _enter(self, slot: int, form: SlotForm) -> None:
         """What the tables say of a slot."""
         tables, vectors = self.tables, (form.out_scale, form.base_scale, form.added_bias)
+        if form.rank:
+            factors = ((self._A, tables.A_pages, tables.A_strides), (self._B, tables.B_pages, tables.B_strides))
+            for factor, starts, strides in factors:
+                first, width = int(factor[slot].storage_offset()), factor.shape[2]
+                page, count = PAGE_RANKS * width, starts.shape[1]
+                torch.arange(first, first + count * page, page, out=starts[slot])
+                strides[slot] = width
         tables.ranks[slot] = form.rank
         tables.scalings[slot] = form.scaling
         for table, vector in zip(tables[-3:], vectors, strict=True):
