@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tests/in_vllm/environment.py")
 
 from packed_model import METHODS, PACKED, WIDTH, Plain, check, load, manager_of
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.lora import utils
@@ -22,8 +23,10 @@ from vllm.lora.layers import LoRAMapping
 from vllm.platforms import current_platform
 
 from fastadapt import LoRAConfig, inject, save_adapter
+from fastadapt.integrations.vllm import register, seams
 from fastadapt.integrations.vllm.layers import FastLinear
 from fastadapt.integrations.vllm.paged import PagedLinear
+from fastadapt.integrations.vllm.register import VARIABLE
 from fastadapt.integrations.vllm.seams import fast_classes
 from fastadapt.serving import AdapterError
 
@@ -122,6 +125,17 @@ def test_what_is_compiled_once_serves_whoever_comes(
         check(manager, ["LoRA", "", "DoRA", "VeRA"], directories)
         check(manager, ["DVoRA", "AdaLoRA", "", "SSF"], directories)
         check(manager, ["", "a bias of B", "a bias of its own", "partly"], directories)
+
+
+def test_what_vllm_has_compiled_without_the_plugin_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seams, "replace", lambda *, paged: None)
+    monkeypatch.setattr(envs, "environment_variables", dict(envs.environment_variables))
+    monkeypatch.setenv(VARIABLE, "0")
+    register()
+    without = envs.compile_factors()
+    monkeypatch.setenv(VARIABLE, "1")
+    register()
+    assert envs.compile_factors() == without | {VARIABLE: "1"}
 
 
 def test_no_address_changes(manager: Any, directories: dict[str, Path], context: None) -> None:

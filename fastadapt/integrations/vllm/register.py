@@ -25,6 +25,7 @@ def register() -> None:
     Where it cannot, one line says so, and vLLM goes on without it.
     """
     import vllm
+    from vllm import envs
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
@@ -42,5 +43,8 @@ def register() -> None:
     from .resolver import register_resolver
     from .seams import replace
 
+    if paged:
+        # vLLM keeps what it has compiled by its own variables: what is compiled with these layers is no use without.
+        envs.environment_variables[VARIABLE] = lambda: os.environ.get(VARIABLE)
     replace(paged=paged)
     register_resolver()
