@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tests/in_vllm/environment.py")
 
@@ -102,14 +103,42 @@ def test_each_method_in_16_bits(
         check(manager, ["", name, name, ""], directories)
 
 
+class Shuffled:
+    """A way to quantise whose kernel wants the bias padded and in an order of its own, as Marlin's does."""
+
+    def __init__(self, plain: Any, layer: Any) -> None:
+        self.plain, self.order = plain, torch.randperm(len(layer.bias))
+        padded = torch.full((len(layer.bias) + 8,), torch.nan, dtype=layer.bias.dtype)
+        padded[self.order] = layer.bias.detach()
+        layer.bias = torch.nn.Parameter(padded, requires_grad=False)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = self.plain.apply(layer, x, None)
+        return y if bias is None else y + bias[self.order]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_kernel_that_keeps_its_bias_in_another_order(
+    name: str, alone: VllmConfig, paged: None, directories: dict[str, Path], context: None
+) -> None:
+    manager = manager_of(alone)
+    for layer in manager.fast.values():
+        if layer.base_layer.bias is not None:
+            layer.base_layer.quant_method = Shuffled(layer.base_layer.quant_method, layer.base_layer)
+    check(manager, ["", name, name, ""], directories)
+    check(manager, ["", ""], directories)
+
+
 def test_rows_that_fill_up_a_step_are_nobodys(manager: Any, directories: dict[str, Path], context: None) -> None:
-    layer, x = manager.modules["attn.qkv_proj"], torch.randn(5, WIDTH)
-    base = layer.base_layer(x)[0]
+    """And the base model's, also where there are more than a step may have."""
+    layer = manager.modules["attn.qkv_proj"]
     numbers = load(manager, ["DoRA"], directories)
     manager.set_adapter_mapping(LoRAMapping((numbers["DoRA"],) * 3, (numbers["DoRA"],), is_prefill=True))
-    y = layer(x)[0]
-    assert (y[:3] - base[:3]).abs().max() > 0.1
-    assert y[3:].isfinite().all()
+    for rows in (5, 70):
+        x = torch.randn(rows, WIDTH)
+        y, base = layer(x)[0], layer.base_layer(x)[0]
+        assert (y[:3] - base[:3]).abs().max() > 0.1
+        assert torch.equal(y[3:], base[3:])
 
 
 def test_what_is_compiled_once_serves_whoever_comes(
@@ -125,6 +154,38 @@ def test_what_is_compiled_once_serves_whoever_comes(
         check(manager, ["LoRA", "", "DoRA", "VeRA"], directories)
         check(manager, ["DVoRA", "AdaLoRA", "", "SSF"], directories)
         check(manager, ["", "a bias of B", "a bias of its own", "partly"], directories)
+
+
+def test_what_is_compiled_outside_of_a_step_serves_whoever_comes(
+    alone: VllmConfig, paged: None, directories: dict[str, Path]
+) -> None:
+    """As an image model's tower is, before the first image."""
+    manager = manager_of(alone)
+    torch._dynamo.reset()
+    for path in PACKED:
+        layer = manager.model.get_submodule(path)
+        layer.forward = torch.compile(layer.forward, fullgraph=True)
+        layer(torch.randn(7, layer.base_layer.input_size))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        check(manager, ["LoRA", "", "DoRA", "VeRA"], directories)
+        check(manager, ["", "", "", ""], directories)
+
+
+def test_no_name_of_a_layer_is_in_what_is_compiled(alone: VllmConfig, paged: None, context: None) -> None:
+    """It is an input: layers of one kind are compiled once for all."""
+    manager = manager_of(alone)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    layer = manager.model.get_submodule("attn.o_proj")
+    torch._dynamo.reset()
+    torch.compile(layer.forward, fullgraph=True, backend=backend)(torch.randn(3, layer.base_layer.input_size))
+    (code,) = graphs
+    assert "fastadapt_update" in code
+    assert layer.name not in code
 
 
 def test_what_vllm_has_compiled_without_the_plugin_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,8 +136,8 @@ def local_forms(
 
 
 def _bias(layer: FastLinear, part: Slice) -> Tensor | None:
-    bias = layer.base_layer.bias
-    return None if bias is None else bias[part.start : part.stop].cpu()
+    bias = layer.base_bias()
+    return None if bias is None else bias[part.start : part.stop]
 
 
 def _own(form: AdapterForm) -> AdapterForm:

@@ -85,6 +85,7 @@ class FastLinear(nn.Module):
     device: torch.device
     slices: Sequence[Slice] = ()
     _squares: Tensor | None = None
+    _base_bias: Tensor | None = None
 
     @classmethod
     def can_replace_layer(cls, source_layer: nn.Module, **kwargs: Any) -> bool:
@@ -168,9 +169,20 @@ class FastLinear(nn.Module):
         assert self._squares is not None
         return self._squares
 
+    def base_bias(self) -> Tensor | None:
+        """b0 of what is here, in the host's memory: [outputs]. Kept.
+
+        As the product adds it: the kernels of quantised weights may keep it padded and in an order of their own.
+        """
+        if self._base_bias is None and self.base_layer.bias is not None:
+            nothing = torch.zeros(1, self.input_size, dtype=self.base_layer.params_dtype, device=self.device)
+            added: Tensor = self.base_layer.quant_method.apply(self.base_layer, nothing, self.base_layer.bias)
+            self._base_bias = added[0].cpu()
+        return self._base_bias
+
     def forget(self) -> None:
-        """Drops what was made of the weight, which may be another now."""
-        self._squares = None
+        """Drops what was made of the weight and the bias, which may be others now."""
+        self._squares = self._base_bias = None
 
     def _of_factors(self, lora_a: Any, lora_b: Any) -> list[AdapterForm | None]:
         """Forms of vLLM's factors: of whole layers, or in its warm-up of what is here of them."""
