@@ -129,6 +129,30 @@ def test_a_kernel_that_keeps_its_bias_in_another_order(
     check(manager, ["", ""], directories)
 
 
+class Static8:
+    """Inputs of 8 bits with one scale for all, which was found on activations that are small."""
+
+    def __init__(self, plain: Any, layer: Any) -> None:
+        self.plain = plain
+        layer.input_scale = torch.nn.Parameter(torch.tensor(0.3 / 448), requires_grad=False)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        steps = (x / layer.input_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        y: Tensor = self.plain.apply(layer, steps.to(x.dtype) * layer.input_scale, bias)
+        return y
+
+
+def test_norms_of_a_kernel_with_one_scale_for_all_inputs(manager: Any) -> None:
+    layer, weight = manager.modules["attn.o_proj"], Plain().attn.o_proj.weight.detach()
+    layer.base_layer.quant_method = Static8(layer.base_layer.quant_method, layer.base_layer)
+    torch.testing.assert_close(layer.squares(), weight.square().sum(1), rtol=1e-5, atol=0.0)
+    for size in (1e-3, 1.0, 30.0):
+        A = size * torch.randn(4, weight.shape[1])
+        A[2] = 0
+        exact = weight @ A.T
+        assert (layer.products(A) - exact).norm() < 0.04 * exact.norm()
+
+
 def test_rows_that_fill_up_a_step_are_nobodys(manager: Any, directories: dict[str, Path], context: None) -> None:
     """And the base model's, also where there are more than a step may have."""
     layer = manager.modules["attn.qkv_proj"]

@@ -45,6 +45,9 @@ _PLAIN = (
 # So many unit vectors go through a layer at once.
 _UNIT_VECTORS = 256
 
+# Steps of a static scale that inputs of 8 bits, float or integer, hold exactly.
+_STEPS = 64.0
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -152,9 +155,15 @@ class FastLinear(nn.Module):
 
     def products(self, A: Tensor) -> Tensor:
         """W0 Aᵀ of what is here of the weight, in A's dtype. Shapes: A [r, columns]; result [outputs, r]."""
-        x = A.to(self.base_layer.params_dtype).contiguous()
+        scale, size = getattr(self.base_layer, "input_scale", None), None
+        if isinstance(scale, Tensor):
+            # A kernel with one scale for all inputs cuts off what is large for activations, and rounds a unit vector
+            # always the same way: so the largest of each row is made what it holds exactly.
+            size = _STEPS * scale.max().to(A.dtype) / A.abs().amax(1, keepdim=True).clamp(min=1e-30)
+        x = (A if size is None else A * size).to(self.base_layer.params_dtype).contiguous()
         y: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, None)
-        return y.to(A.dtype).T
+        y = y.to(A.dtype)
+        return (y if size is None else y / size).T
 
     def squares(self) -> Tensor:
         """‖W0‖² by rows of what is here of the weight, in fp32: [outputs]. Kept."""

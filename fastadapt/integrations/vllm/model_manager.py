@@ -70,7 +70,8 @@ class FastModelManager(LRUCacheLoRAModelManager):
     def remove_all_adapters(self) -> None:
         super().remove_all_adapters()
         for layer in self.fast.values():
-            for slot in range(self.lora_slots):
+            # Processes without requests do this at every step of the others: only where somebody is.
+            for slot in {slot for part in layer.slices for slot in part.forms.forms}:
                 layer.reset_lora(slot)
             layer.forget()
         self._see_others()
