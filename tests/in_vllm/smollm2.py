@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_memory import given_back
-from tiny_served import SEVEN, TOKENS, Served, served_by, smollm2  # first: it sets the environment
+from tiny_served import PAGED, SEVEN, TOKENS, Served, served_by, smollm2  # first: it sets the environment
 
 ASKED = ["What is", "Write a sentence about", "How do I explain", "Give me two facts on"]
 THINGS = ["the moon", "a bridge", "Paris", "sorting a list", "bread", "the number 17", "a cat at night", "DNA"]
@@ -73,7 +73,7 @@ def compare(served: Served, prompts: list[list[int]], processes: int, scratch: P
         fields |= {"tensor_parallel_size": processes, "distributed_executor_backend": "mp"}
     rows = [(name, index) for index in range(len(prompts)) for name in served.tokens]
     directories = {name: str(path) for name, path in served.directories.items()}
-    lora = {"enable_lora": True, "max_loras": len(directories), "max_lora_rank": 32}
+    lora = {"enable_lora": True, "max_loras": len(directories), "max_lora_rank": 256 if PAGED else 32}
     asked = [(name, prompts[index]) for name, index in rows]
     together = ask(scratch, fields=fields | lora, directories=directories, rows=asked)
     found = dict(zip(rows, together, strict=True))

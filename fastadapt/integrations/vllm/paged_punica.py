@@ -13,8 +13,6 @@ from .punica import FastPunica, slots_of
 class PagedPunica(PunicaWrapperGPU):
     """On GPUs. tokens: the slot of each token of a step. Embeddings, the head and experts stay with vLLM."""
 
-    others = False
-
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         self.tokens = TokenBuffers(max_num_batched_tokens, kwargs["lora_config"].max_loras, device)

@@ -158,7 +158,7 @@ class FormPages:
 
     @torch.inference_mode(False)
     def _enter(self, slot: int, form: SlotForm) -> None:
-        """What the tables say of a slot."""
+        """What the tables say of a slot: all of it, as an engine that sleeps loses what is in memory."""
         tables, vectors = self.tables, (form.out_scale, form.base_scale, form.added_bias)
         if form.rank:
             factors = ((self._A, tables.A_pages, tables.A_strides), (self._B, tables.B_pages, tables.B_strides))
