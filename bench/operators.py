@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from bench.cases import AdapterCase
 from fastadapt.commands import doctor
+from fastadapt.commands.batch_case import MultiAdapterLinearCase
 from fastadapt.commands.case import Case
 from fastadapt.functional import (
     adapter_linear,
@@ -424,7 +425,7 @@ def prepare_plain(case: Case, provider: str, values: Outputs) -> Run:
     if provider == "reference":  # the formula does not mix dtypes
         dtype = next(values[name].dtype for name in case.in_dtype if name in values)
         values = {name: value.to(dtype) for name, value in values.items()}
-    elif isinstance(case, doctor.MultiAdapterLinearCase):
+    elif isinstance(case, MultiAdapterLinearCase) and case.in_pool:
         return _prepare_batch(case, provider, values)
     values = {name: value.detach().requires_grad_(case.trains(name)) for name, value in values.items()}
     leaves = {name: value for name, value in values.items() if value.requires_grad}
@@ -438,7 +439,7 @@ def prepare_plain(case: Case, provider: str, values: Outputs) -> Run:
     return _step(leaves, [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)], forward)
 
 
-def _prepare_batch(case: doctor.MultiAdapterLinearCase, backend: str, values: Outputs) -> Run:
+def _prepare_batch(case: MultiAdapterLinearCase, backend: str, values: Outputs) -> Run:
     """Many adapters in one batch: the pool and the batch's tables are made once, as for all layers of a model."""
     pool = case.pool(values)
     held = contextlib.ExitStack().enter_context(pool.hold(case.rows))

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadapt.commands import doctor
+from fastadapt.commands.batch_case import captured_cases
 from fastadapt.commands.doctor import Case, Normal, Sizes, Values
 from fastadapt.operators import registry
 from fastadapt.operators.adapter_linear import plain, plan
 from fastadapt.operators.adapter_linear.strategies import STRATEGIES
 from fastadapt.operators.multi_adapter_linear import op as multi
+from fastadapt.operators.multi_adapter_linear.captured import CapturedUpdate
 from fastadapt.operators.registry import OPERATORS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,6 +110,21 @@ def test_an_operator_launches_the_kernels_that_it_names(operator: str) -> None:
             run_small(case, "triton", Sizes(300, 576, 200, 16))
     launched = {launch.kernel.fn.__name__ for launch in launches}
     assert launched == {f"_{name}_kernel" for name in doctor.OPERATORS[operator].kernels}
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("case", captured_cases(), ids=lambda case: case.name)
+def test_what_engines_capture_is_right(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `bench gpu` asks it of a GPU; and what is wrong is found."""
+    assert doctor.check(case, DEVICE, backend, torch.float32).ok
+    right = CapturedUpdate.__call__
+
+    def wrong(self: CapturedUpdate, y: Any, *args: Any) -> None:
+        right(self, y, *args)
+        y.mul_(1.001)
+
+    monkeypatch.setattr(CapturedUpdate, "__call__", wrong)
+    assert doctor.check(case, DEVICE, backend, torch.float32).failed
 
 
 def test_both_strategies_of_triton_are_tested() -> None:

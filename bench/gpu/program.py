@@ -13,6 +13,7 @@ from bench.gpu.job import Job
 from bench.gpu.served import BatchTimes
 from bench.gpu.timed import LayerTimes, PlainTimes
 from bench.operators import LLAMA_8B, SMALL, SMOLLM2, Layers, OperatorCase
+from fastadapt.commands.batch_case import captured_cases
 from fastadapt.commands.case import Sizes
 from fastadapt.commands.doctor import CASES
 
@@ -64,7 +65,7 @@ def group_checks(dtype: str, groups: tuple[Layers, ...]) -> Iterator[GroupCheck]
 
 
 def _gpu() -> Iterator[Job]:
-    for case in CASES:
+    for case in (*CASES, *captured_cases()):
         yield DoctorCheck(case, "bf16")
     yield from group_checks("bf16", ODD)
     yield Ceilings(1 << 30, 8192)
@@ -92,7 +93,7 @@ def _gpu() -> Iterator[Job]:
 
 
 def _cpu() -> Iterator[Job]:
-    for case in CASES:
+    for case in (*CASES, *captured_cases()):
         yield DoctorCheck(case, "fp32")
     yield from group_checks("bf16", SMALL)
     yield Ceilings(1 << 25, 512)

@@ -10,24 +10,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import (
     adapter_linear,
     adapter_update,
     hadamard_linear,
-    multi_adapter_linear,
-    multi_adapter_update,
     row_squares,
     weight_norm,
 )
-from ..methods import LoRAConfig
 from ..operators import masks
 from ..operators.backends import HAS_TRITON, resolve_backend
 from ..operators.bottleneck.function import bottleneck
 from ..operators.dropout import draw_dropout, keep_probability
-from ..operators.multi_adapter_linear.batch import AdapterBatch, LayerForms
 from ..operators.registry import not_covered
 from ..reference import (
     AdapterForm,
@@ -35,12 +30,10 @@ from ..reference import (
     adapter_update_reference,
     bottleneck_reference,
     hadamard_linear_reference,
-    multi_adapter_linear_reference,
     row_squares_reference,
     weight_norm_reference,
 )
-from ..serving.loader import LoadedAdapter
-from ..serving.pool import AdapterPool
+from .batch_case import batch_cases
 from .case import Case, Normal, Sizes, Values
 from .expert_case import expert_cases
 
@@ -255,92 +248,6 @@ class RowSquaresCase(Case):
         return row_squares_reference(values["weight"])
 
 
-@dataclass(frozen=True)
-class MultiAdapterLinearCase(Case):
-    """Adapters of several methods in one batch with the base model, as they lie in a pool.
-
-    decodes: whether a row has one token.
-    """
-
-    operator = "multi_adapter_linear"
-    covers = ("multi_adapter_linear",)
-    kernels = ("multi_shrink", "multi_expand")
-    in_dtype = ("x", "weight", "bias")
-    has_gradients = False
-    rows: ClassVar[tuple[str | None, ...]] = ("LoRA", None, "VeRA", "DoRA", "other VeRA", "trained bias", "LoRA")
-
-    decodes: bool = False
-
-    def values(self, normal: Normal, sizes: Sizes) -> Values:
-        m, k, n, r = sizes
-        return {
-            "x": normal(len(self.rows), 1 if self.decodes else m // len(self.rows), k),
-            "weight": normal(n, k, std=k**-0.5),
-            "bias": normal(n),
-            "A": normal(r, k, std=k**-0.5),
-            "B": normal(n, r, std=r**-0.5),
-            # Of another rank, and shared.
-            "vera_A": normal(2 * r - 3, k, std=k**-0.5),
-            "vera_B": normal(n, 2 * r - 3, std=r**-0.5),
-            "vera_d": normal(2 * r - 3),
-            "g": normal(n, std=0.3, mean=0.8),
-            "h": normal(n),
-            "trained": normal(n),
-        }
-
-    def _forms(self, values: Values, bias: Tensor) -> dict[str, AdapterForm]:
-        A, B, g, h, d = (values[name] for name in ("A", "B", "g", "h", "vera_d"))
-        shared = values["vera_A"], values["vera_B"]
-        return {
-            "LoRA": AdapterForm(A, B, bias=bias, scaling=0.5),
-            "DoRA": AdapterForm(A[:-1], B[:, :-1], out_scale=g, base_scale=g, bias=bias, scaling=0.5),
-            "VeRA": AdapterForm(*shared, d, h, bias=bias),
-            "other VeRA": AdapterForm(*shared, d.flip(0), g, bias=bias),
-            "trained bias": AdapterForm(A, B, bias=values["trained"]),
-        }
-
-    def pool(self, values: Values) -> AdapterPool:
-        """The adapters in a pool of one layer, named "layer"."""
-        weight, bias = (nn.Parameter(values[name], requires_grad=False) for name in ("weight", "bias"))
-        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        layer.weight, layer.bias = weight, bias
-        pool = AdapterPool(layer, {"layer": layer}, budget=2**24)
-        shared = values["vera_A"], values["vera_B"]
-        for name, form in self._forms(values, bias).items():
-            pair = shared if "VeRA" in name else None
-            pool.add(name, LoadedAdapter(LoRAConfig(), {"layer": form}, pair, identity=name, bytes=0))
-        return pool
-
-    def ours(self, values: Values, backend: str) -> Tensor:
-        pool = self.pool(values)
-        with pool.hold(self.rows) as held:
-            return self.call(values, held.batch(values["x"].shape[1]), pool.layer("layer"), backend)
-
-    def call(self, values: Values, batch: AdapterBatch, layer: LayerForms, backend: str) -> Tensor:
-        x, weight, bias = (values[name] for name in ("x", "weight", "bias"))
-        return multi_adapter_linear(x, weight, bias, batch, layer, backend=backend)
-
-    def reference(self, values: Values, mask: Tensor | None, p: float) -> Tensor:
-        forms = self._forms(values, values["bias"])
-        ids = [-1 if name is None else list(forms).index(name) for name in self.rows]
-        return multi_adapter_linear_reference(values["x"], values["weight"], values["bias"], list(forms.values()), ids)
-
-
-@dataclass(frozen=True)
-class MultiAdapterUpdateCase(MultiAdapterLinearCase):
-    """The same on the product of a layer that is a slice of a packed one, in place."""
-
-    operator = "multi_adapter_update"
-    covers = ("multi_adapter_update",)
-
-    def call(self, values: Values, batch: AdapterBatch, layer: LayerForms, backend: str) -> Tensor:
-        x, weight, bias = (values[name] for name in ("x", "weight", "bias"))
-        packed = F.linear(x, torch.cat([weight[:8], weight]))
-        y = packed[..., 8:]
-        multi_adapter_update([y], x, [bias], batch, [layer], backend=backend)
-        return y
-
-
 CASES: list[Case] = [
     AdapterLinearCase("LoRA", parts=("bias",)),
     AdapterLinearCase("LoRA, dropout", dropout=DROPOUT, strategy="fused"),
@@ -362,10 +269,7 @@ CASES: list[Case] = [
     BottleneckCase("GELU", activation="gelu", adds_v=False),
     WeightNormCase("DoRA"),
     RowSquaresCase("DoRA"),
-    MultiAdapterLinearCase("prefill"),
-    MultiAdapterLinearCase("decoding", decodes=True),
-    MultiAdapterUpdateCase("prefill"),
-    MultiAdapterUpdateCase("decoding", decodes=True),
+    *batch_cases(),
     *expert_cases(DROPOUT),
 ]
 
