@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -70,8 +71,11 @@ class Mapper:
 
     def __init__(self, **prefixes: str | None) -> None:
         self.orig_to_new_prefix = {f"{old}.": new for old, new in prefixes.items()}
+        self.orig_to_new_regex: dict[re.Pattern[str], str | None] = {}
 
     def _map_name(self, name: str) -> str | None:
+        for pattern, new in self.orig_to_new_regex.items():
+            name = name if new is None else pattern.sub(new, name)
         for old, new in self.orig_to_new_prefix.items():
             if name.startswith(old):
                 return None if new is None else new + name.removeprefix(old)
@@ -97,6 +101,16 @@ def test_a_name_that_the_mapper_takes_elsewhere_is_none_of_the_layers() -> None:
     assert [list(way) for way in naming_of(["b.q", "c"], mapper)] == [["b.q", "c"], ["a.q", "c"]]
     mapper = Mapper(a="b.", b="c.")
     assert [list(way) for way in naming_of(["b.q"], mapper)] == [["a.q"]]
+
+
+def test_a_prefix_may_be_a_regular_expression() -> None:
+    mapper = Mapper()
+    mapper.orig_to_new_regex = {  # as vLLM has them for models of transformers
+        re.compile("rotary"): None,
+        re.compile(r"^gpt_neox\.(.+)"): r"model.\1",
+        re.compile(r"^(?!model\.)((layers|embed).*)"): r"model.\1",
+    }
+    assert [list(way) for way in naming_of(["model.q"], mapper)] == [["model.q"], ["gpt_neox.q"]]
 
 
 def test_layers_of_other_stages_have_the_shapes_of_their_namesakes() -> None:

@@ -14,7 +14,8 @@ pytest.importorskip("vllm.lora", reason="vLLM has an environment of its own: tes
 
 import peft
 from offline_engine import GREEDY, engine, wrong
-from tiny_served import ADAPTERS, MODELS, PAGED, PROMPTS, Served, save
+from tiny_served import ADAPTERS, MODELS, PAGED, PROMPTS, SIZES, Served, save
+from transformers import GPTNeoXConfig
 from vllm import LLM
 from vllm.lora import utils
 from vllm.lora.request import LoRARequest
@@ -89,6 +90,20 @@ def test_the_head_stays_with_vllm_and_base_rows_stay_the_base_models(tmp_path: P
     assert wrong(llm, served, ["", "head"]) == []
     assert wrong(llm, served, ["dora", ""]) == []
     assert wrong(llm, served, ["dora", "", "head"]) == []
+
+
+def test_a_model_of_transformers_whose_layers_have_another_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt_neox.layers there is model.layers in vLLM, by a regular expression."""
+    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    monkeypatch.setitem(MODELS, "gpt_neox", GPTNeoXConfig(**sizes, tie_word_embeddings=False))
+    layers = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    adapters = {"lora": peft.LoraConfig(r=8, target_modules=layers)}
+    adapters["dora"] = peft.LoraConfig(r=5, use_dora=True, target_modules=layers)
+    served = save(tmp_path, "gpt_neox", adapters)
+    assert served.tokens[""] not in (served.tokens["lora"], served.tokens["dora"])
+    assert wrong(engine(served.model, max_loras=2), served, ["", "lora", "dora"]) == []
 
 
 def test_fully_sharded_loras_are_refused_at_the_start(served: Served) -> None:

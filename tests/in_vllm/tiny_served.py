@@ -33,7 +33,7 @@ MAX_RANK = 64 if PAGED else 8
 PROMPTS = [[5, 9, 20, 7, 33], [150, 100, 50, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42], [17, 18]]
 
 # A CPU's attention in vLLM takes heads of 32 and more.
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 192,
     "num_hidden_layers": 2,
@@ -44,9 +44,9 @@ _SIZES: dict[str, Any] = {
     "initializer_range": 0.1,
 }
 MODELS = {
-    "llama": LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
     # Biases on q, k and v, and one head of keys and values.
-    "qwen2": Qwen2Config(**_SIZES | {"num_key_value_heads": 1}, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SIZES | {"num_key_value_heads": 1}, tie_word_embeddings=True),
 }
 
 ADAPTERS: dict[str, Any] = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 Shape = TypeVar("Shape")
+
+# How the models that vLLM takes from transformers spell "gpt_neox.X is model.X": ^gpt_neox\.(.+) to model.\1
+_PREFIX = re.compile(r"\^(\w+)\\\.\(\.\+\)")
 
 
 def naming_of(paths: Iterable[str], mapper: Any) -> Iterator[dict[str, str]]:
@@ -15,7 +19,7 @@ def naming_of(paths: Iterable[str], mapper: Any) -> Iterator[dict[str, str]]:
     one of vLLM's: an adapter uses one of them.
     """
     paths = list(paths)
-    prefixes: Mapping[str, str | None] = {} if mapper is None else mapper.orig_to_new_prefix
+    prefixes: Mapping[str, str | None] = {} if mapper is None else _prefixes(mapper)
     names = []
     for path in paths:
         found = [path, *(old + path[len(new) :] for old, new in prefixes.items() if new and path.startswith(new))]
@@ -23,6 +27,16 @@ def naming_of(paths: Iterable[str], mapper: Any) -> Iterator[dict[str, str]]:
         names.append(found or [path])
     for way in range(max(map(len, names), default=0)):
         yield {found[min(way, len(found) - 1)]: path for found, path in zip(names, paths, strict=True)}
+
+
+def _prefixes(mapper: Any) -> dict[str, str | None]:
+    """The prefixes that the mapper replaces, {theirs: vLLM's}, also those that it has as regular expressions."""
+    found: dict[str, str | None] = dict(mapper.orig_to_new_prefix)
+    for pattern, new in getattr(mapper, "orig_to_new_regex", {}).items():
+        old = _PREFIX.fullmatch(pattern.pattern)
+        if old is not None and new is not None and new.endswith(r"\1"):
+            found[f"{old[1]}."] = new.removesuffix(r"\1")
+    return found
 
 
 def elsewhere(shapes: Mapping[str, Shape], missing: Iterable[str]) -> dict[str, Shape]:
