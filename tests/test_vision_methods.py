@@ -107,7 +107,8 @@ def test_ssf_starts_beside_the_identity() -> None:
     for values in (scales, shifts):
         assert 0.015 < values.std() < 0.025
     x = images()
-    assert torch.equal(logits(inject(vit(), SSFConfig(init_std=0.0)), x), logits(vit(), x))
+    # Not to the bit: the bias comes behind the product, in which CPUs may have it.
+    torch.testing.assert_close(logits(inject(vit(), SSFConfig(init_std=0.0)), x), logits(vit(), x))
 
 
 @pytest.mark.parametrize("name", MERGING)

@@ -18,6 +18,11 @@ Not with --fully-sharded-loras, nor on a CPU with pipeline parallelism, which vL
 there: both are refused at the start. Adapters on an embedding, the head or experts go vLLM's own way, as plain LoRA.
 VLLM_PLUGINS without `fastadapt` leaves all of it out.
 
+Of vLLM itself: on a CPU it takes nearly all memory for its cache, unless VLLM_CPU_KVCACHE_SPACE says how many GiB;
+mixtures of experts do not run there with adapters; prompt_logprobs of several prompts stop its server while an adapter
+on the head or an embedding is loaded. Its prefix cache knows an adapter by name and path: another in the place of one
+(load_inplace) needs another path, or the cache reset. Why an adapter asked for by name was refused is in its log.
+
 vLLM calls `register` in each of its processes, by the entry point that pyproject.toml names. Nothing of vLLM is edited:
 seams.py replaces the few names that vLLM looks up when it loads a model.
 """
