@@ -312,7 +312,7 @@ def test_a_16_bit_model(kind: str, method: str, tmp_path: Path) -> None:
         logits = served(input_ids=IDS[:1].expand(2, -1), adapter_ids=["saved", None]).logits
     assert served.pool.dtype == torch.bfloat16
     assert relative(logits[:1].float(), exact[:1]) <= BF16
-    assert relative(logits[1:].float(), exact[:1]) > 2 * BF16
+    assert relative(logits[1:].float(), exact[:1]) > BF16  # the base model's
 
 
 @pytest.mark.parametrize(
