@@ -425,7 +425,7 @@ def prepare_plain(case: Case, provider: str, values: Outputs) -> Run:
     if provider == "reference":  # the formula does not mix dtypes
         dtype = next(values[name].dtype for name in case.in_dtype if name in values)
         values = {name: value.to(dtype) for name, value in values.items()}
-    elif isinstance(case, MultiAdapterLinearCase) and case.in_pool:
+    elif isinstance(case, MultiAdapterLinearCase):
         return _prepare_batch(case, provider, values)
     values = {name: value.detach().requires_grad_(case.trains(name)) for name, value in values.items()}
     leaves = {name: value for name, value in values.items() if value.requires_grad}

@@ -25,7 +25,7 @@ from .case import Case, Normal, Sizes, Values
 class MultiAdapterLinearCase(Case):
     """Adapters of several methods in one batch with the base model, as they lie in a pool.
 
-    decodes: whether a row has one token. in_pool: whether `call` is all that it does.
+    decodes: whether a row has one token.
     """
 
     operator = "multi_adapter_linear"
@@ -33,7 +33,6 @@ class MultiAdapterLinearCase(Case):
     kernels = ("multi_shrink", "multi_expand")
     in_dtype = ("x", "weight", "bias")
     has_gradients = False
-    in_pool: ClassVar[bool] = True
     rows: ClassVar[tuple[str | None, ...]] = ("LoRA", None, "VeRA", "DoRA", "other VeRA", "trained bias", "LoRA")
 
     decodes: bool = False
@@ -89,8 +88,12 @@ class MultiAdapterLinearCase(Case):
 
     def reference(self, values: Values, mask: Tensor | None, p: float) -> Tensor:
         forms = self._forms(values, values["bias"])
-        ids = [-1 if name is None else list(forms).index(name) for name in self.rows]
+        ids = self._slots(forms)
         return multi_adapter_linear_reference(values["x"], values["weight"], values["bias"], list(forms.values()), ids)
+
+    def _slots(self, forms: dict[str, AdapterForm]) -> list[int]:
+        """Of each row the place of its form, -1 for the base model."""
+        return [-1 if name is None else list(forms).index(name) for name in self.rows]
 
 
 @dataclass(frozen=True)
@@ -112,28 +115,26 @@ class MultiAdapterUpdateCase(MultiAdapterLinearCase):
 class CapturedUpdateCase(MultiAdapterUpdateCase):
     """The same with forms on pages, as an engine has them; on a GPU by a CUDA graph that was captured for others."""
 
-    in_pool = False
-
     def ours(self, values: Values, backend: str) -> Tensor:
         x, weight, bias = (values[name] for name in ("x", "weight", "bias"))
         (n, k), tokens = weight.shape, x.shape[1]
         forms = self._forms(values, bias)
         pages = FormPages((n, k), len(forms), max(form.A.shape[0] for form in forms.values()), x.dtype, x.device)
         buffers = TokenBuffers(len(self.rows) * tokens + 5, len(forms), x.device)
-        rows, around = x.reshape(-1, k), (torch.cat([weight[:8], weight]), torch.cat([bias[:8], bias]))
-        product = F.linear(rows, around[0])
+        rows, packed, packed_bias = x.reshape(-1, k), torch.cat([weight[:8], weight]), torch.cat([bias[:8], bias])
+        product = F.linear(rows, packed)
         y = product.clone()
         update = CapturedUpdate([PagedColumns(8, 8 + n, pages)], buffers, backend)
-        again = _captured(lambda: update(y, rows, around[1])) if x.is_cuda else None
+
+        def run() -> None:
+            update(y, rows, packed_bias)
+
+        again = _captured(run) if x.is_cuda else run
         for slot, form in enumerate(forms.values()):
             pages.write(slot, form, base_bias=bias)
-        slots = [-1 if name is None else list(forms).index(name) for name in self.rows]
-        buffers.write([slot for slot in slots for _ in range(tokens)])
+        buffers.write([slot for slot in self._slots(forms) for _ in range(tokens)])
         y.copy_(product)
-        if again is None:
-            update(y, rows, around[1])
-        else:
-            again()
+        again()
         return y[:, 8:].view(*x.shape[:-1], n)
 
 

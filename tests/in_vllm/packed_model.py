@@ -34,7 +34,6 @@ from fastadapt.serving import read_adapter
 torch.set_num_threads(1)
 
 WIDTH, HEAD, HEADS, KEYS, INNER, SLOTS = 48, 8, 8, 2, 80, 3
-MAX_RANK = 32  # bounds the adapters of engines on GPUs, and vLLM's own
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PACKED = {
     "attn.qkv_proj": NAMES[:3],
@@ -44,7 +43,7 @@ PACKED = {
 }
 METHODS: dict[str, AdapterConfig] = {
     "LoRA": LoRAConfig(r=3, target_modules=NAMES),
-    "partly": LoRAConfig(r=20, target_modules=["k_proj", "up_proj"]),
+    "partly": LoRAConfig(r=40, target_modules=["k_proj", "up_proj"]),
     "a bias of B": LoRAConfig(r=3, lora_bias=True, target_modules=NAMES),
     "a bias of its own": LoRAConfig(r=3, bias="lora_only", target_modules=NAMES),
     "DoRA": DoRAConfig(r=3, target_modules=NAMES),
@@ -132,7 +131,7 @@ def engine_process(rank: int, processes: int, store: Path) -> Iterator[VllmConfi
     """The same with room for adapters and the plugin on."""
     with process_group(rank, processes, store) as config:
         config.lora_config = EngineConfig(
-            max_loras=SLOTS, max_lora_rank=MAX_RANK, max_cpu_loras=len(METHODS), lora_dtype=torch.float32
+            max_loras=SLOTS, max_lora_rank=8, max_cpu_loras=len(METHODS), lora_dtype=torch.float32
         )
         register()
         yield config

@@ -46,6 +46,7 @@ def paged(alone: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils, "_all_lora_classes", fast_classes(PagedLinear))
     punica = "fastadapt.integrations.vllm.paged_punica.PagedPunicaOnCPU"
     monkeypatch.setattr(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: punica))
+    monkeypatch.setattr(alone.lora_config, "max_lora_rank", 64)  # which bounds all adapters here
 
 
 @pytest.fixture
@@ -239,9 +240,9 @@ def test_no_address_changes(manager: Any, directories: dict[str, Path], context:
 
 
 def test_a_rank_that_has_no_room_is_refused(manager: Any, directories: dict[str, Path], tmp_path: Path) -> None:
-    save_adapter(inject(Plain(), LoRAConfig(r=33, target_modules=["k_proj"])), tmp_path)
+    save_adapter(inject(Plain(), LoRAConfig(r=65, target_modules=["k_proj"])), tmp_path)
     with pytest.raises(
-        AdapterError, match=r"attn.k_proj: r must be at most 32, which is what slots have room for, got 33: start the"
+        AdapterError, match=r"attn.k_proj: r must be at most 64, which is what slots have room for, got 65: start the"
     ):
         manager.read(1, str(tmp_path))
 

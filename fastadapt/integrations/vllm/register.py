@@ -8,15 +8,14 @@ import re
 # Tried with 0.32; of the others what the plugin replaces was compared.
 FIRST, LAST = (0, 31), (0, 33)
 
+# Set to 1, adapters are on where there is a GPU; on a CPU they lie as on one, for tests.
+VARIABLE = "FASTADAPT_VLLM_GPU"
+
 
 def is_supported(version: str) -> bool:
     """Whether a vLLM of that version has the seams as they are expected."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return found is not None and FIRST <= (int(found[1]), int(found[2])) <= LAST
-
-
-# Set to 1, adapters are on where there is a GPU; on a CPU they lie as on one, for tests.
-VARIABLE = "FASTADAPT_VLLM_GPU"
 
 
 def register() -> None:

@@ -42,7 +42,7 @@ class SortedTokens(NamedTuple):
 
 
 # Rows of one token up to which each has tiles of its own, and tokens a row beyond which tiles are long.
-_ONE_TOKEN_ROWS = 32
+ONE_TOKEN_ROWS = 32
 _LONG_ROW = 32
 
 
@@ -51,7 +51,7 @@ def places_of_a_tile(rows: int, tokens: int) -> int:
 
     With more rows, those that share a factor group read it once a tile; those that do not, lose little.
     """
-    if tokens == 1 and rows <= _ONE_TOKEN_ROWS:
+    if tokens == 1 and rows <= ONE_TOKEN_ROWS:
         return 1
     return 16 if tokens <= _LONG_ROW else 64
 

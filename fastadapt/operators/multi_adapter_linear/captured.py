@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..backends import kernels, resolve_backend
 from . import eager, pages
-from .batch import SortedTokens
+from .batch import ONE_TOKEN_ROWS, SortedTokens
 from .form_pages import FormPages
 
 # Tokens of a launch up to which tiles have so many places. One token by itself reads its own factors alone; of many,
 # those of one adapter share them.
-_BLOCKS = {32: 1, 512: 16}
+_BLOCKS = {ONE_TOKEN_ROWS: 1, 512: 16}
 _LONG = 64
 
 
@@ -30,7 +30,6 @@ class TokenBuffers:
     @torch.inference_mode(False)  # it is written in any mode
     def __init__(self, tokens: int, slots: int, device: torch.device | str = "cpu") -> None:
         self.tokens, self.slots = tokens, slots
-        self.idle = True
         self._sizes = {block: self._tiles(tokens, block) for block in (*_BLOCKS.values(), _LONG)}
         starts = [0, tokens, 2 * tokens]
         for size in self._sizes.values():

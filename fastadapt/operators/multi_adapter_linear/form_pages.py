@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,12 +16,14 @@ _NOBODY = SlotForm((), ())
 
 
 class _Room(NamedTuple):
-    """Where a layer's pages and vectors begin in memory that layers share. Shapes: pages and vectors [elements]."""
+    """A layer's part of memory that layers share. Shapes: pages and vectors [elements], all of the memory; views of it
+    A [slots, R, K], B [slots, R, N], for whole pages of ranks, and scales [slots, 3, N]: h, g and β − b0."""
 
     pages: Tensor
     vectors: Tensor
-    page: int
-    vector: int
+    A: Tensor
+    B: Tensor
+    scales: Tensor
 
 
 class FormPages:
@@ -56,28 +57,17 @@ class FormPages:
         room: _Room | None = None,
     ) -> None:
         self.shape, self.slots, self.max_rank = shape, slots, max_rank
-        N, K = shape
         if room is None:
             (room,) = _rooms([shape], slots, max_rank, dtype, device)
+        self._A, self._B, self._vectors = room.A, room.B, room.scales
+        # Nobody is in: what a slot's adapter has comes with it.
         pages = -(-max_rank // PAGE_RANKS)
-        ranks = pages * PAGE_RANKS
-        B_first = room.page + slots * ranks * K
-        self._A = room.pages[room.page : B_first].view(slots, ranks, K)
-        self._B = room.pages[B_first : B_first + slots * ranks * N].view(slots, ranks, N)
-        self._vectors = room.vectors[room.vector : room.vector + 3 * slots * N].view(slots, 3, N)  # h, g and β − b0
-        place = torch.arange(slots * pages, device=device).view(slots, pages) * PAGE_RANKS
+        ranks, A_strides, B_strides = (torch.zeros(slots, dtype=torch.int32, device=device) for _ in range(3))
+        A_pages, B_pages = (torch.zeros(slots, pages, dtype=torch.int64, device=device) for _ in range(2))
         absent = (torch.full((slots,), -1, device=device) for _ in range(3))
+        scalings = torch.zeros(slots, device=device)
         tables = FormTables(
-            room.pages,
-            room.vectors,
-            torch.zeros(slots, dtype=torch.int32, device=device),
-            place * K + room.page,
-            place * N + B_first,
-            torch.full((slots,), K, dtype=torch.int32, device=device),
-            torch.full((slots,), N, dtype=torch.int32, device=device),
-            torch.zeros(slots, device=device),
-            None,
-            *absent,
+            room.pages, room.vectors, ranks, A_pages, B_pages, A_strides, B_strides, scalings, None, *absent
         )
         self._forms: dict[int, SlotForm] = {}
         self._layer = LayerForms(self._forms, tables, max_rank)
@@ -180,8 +170,15 @@ def _rooms(
 ) -> list[_Room]:
     """One behind the other, whole pages of A and of B in each: 8 rows of any width end on a multiple of 16 bytes."""
     ranks = -(-max_rank // PAGE_RANKS) * PAGE_RANKS
-    pages = list(accumulate([slots * ranks * (K + N) for N, K in shapes], initial=0))
-    vectors = list(accumulate([3 * slots * N for N, _ in shapes], initial=0))
-    memory = torch.zeros(pages[-1], dtype=dtype, device=device)
-    scales = torch.zeros(vectors[-1], device=device)
-    return [_Room(memory, scales, page, vector) for page, vector in zip(pages[:-1], vectors[:-1], strict=True)]
+    widths = [width for N, K in shapes for width in (K, N)]
+    pages = torch.zeros(slots * ranks * sum(widths), dtype=dtype, device=device)
+    vectors = torch.zeros(slots * 3 * sum(widths[1::2]), device=device)
+    sides = _views(pages, slots, ranks, widths)
+    scales = _views(vectors, slots, 3, widths[1::2])
+    return [_Room(pages, vectors, *room) for room in zip(sides[::2], sides[1::2], scales, strict=True)]
+
+
+def _views(memory: Tensor, slots: int, rows: int, widths: Sequence[int]) -> list[Tensor]:
+    """[slots, rows, width] of each width, one behind the other."""
+    parts = memory.split([slots * rows * width for width in widths])
+    return [part.view(slots, rows, width) for part, width in zip(parts, widths, strict=True)]
