@@ -307,12 +307,15 @@ def test_a_16_bit_model(kind: str, method: str, tmp_path: Path) -> None:
         merge(model, dequantize=True)
         assert relative(model(input_ids=IDS).logits.float(), exact) <= BF16
         assert {p.dtype for p in unload(model).parameters()} == {torch.bfloat16}
-        served = MultiAdapterModel(quantized(kind, torch.bfloat16, **sizes), budget=4 << 20)
+        bare, twice = quantized(kind, torch.bfloat16, **sizes).eval(), IDS[:1].expand(2, -1)
+        base = bare(input_ids=twice).logits
+        served = MultiAdapterModel(bare, budget=4 << 20)
         served.load(tmp_path / "saved")
-        logits = served(input_ids=IDS[:1].expand(2, -1), adapter_ids=["saved", None]).logits
+        logits = served(input_ids=twice, adapter_ids=["saved", None]).logits
     assert served.pool.dtype == torch.bfloat16
     assert relative(logits[:1].float(), exact[:1]) <= BF16
-    assert relative(logits[1:].float(), exact[:1]) > BF16  # the base model's
+    assert torch.equal(logits[1:], base[1:])
+    assert relative(base[:1].float(), exact[:1]) > BF16
 
 
 @pytest.mark.parametrize(
